@@ -1,0 +1,70 @@
+"""From the last position's logits to one number per row.
+
+A metric is any function `(batch vocab) -> (batch)`; the ones here are written in words, which a model turns into its own
+token ids (`vlm.metric`). A word counts in all its single-token spellings ("yes", "Yes", each with and without the space
+before it), whose logits are joined by log-sum-exp, so that no probability is left out.
+
+>>> vlm.metric(mv.logit_difference("yes", "no"))(vlm.run(real).logits)
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from jaxtyping import Float
+from torch import Tensor
+
+Metric = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class WordMetric:
+    """A metric written in words; `ids` are the token ids they stand for in one model, one tuple a word."""
+
+    name: str
+    words: tuple[str | int, ...]
+    ids: tuple[tuple[int, ...], ...] | None = None
+
+    def resolve(self, spellings: Callable[[str], Sequence[int]]) -> "WordMetric":
+        """The same metric with the token ids of one model, as `spellings` gives them."""
+        ids = tuple((word,) if isinstance(word, int) else tuple(spellings(word)) for word in self.words)
+        shared = set(ids[0]).intersection(*ids[1:]) if len(ids) > 1 else set()
+        if shared:
+            raise ValueError(f"{self} compares a word with itself; give two different words.")
+        return replace(self, ids=ids)
+
+    def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        if self.ids is None:
+            raise ValueError(f"{self} is written in words, and only a model knows their tokens; use vlm.metric({self}).")
+        above = [number for ids in self.ids for number in ids if not 0 <= number < logits.shape[-1]]
+        if above:
+            raise ValueError(f"token id {above[0]} is not in the vocabulary of {logits.shape[-1]}.")
+        said = [logits[:, list(ids)].logsumexp(-1) for ids in self.ids]
+        if self.name == "logit_difference":
+            return said[0] - said[1]
+        log_probability = said[0] - logits.logsumexp(-1)
+        return log_probability if self.name == "log_probability" else log_probability.exp()
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(map(repr, self.words))})"
+
+
+def logit_difference(answer: str | int, other: str | int) -> WordMetric:
+    """The logit of one word minus that of another: their log odds against each other.
+
+    Args:
+        answer, other: words, or token ids to be taken as they are.
+
+    Example:
+        >>> mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no"))
+    """
+    return WordMetric("logit_difference", (answer, other))
+
+
+def log_probability(answer: str | int) -> WordMetric:
+    """The log-probability, in nats, that the next token is this word."""
+    return WordMetric("log_probability", (answer,))
+
+
+def probability(answer: str | int) -> WordMetric:
+    """The probability that the next token is this word."""
+    return WordMetric("probability", (answer,))

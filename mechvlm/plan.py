@@ -1,0 +1,229 @@
+"""What a run is to do: reads and edits sorted by site, and refused early where they cannot be.
+
+Rule this module guards: whatever can be known to be wrong before the model runs is said before it runs, in one sentence:
+a layer or head that is not there, a position out of range, an image that is not in the run, an edit that cannot reach
+the answer or could never act.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from mechvlm.archs import Shape
+from mechvlm.attention import Mass, Rows
+from mechvlm.edits import Edit
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site, as_site
+
+Group = tuple[list[int] | None, int]
+"""Batch indices that are treated alike (None: all of them), and how many positions of padding they have."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a batch is made up: padding and number of images of each row.
+
+    Attributes:
+        pads: positions of left padding per row.
+        images: images per row.
+        shared: how many rows share the images of the first one, whose features are computed once; 1 if none do.
+    """
+
+    pads: tuple[int, ...]
+    images: tuple[int, ...]
+    shared: int = 1
+
+    def groups(self, site: tuple, rows: Sequence[int] | None, batch: int) -> list[Group]:
+        """The batch indices of some rows at a site, together where their padding is the same."""
+        chosen = range(len(self.pads)) if rows is None else rows
+        if site[0] == "image_features" or site[2] == "vision":
+            if rows is None or (site[2] == "vision" and self.shared > 1):
+                return [(None, 0)]
+            starts = [sum(self.images[:row]) for row in range(len(self.images) + 1)]
+            return [([image for row in chosen for image in range(starts[row], starts[row + 1])], 0)]
+        times = batch // len(self.pads)
+        groups = []
+        for pad in sorted({self.pads[row] for row in chosen}):
+            alike = [row for row in chosen if self.pads[row] == pad]
+            every = len(alike) == len(self.pads)
+            groups.append((None if every else [row * times + i for row in alike for i in range(times)], pad))
+        return groups
+
+
+@dataclass
+class Plan:
+    """Reads and edits, sorted by site; made by `make_plan`.
+
+    Attributes:
+        reads: the reading function of each site that is read; None for the whole tensor.
+        edits: the edits of each site, in the order they act, each with its number and its rows (None: all).
+        grads: the same for the edits of gradients.
+        labels: how to name each edit, by number.
+    """
+
+    layout: Layout
+    reads: dict[tuple, Callable | None] = field(default_factory=dict)
+    edits: dict[tuple, list[tuple[int, Sequence[int] | None, Edit]]] = field(default_factory=dict)
+    grads: dict[tuple, list[tuple[int, Sequence[int] | None, Edit]]] = field(default_factory=dict)
+    labels: list[str] = field(default_factory=list)
+    gradient: bool = False
+
+    def wanted(self) -> dict[tuple, set[str]]:
+        """The kinds that have to be visited, by (tower, layer)."""
+        sites = {*self.reads, *self.edits, *self.grads}
+        if self.gradient:
+            sites |= {("embed", None, "text"), ("image_features", None, "text")}
+            if self.sees_vision():
+                sites.add(("embed", None, "vision"))
+        if self.layout.shared > 1:
+            sites.add(("image_features", None, "text"))
+        found: dict[tuple, set[str]] = {}
+        for kind, layer, tower in sites:
+            found.setdefault((tower, layer), set()).add(kind)
+        return found
+
+    def sees_vision(self) -> bool:
+        """Whether anything of the vision tower is read or edited."""
+        return any(tower == "vision" for _, _, tower in (*self.reads, *self.edits, *self.grads))
+
+    def active(self, site: tuple, step: int) -> list[tuple[int, Sequence[int] | None, Edit]]:
+        """The edits of a site that act in this pass: 0 is the prompt's, later ones are decode steps."""
+        skip = "decode" if step == 0 else "prompt"
+        return [entry for entry in self.edits.get(site, ()) if entry[2].when != skip]
+
+
+def key_of(site: Site) -> tuple:
+    """A site as the tuple it travels as."""
+    return (site.kind, site.layer, site.tower)
+
+
+def name_of(site: tuple) -> str:
+    """A site's name, from the tuple it travels as."""
+    return str(Site(*site))
+
+
+def make_plan(
+    prompts: Sequence[Prompt],
+    shape: Shape,
+    read: Iterable[Site | str] | Mapping = (),
+    edits: Sequence[Edit] = (),
+    variants: Sequence[Sequence[Edit]] | None = None,
+    gradient: bool = False,
+    steps: int = 1,
+) -> Plan:
+    """Sort reads and edits by site, and refuse what cannot be.
+
+    Args:
+        steps: passes of the model; more than one in a generation.
+
+    Raises:
+        ValueError, TypeError: with one sentence for each thing that can be wrong.
+    """
+    longest = max(len(prompt) for prompt in prompts)
+    images = tuple(len(prompt.images) for prompt in prompts)
+    own = [edit for edits_of_row in variants or () for edit in edits_of_row]
+    if variants is None:
+        layout = Layout(tuple(longest - len(prompt) for prompt in prompts), images)
+    else:
+        apart = any(check_edit(edit).site.tower == "vision" for edit in own)
+        shared = 1 if apart or not images[0] else len(variants)
+        layout = Layout((0,) * len(variants), images * len(variants), shared)
+    plan = Plan(layout, gradient=gradient)
+    for site, reading in (read.items() if isinstance(read, Mapping) else ((site, None) for site in read)):
+        where = as_site(site)
+        check_site(where, prompts, shape, "read")
+        check_reading(where, reading, prompts, shape, steps)
+        plan.reads[key_of(where)] = reading
+    listed = [(None, edit) for edit in edits]
+    listed += [([row], edit) for row, edits_of_row in enumerate(variants or ()) for edit in edits_of_row]
+    for number, (rows, edit) in enumerate(listed):
+        check_reach(check_edit(edit), prompts, shape, gradient, steps)
+        where = plan.edits if edit.on == "value" else plan.grads
+        where.setdefault(key_of(edit.site), []).append((number, rows, edit))
+        plan.labels.append(str(edit))
+    return plan
+
+
+def check_edit(edit: object) -> Edit:
+    """An edit as it is; anything else is refused."""
+    if not isinstance(edit, Edit):
+        raise TypeError(
+            f"{edit!r} is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. "
+            f"edits is a list of them, and variants a list of such lists, one for each row."
+        )
+    return edit
+
+
+def check_site(site: Site, prompts: Sequence[Prompt], shape: Shape, verb: str) -> None:
+    """Refuse a layer that the model has not, or an image site in a run without an image."""
+    if site.layer is not None and site.layer >= shape.layers[site.tower]:
+        raise ValueError(
+            f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} to {verb}."
+        )
+    if (site.tower == "vision" or site.kind == "image_features") and not all(prompt.images for prompt in prompts):
+        raise ValueError(f"the prompt holds no image, so there is no {site} to {verb}; make it with vlm.prompt(image, text).")
+
+
+def length_at(site: Site, prompt: Prompt, shape: Shape) -> int:
+    """How many positions a prompt has at a site."""
+    if site.tower == "vision":
+        return shape.grid[0] * shape.grid[1] + 1
+    return shape.tokens_per_image if site.kind == "image_features" else len(prompt)
+
+
+def check_range(what: str, site: Site, positions: Iterable[int], prompts: Sequence[Prompt], shape: Shape) -> None:
+    """Refuse a position that one of the prompts has not."""
+    for prompt in prompts:
+        length = length_at(site, prompt, shape)
+        beyond = [position for position in positions if not -length <= position < length]
+        if beyond:
+            raise ValueError(
+                f"position {beyond[0]} is out of range at {site}, where this prompt has {length} positions, counted from 0 "
+                f"({what})."
+            )
+
+
+def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], shape: Shape, steps: int) -> None:
+    """Refuse a reading that is no function, or asks for rows that are not there."""
+    if reading is not None and not callable(reading):
+        raise TypeError(f"the reading of {site} is {reading!r}; give a function of its tensor, or list the site alone.")
+    if not isinstance(reading, Rows | Mass):
+        return
+    if site.kind not in ("scores", "pattern") or (isinstance(reading, Mass) and site.kind != "pattern"):
+        fitting = "pattern" if isinstance(reading, Mass) else "scores or pattern"
+        raise ValueError(f"{type(reading).__name__.lower()}() reads {fitting}, not {site}.")
+    if steps > 1 and reading.queries not in (None, (-1,)):
+        raise ValueError("a step of a generation has one query, the newest position; read rows([-1]) there.")
+    check_range("a query to read", site, reading.queries or (), prompts, shape)
+    for name, keys in reading.spans if isinstance(reading, Mass) else ():
+        check_range(f"a key of span {name!r}", site, keys, prompts, shape)
+
+
+def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: bool, steps: int) -> None:
+    """Refuse an edit that is out of range, cannot reach the answer, or could never act."""
+    site = edit.site
+    check_site(site, prompts, shape, "edit")
+    check_range(str(edit), site, edit.positions, prompts, shape)
+    for head in edit.heads:
+        count = shape.kv_heads[site.tower] if site.kind in ("k", "v") else shape.heads[site.tower]
+        if head >= count:
+            raise ValueError(f"the {site.tower} tower has {count} heads a layer, so there is no head {head} ({edit}).")
+    if site.tower == "vision" and site.layer is not None and site.layer >= shape.live["vision"]:
+        raise ValueError(
+            f"an edit of {site} cannot reach the answer: this model takes its image features before layer "
+            f"{site.layer} of the vision tower."
+        )
+    lengths = {length_at(site, prompt, shape) for prompt in prompts}
+    if edit.length is not None and lengths != {edit.length}:
+        raise ValueError(
+            f"{edit} holds {edit.length} positions and this run has {sorted(lengths)[0]} there, so positions cannot be "
+            f"matched; make the second prompt with prompt.with_image, which keeps them."
+        )
+    if edit.on == "grad" and not gradient:
+        raise ValueError(f"{edit} edits a gradient, and this run computes none; pass grad_of= a metric.")
+    if edit.when == "decode" and steps < 2:
+        raise ValueError(f"{edit} acts in decode steps, and this run has none; use vlm.generate with 2 tokens or more.")
+    if steps > 1 and site.kind in ("k", "v") and edit.when == "prompt":
+        raise ValueError(
+            f"{edit} would be lost after the first step, since later steps read keys and values from the cache; "
+            f"use when='always', which edits what every step reads."
+        )

@@ -1,0 +1,146 @@
+"""What one forward pass, or one generation, showed.
+
+>>> run = vlm.run(real, read=["text.3.pattern"])
+>>> run["text.3.pattern"].shape, run.logits.shape
+(torch.Size([1, 8, 52, 52]), torch.Size([1, 87]))
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechvlm.plan import Group, Layout, key_of
+from mechvlm.sites import Site, as_site
+
+Kept = list[tuple[Group, Any]]
+"""A reading, for each group of rows that have the same padding."""
+
+
+@dataclass(frozen=True, repr=False)
+class Readings(Mapping):
+    """What was kept of each site that was read; indexed by a `Site` or its name."""
+
+    kept: dict[tuple, Kept]
+    layout: Layout
+    what: str = "was not read in this run; pass read=[..., {site}]"
+
+    def __getitem__(self, site: Site | str) -> Any:
+        where = as_site(site)
+        if key_of(where) not in self.kept:
+            raise ValueError(f"{where} {self.what.format(site=repr(str(where)))}.")
+        return joined(where, self.kept[key_of(where)], self.layout)
+
+    def __iter__(self) -> Any:
+        return (Site(*key) for key in self.kept)
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __repr__(self) -> str:
+        return f"Readings({', '.join(str(site) for site in self) or 'none'})"
+
+    def row(self, row: int) -> "Readings":
+        """The readings of one row of the batch, as if it had run alone."""
+        kept = {key: [((None, 0), of_row(key, groups, row, self.layout))] for key, groups in self.kept.items()}
+        return Readings(kept, Layout((0,), (self.layout.images[row],)), self.what)
+
+
+def joined(site: Site, groups: Kept, layout: Layout) -> Any:
+    """The readings of all rows as one tensor, in the order of the rows.
+
+    Raises:
+        ValueError: where rows differ in length, so that no tensor holds them all.
+    """
+    if len(groups) == 1 and groups[0][0][0] is None:
+        return groups[0][1]
+    rows = [of_row(key_of(site), groups, row, layout) for row in range(len(layout.pads))]
+    if all(isinstance(row, Tensor) and row.shape[1:] == rows[0].shape[1:] for row in rows):
+        return torch.cat(rows)
+    raise ValueError(
+        f"the prompts differ in length, so {site} is not one tensor; take each row alone, run.rows[0][site], "
+        f"or read it with a function whose result has one shape."
+    )
+
+
+def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
+    """One row's part of a reading, with a batch axis of one."""
+    for (indices, pad), value in groups:
+        vision = key[2] == "vision"
+        if not isinstance(value, Tensor):
+            if len(layout.pads) == 1:
+                return value
+            raise ValueError(f"the reading of {Site(*key)} is no tensor, so it cannot be split into rows.")
+        if vision and layout.shared > 1:
+            return value
+        if vision or key[0] == "image_features":
+            start = sum(layout.images[:row])
+            return value[start : start + layout.images[row]]
+        times = value.shape[0] // (len(layout.pads) if indices is None else max(1, layout.pads.count(pad)))
+        alike = [other for other in range(len(layout.pads)) if layout.pads[other] == pad]
+        if row in alike:
+            place = alike.index(row) * times
+            return value[place : place + times]
+    raise ValueError(f"there is no row {row}; the batch has {len(layout.pads)}.")
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """What one forward pass showed: `run[site]`, `run.grad[site]`, `run.logits`.
+
+    Attributes:
+        logits: of the last position, after all edits, `batch vocab`.
+        grad: gradients of the metric's sum over rows, for each site read, where `grad_of` was given.
+        values: all readings, as a mapping.
+        metric: the metric of each row, where `grad_of` was given.
+    """
+
+    logits: Float[Tensor, "batch vocab"]
+    values: Readings
+    grad: Readings
+    metric: Float[Tensor, " batch"] | None = None
+
+    def __getitem__(self, site: Site | str) -> Any:
+        return self.values[site]
+
+    @property
+    def rows(self) -> "list[Run]":
+        """Each row alone, without the padding of the batch."""
+        return [
+            Run(
+                self.logits[row : row + 1],
+                self.values.row(row),
+                self.grad.row(row),
+                None if self.metric is None else self.metric[row : row + 1],
+            )
+            for row in range(len(self.values.layout.pads))
+        ]
+
+    def __repr__(self) -> str:
+        read = ", ".join(str(site) for site in self.values) or "nothing read"
+        return f"Run({self.logits.shape[0]} rows; {read}{'; with gradients' if self.grad else ''})"
+
+
+@dataclass(frozen=True, repr=False)
+class Generation:
+    """What a generation said.
+
+    Attributes:
+        text: the generated text, one string per row (one string where one prompt was given); None without a processor.
+        tokens: generated token ids, `batch step`, the prompt left out.
+        steps: the readings of each step; step 0 is the pass over the prompt.
+    """
+
+    text: str | list[str] | None
+    tokens: Tensor
+    steps: list[Readings] = field(default_factory=list)
+
+    def __getitem__(self, site: Site | str) -> list[Any]:
+        """What was read of a site, step by step."""
+        return [step[site] for step in self.steps]
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text!r}, {self.tokens.shape[-1]} tokens)"

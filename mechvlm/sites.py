@@ -1,0 +1,152 @@
+"""The address of an activation: which kind, which layer, which tower.
+
+The words and shapes are TransformerLens's. One clash of words is settled here: a *patch* is an edit (overwriting an
+activation with another run's); the squares of a picture are *image tokens*.
+
+Rule this module guards: a `Site` is only an address. It holds no tensor, knows no model, and says what axes to expect.
+
+>>> str(Site("pattern", 12)), Site.parse("blocks.12.attn.hook_pattern") == Site("pattern", 12)
+('text.12.pattern', True)
+"""
+
+import re
+from dataclasses import dataclass
+
+LAYER_KINDS = (
+    "resid_pre",
+    "q",
+    "k",
+    "v",
+    "scores",
+    "pattern",
+    "z",
+    "attn_out",
+    "resid_mid",
+    "mlp_out",
+    "resid_post",
+)
+"""What every layer of a tower has, in forward order."""
+
+ATTENTION_KINDS = ("q", "k", "v", "scores", "pattern", "z")
+MODEL_KINDS = ("embed", "image_features", "logits")
+TOWERS = ("text", "vision")
+
+_AXES = {
+    "q": ("batch", "pos", "head", "d_head"),
+    "k": ("batch", "pos", "kv_head", "d_head"),
+    "v": ("batch", "pos", "kv_head", "d_head"),
+    "z": ("batch", "pos", "head", "d_head"),
+    "scores": ("batch", "head", "query", "key"),
+    "pattern": ("batch", "head", "query", "key"),
+    "logits": ("batch", "pos", "vocab"),
+    "image_features": ("image", "pos", "d_model"),
+}
+
+_TRANSFORMER_LENS = {
+    "hook_resid_pre": "resid_pre",
+    "hook_resid_mid": "resid_mid",
+    "hook_resid_post": "resid_post",
+    "hook_attn_out": "attn_out",
+    "hook_mlp_out": "mlp_out",
+    "attn.hook_rot_q": "q",
+    "attn.hook_rot_k": "k",
+    "attn.hook_q": "q",
+    "attn.hook_k": "k",
+    "attn.hook_v": "v",
+    "attn.hook_z": "z",
+    "attn.hook_attn_scores": "scores",
+    "attn.hook_pattern": "pattern",
+}
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """Where an activation lives.
+
+    Kinds, in forward order: `embed` (word embeddings, before image features take the placeholders' places; with
+    `tower="vision"` the embedded squares of the picture), then per layer of a tower `resid_pre, q, k, v, scores,
+    pattern, z, attn_out, resid_mid, mlp_out, resid_post`, then `image_features` (what the projector hands to the
+    language model) and `logits`.
+
+    `q` and `k` are as the scores use them: after rotary embedding and any norm; `k` and `v` have the key-value heads.
+    `scores` are scaled and masked (minus infinity where a query may not look). `attn_out` and `mlp_out` are what is
+    *added to the residual stream*.
+
+    Args:
+        kind: one of the words above.
+        layer: counted from 0 in its tower; None for `embed`, `image_features` and `logits`.
+        tower: "text" or "vision".
+
+    Raises:
+        ValueError: for a word, tower or layer that cannot be.
+
+    Example:
+        >>> Site("resid_post", 3, tower="vision").axes
+        ('batch', 'pos', 'd_model')
+    """
+
+    kind: str
+    layer: int | None = None
+    tower: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.tower not in TOWERS:
+            raise ValueError(f"no tower is called {self.tower!r}; there are {' and '.join(TOWERS)}.")
+        if self.kind not in LAYER_KINDS + MODEL_KINDS:
+            raise ValueError(
+                f"no activation is called {self.kind!r}. In forward order they are: {', '.join(LAYER_KINDS)}; "
+                f"and, without a layer, {', '.join(MODEL_KINDS)}."
+            )
+        if self.kind in MODEL_KINDS:
+            if self.layer is not None:
+                raise ValueError(f"{self.kind} has no layer, and layer={self.layer} was given; leave it out.")
+            if self.tower != "text" and self.kind != "embed":
+                raise ValueError(f"{self.kind} belongs to the whole model; leave tower={self.tower!r} out.")
+        elif self.layer is None:
+            raise ValueError(f"{self.kind} needs a layer, for instance Site({self.kind!r}, 0).")
+        elif isinstance(self.layer, bool) or self.layer < 0:
+            raise ValueError(f"layer {self.layer} is not a layer; layers count from 0.")
+
+    def __str__(self) -> str:
+        if self.kind in MODEL_KINDS:
+            return self.kind if self.tower == "text" else f"{self.tower}.{self.kind}"
+        return f"{self.tower}.{self.layer}.{self.kind}"
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The names of the axes of the tensor that lives here."""
+        return _AXES.get(self.kind, ("batch", "pos", "d_model"))
+
+    @classmethod
+    def parse(cls, name: str) -> "Site":
+        """The site that a TransformerLens hook name, or this site's own text, stands for.
+
+        Example:
+            >>> Site.parse("blocks.3.hook_resid_post"), Site.parse("vision.0.z")
+            (Site(kind='resid_post', layer=3, tower='text'), Site(kind='z', layer=0, tower='vision'))
+        """
+        lens = re.fullmatch(r"(vision_encoder\.)?blocks\.(\d+)\.(\S+)", name)
+        if lens and lens[3] in _TRANSFORMER_LENS:
+            return cls(_TRANSFORMER_LENS[lens[3]], int(lens[2]), "vision" if lens[1] else "text")
+        if name == "hook_embed":
+            return cls("embed")
+        own = re.fullmatch(rf"({'|'.join(TOWERS)})\.(\d+)\.(\w+)", name)
+        if own and own[3] in LAYER_KINDS:
+            return cls(own[3], int(own[2]), own[1])
+        if name in MODEL_KINDS:
+            return cls(name)
+        if name == "vision.embed":
+            return cls("embed", tower="vision")
+        raise ValueError(
+            f"{name!r} names no site; write 'text.12.pattern', 'image_features' or, as in TransformerLens, "
+            f"'blocks.12.attn.hook_pattern'."
+        )
+
+
+def as_site(value: "Site | str") -> Site:
+    """A `Site` as it is, or the one that a name stands for."""
+    if isinstance(value, Site):
+        return value
+    if isinstance(value, str):
+        return Site.parse(value)
+    raise TypeError(f"{value!r} is not a site; write Site('pattern', 12) or 'text.12.pattern'.")

@@ -1,0 +1,194 @@
+"""The callbacks that read and edit while a model is walked, and what they keep.
+
+Three promises let edits and readings be ordinary functions of a tensor:
+
+* a function sees its own rows only, without padding, so the positions it indexes are the prompt's own;
+* what it returns replaces the activation only where it differs, so an edit that changes nothing leaves every bit;
+* a reading is a copy: nothing that is done to it changes the model, and nothing larger is kept alive.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechvlm import attention
+from mechvlm.plan import Group, Layout, Plan, name_of
+from mechvlm.sites import ATTENTION_KINDS
+
+QUERY_AXIS = {"scores": 2, "pattern": 2}
+KEY_AXIS = {"scores": 3, "pattern": 3, "k": 1, "v": 1}
+
+
+def trim(x: Tensor, site: tuple, pad: int, step: int) -> Tensor:
+    """A tensor without its first `pad` positions; a decode step's queries have no padding, its keys have."""
+    if not pad:
+        return x
+    key = KEY_AXIS.get(site[0])
+    if key is not None:
+        x = x.narrow(key, pad, x.shape[key] - pad)
+    query = QUERY_AXIS.get(site[0], 1 if key is None else None)
+    if query is not None and step == 0:
+        x = x.narrow(query, pad, x.shape[query] - pad)
+    return x
+
+
+def parts(x: Tensor, site: tuple, rows: Sequence[int] | None, layout: Layout, step: int) -> list[tuple[Group, Tensor]]:
+    """A tensor as its rows' own: one part for each group of rows that have the same padding."""
+    found = []
+    for indices, pad in layout.groups(site, rows, x.shape[0]):
+        part = x if indices is None else x[indices]
+        found.append(((indices, pad), trim(part, site, pad, step)))
+    return found
+
+
+def put(x: Tensor, site: tuple, group: Group, new: Tensor, step: int) -> Tensor:
+    """The tensor with one part replaced."""
+    indices, pad = group
+    if indices is None and not pad:
+        return new
+    rows = x if indices is None else x[indices]
+    rows = rows.clone()
+    trim(rows, site, pad, step).copy_(new)
+    if indices is None:
+        return rows
+    return x.index_copy(0, torch.tensor(indices, device=x.device), rows)
+
+
+def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, step: int, gradient: bool) -> Tensor:
+    """The tensor after one edit; the very same object where the edit changed nothing."""
+    _, rows, edit = entry
+    for group, part in parts(x, site, rows, layout, step):
+        given = part.clone()
+        new = edit.fn(given)
+        check_result(new, part, site, edit.on)
+        unchanged = torch.equal(new, part) and (new is given or not gradient)
+        if not unchanged:
+            x = put(x, site, group, new, step)
+    return x
+
+
+def check_result(new: object, old: Tensor, site: tuple, on: str) -> None:
+    """Refuse what an edit must not return.
+
+    Raises:
+        TypeError, ValueError: for anything but a tensor of the shape, type and device it was given, or for NaN.
+    """
+    what = f"the edit of {name_of(site)}" if on == "value" else f"the edit of the gradient at {name_of(site)}"
+    if not isinstance(new, Tensor):
+        raise TypeError(f"{what} returned {type(new).__name__}; an edit must return the tensor that goes on.")
+    if new.shape != old.shape or new.dtype != old.dtype:
+        raise ValueError(
+            f"{what} returned {written(new)} for {written(old)}; an edit must keep the shape and type of what it is given."
+        )
+    if new.device != old.device:
+        raise ValueError(f"{what} returned a tensor on {new.device} for one on {old.device}; an edit must stay there.")
+    if bool(new.isnan().any()) and not bool(old.isnan().any()):
+        raise ValueError(f"{what} returned {int(new.isnan().sum())} values that are not a number (NaN).")
+
+
+def written(x: Tensor) -> str:
+    """A tensor's type and shape, as errors write them."""
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"
+
+
+class Visit:
+    """What happens while one forward pass, or each step of a generation, is walked: the callbacks and what they keep.
+
+    Attributes:
+        saved: per site, the readings of each group of rows, one list for each step.
+        fired: numbers of the edits that acted.
+        graph: per site, the tensor in the autograd graph whose gradient is the site's.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.step = 0
+        self.saved: dict[tuple, list[list[tuple[Group, object]]]] = {}
+        self.fired: set[int] = set()
+        self.graph: dict[tuple, object] = {}
+        self.grads: dict[tuple, list[tuple[Group, object]]] = {}
+        self.last: Tensor | None = None
+
+    def touch(self, site: tuple, x: Tensor) -> Tensor:
+        """Edit a site's tensor, keep what is read of it, and return what the model goes on with."""
+        plan = self.plan
+        if site[0] == "image_features" and plan.layout.shared > 1:
+            x = x.repeat(plan.layout.shared, *[1] * (x.ndim - 1))
+        for entry in plan.active(site, self.step):
+            x = apply_edit(x, site, entry, plan.layout, self.step, plan.gradient)
+            self.fired.add(entry[0])
+        if plan.gradient:
+            x = self.track(site, x)
+        if site in plan.reads:
+            self.keep(site, x)
+        if site[0] == "logits":
+            self.last = x
+        return x
+
+    def logits(self, unembed: Any) -> Float[Tensor, "batch vocab"]:
+        """The last position's logits, as the walk left them."""
+        if self.last is None:
+            return unembed.output[:, -1]
+        last, self.last = self.last, None
+        return last[:, -1]
+
+    def gradients(self, metric: Float[Tensor, " batch"]) -> None:
+        """Take the gradient of a metric's sum at every site that was read, and keep what the readings say of it."""
+        reads = [site for site in self.plan.reads if site in self.graph]
+        held = {site: self.graph[site] for site in {*reads, *self.plan.grads}}
+        tensors = {site: kept[0] if isinstance(kept, tuple) else kept for site, kept in held.items()}
+        found = torch.autograd.grad(metric.sum(), list(tensors.values()), allow_unused=True)
+        for (site, tensor), gradient in zip(tensors.items(), found, strict=True):
+            if site not in self.plan.reads:
+                continue
+            gradient = torch.zeros_like(tensor) if gradient is None else gradient
+            if isinstance(held[site], tuple):
+                _, pattern, v = held[site]
+                gradient = attention.pattern_gradient(gradient, v.detach())
+                if site[0] == "scores":
+                    gradient = attention.scores_gradient(pattern, gradient)
+            self.grads[site] = [
+                (group, reading_of(site, self.plan.reads[site], part))
+                for group, part in parts(gradient, site, None, self.plan.layout, 0)
+            ]
+
+    def track(self, site: tuple, x: Tensor) -> Tensor:
+        """Make gradients start at the embeddings, remember the tensor, and hang the gradient's edits on it."""
+        if site[0] == "embed" or (site[0] == "image_features" and not self.plan.sees_vision()):
+            x = x.detach().requires_grad_(True)
+        self.graph[site] = x
+        for entry in self.plan.grads.get(site, ()):
+            x.register_hook(self.gradient_edit(site, entry))
+        return x
+
+    def gradient_edit(self, site: tuple, entry: tuple) -> Callable[[Tensor], Tensor]:
+        """An edit of a gradient as the hook autograd calls."""
+
+        def change(gradient: Tensor) -> Tensor:
+            self.fired.add(entry[0])
+            return apply_edit(gradient.detach(), site, entry, self.plan.layout, 0, False)
+
+        return change
+
+    def keep(self, site: tuple, x: Tensor, read: Callable | None = None) -> None:
+        """Keep a reading, evaluated here, per group of rows with the same padding."""
+        read = read or self.plan.reads[site]
+        kept: list[tuple[Group, object]] = []
+        for group, part in parts(x.detach(), site, None, self.plan.layout, self.step):
+            kept.append((group, reading_of(site, read, part)))
+        steps = self.saved.setdefault(site, [])
+        steps.append(kept)
+
+
+def reading_of(site: tuple, read: Callable | None, x: Tensor) -> object:
+    """What a reading function says of a tensor; a copy, so that no larger tensor is kept alive or changed later."""
+    if read is None:
+        return x.clone() if site[0] in ATTENTION_KINDS else x
+    try:
+        value = read(x.clone())
+    except IndexError as error:
+        raise ValueError(f"the reading of {name_of(site)} indexes what is not there: {error}.") from None
+    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,370 @@
+"""A vision-language model that can be read and edited at named sites.
+
+Rule this module guards: it is the only one that opens nnsight traces. It holds the model and its processor, turns
+questions into prompts, prompts into one padded batch, and a walk of the traced model into a `Run`.
+
+>>> vlm = mv.load("demo")
+>>> real = vlm.prompt(image, "Is there a 7 in the image?")
+>>> vlm.run(real, read=["text.3.resid_post"], edits=[mv.ablate_heads(2, [0])])
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import version
+from typing import Any
+
+import nnsight
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mechvlm.archs import arch_of, shape_of
+from mechvlm.edits import Edit
+from mechvlm.images import to_picture
+from mechvlm.metrics import Metric, WordMetric
+from mechvlm.plan import Plan, make_plan
+from mechvlm.prompt import Prompt, encode, locate
+from mechvlm.run import Generation, Readings, Run
+from mechvlm.seam import attend
+from mechvlm.sites import Site
+from mechvlm.visit import Visit
+from mechvlm.walk import at, walk
+
+KERNELS = ("sdpa", "eager")
+Read = Iterable[Site | str] | Mapping[Site | str, Callable[[Tensor], Any] | None]
+
+
+class VLM:
+    """A model that can be read and edited at named sites.
+
+    Args:
+        hf_model: a Hugging Face model of a type in `ARCHS`, in evaluation mode.
+        processor: its processor; None where prompts come as ready encodings.
+        name: how records name it; by default what it was loaded from.
+
+    Attributes:
+        model: the nnsight model, for everything that has no name here.
+        arch, shape: where its parts are, and its sizes.
+
+    Raises:
+        ValueError: for a model type, attention implementation or mode that mechvlm does not read right.
+    """
+
+    def __init__(self, hf_model: torch.nn.Module, processor: Any = None, name: str | None = None) -> None:
+        config: Any = hf_model.config
+        self.arch = arch_of(config)
+        self.shape = shape_of(config)
+        if hf_model.training:
+            raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
+        self.hf: Any = hf_model
+        self.processor = processor
+        self.name = name or config.name_or_path or config.model_type
+        self.model = nnsight.NNsight(hf_model)
+        check_kernel(self.attention)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embeddings are, and so where encodings have to be."""
+        return at(self.hf, self.arch.text.embed).weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return at(self.hf, self.arch.text.embed).weight.dtype
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation: 'sdpa' or 'eager'. Assign to it to switch without loading again."""
+        return self.hf.config.get_text_config()._attn_implementation
+
+    @attention.setter
+    def attention(self, kernel: str) -> None:
+        self.hf.set_attn_implementation(check_kernel(kernel))
+
+    def __repr__(self) -> str:
+        text, vision = (f"{self.shape.layers[t]} layers x {self.shape.heads[t]} heads" for t in ("text", "vision"))
+        kind = f"{self.hf.config.model_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.attention}"
+        return f"VLM({self.name}: {kind}; text {text}; vision {vision}; {self.shape.tokens_per_image} tokens an image)"
+
+    # -- questions in ------------------------------------------------------------------------------------------------
+
+    def prompt(
+        self, image: Any = None, text: str | None = None, raw: bool = False, encoding: Mapping | None = None
+    ) -> Prompt:
+        """A question about an image, or about several, encoded for this model.
+
+        Args:
+            image: a picture, a list of them, or None for a text without one. A picture is a file's path, its bytes, a
+                PIL image or a numpy array.
+            text: the question. It is put into the model's chat template, or into the prompt its authors document.
+            raw: take the text verbatim, as the whole prompt, with `<image>` where each image is to stand.
+            encoding: instead of all that, what a processor made of one prompt.
+
+        Raises:
+            ValueError, TypeError: for a text without room for its images, a picture that cannot be read, and the like.
+
+        Example:
+            >>> vlm.prompt("cat.png", "What is this?").spans
+        """
+        if encoding is not None:
+            if image is not None or text is not None:
+                raise ValueError("encoding= is a whole prompt; leave image and text out.")
+            return locate({k: v for k, v in encoding.items() if isinstance(v, Tensor)}, self.shape)
+        if not isinstance(text, str):
+            raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
+        if self.processor is None:
+            raise ValueError("this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...).")
+        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+        return encode(self.processor, self.arch, self.shape, [to_picture(one) for one in images], text, raw)
+
+    def token_ids(self, word: str) -> list[int]:
+        """The ids of a word's single-token spellings: as given and capitalised or not, with and without a space before.
+
+        Raises:
+            ValueError: where no spelling is one token.
+        """
+        if self.processor is None:
+            raise ValueError(f"without a processor {word!r} has no token; give token ids instead of words.")
+        tokenizer, bare = self.processor.tokenizer, word.strip()
+        spellings = {bare, bare.lower(), bare.capitalize()}
+        found = []
+        for spelling in sorted(spellings | {f" {one}" for one in spellings}):
+            ids = tokenizer.encode(spelling, add_special_tokens=False)
+            kept = [number for number in ids if tokenizer.decode([number]).strip()]
+            found += kept if len(kept) == 1 and kept[0] != tokenizer.unk_token_id else []
+        if not found:
+            raise ValueError(f"no spelling of {word!r} is a single token of this model; give a token id.")
+        return sorted(set(found))
+
+    def word(self, token: int) -> str:
+        """A token's text."""
+        return str(token) if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(int(token))
+
+    def metric(self, metric: Metric) -> Metric:
+        """A metric as a function of logits: words become this model's token ids."""
+        if isinstance(metric, WordMetric):
+            return metric.resolve(self.token_ids) if metric.ids is None else metric
+        if not callable(metric):
+            raise TypeError(f"{metric!r} is no metric; give a function of logits (batch vocab) or mv.logit_difference(...).")
+        return metric
+
+    # -- runs out ----------------------------------------------------------------------------------------------------
+
+    def run(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        read: Read = (),
+        edits: Sequence[Edit] = (),
+        variants: Sequence[Sequence[Edit]] | None = None,
+        grad_of: Metric | None = None,
+    ) -> Run:
+        """One forward pass: read sites, edit sites, take gradients.
+
+        Args:
+            prompt: one, or a list that runs as one left-padded batch. Edits and readings see each prompt's own positions.
+            read: sites, or sites with functions that are evaluated where the model runs, so that only what they return
+                is kept: `{site: mv.rows([-1])}`.
+            edits: what to change, in any order; edits of one site act in the order of the list.
+            variants: lists of edits, one for each row: many experiments on one prompt as one batch.
+            grad_of: a metric; `run.grad[site]` is then its gradient at each site read.
+
+        Raises:
+            ValueError, TypeError: for reads and edits that cannot be, or that did not act.
+
+        Example:
+            >>> run = vlm.run(real, read=["text.3.resid_post"], grad_of=mv.logit_difference("yes", "no"))
+            >>> run["text.3.resid_post"].shape == run.grad["text.3.resid_post"].shape
+            True
+        """
+        prompts = check_prompts(prompt)
+        if variants is not None and (len(prompts) != 1 or not len(variants)):
+            raise ValueError("variants are rows of one prompt: give one prompt and at least one list of edits.")
+        plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
+        metric = None if grad_of is None else self.metric(grad_of)
+        return self._forward(plan, self._batch(prompts, plan), metric)
+
+    def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None) -> Run:
+        visit, model, arch = Visit(plan), self.model, self.arch
+        wanted, pictures = plan.wanted(), "pixel_values" in batch
+        keep = 0 if ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads} else 1
+        shown: dict[str, Tensor] = {}
+        with torch.set_grad_enabled(metric is not None):
+            with model.trace(**batch, use_cache=False, logits_to_keep=keep):
+                walk(model, arch, wanted, visit.touch, attending(visit, arch), pictures)
+                shown["logits"] = visit.logits(at(model, arch.unembed))
+            if metric is not None:
+                values = scored(metric, shown["logits"])
+                visit.gradients(values)
+        check_fired(visit)
+        return Run(
+            shown["logits"].detach(),
+            Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
+            Readings(visit.grads, plan.layout, "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"),
+            None if metric is None else values.detach(),
+        )
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        edits: Sequence[Edit] = (),
+        max_new_tokens: int = 20,
+        read_each_step: Read = (),
+        **sampling: Any,
+    ) -> Generation:
+        """Let the model answer, with edits in the pass over the prompt and in every step after it.
+
+        Args:
+            edits: each acts by its `when`: "prompt", "decode" or "always".
+            max_new_tokens: at most so many.
+            read_each_step: as `read` of `run`; step 0 is the pass over the prompt, later steps have one query.
+            sampling: as in transformers: do_sample, temperature, top_p, num_beams, ...
+
+        Example:
+            >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
+        prompts = check_prompts(prompt)
+        plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
+        batch = self._batch(prompts, plan)
+        start = batch.pop("input_ids")
+        batch.pop("position_ids", None)
+        visit, said = Visit(plan), []
+
+        def answer(**given: Any) -> Tensor:
+            said.append(self.hf.generate(**given))
+            return said[-1]
+
+        self._steps(visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
+        check_fired(visit)
+        ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
+        tokens = ids[:, start.shape[1] :]
+        steps = [
+            Readings({site: kept[step] for site, kept in visit.saved.items()}, plan.layout)
+            for step in range(max(map(len, visit.saved.values()), default=0))
+        ]
+        return Generation(self._text(tokens, isinstance(prompt, Prompt)), tokens, steps)
+
+    def _steps(self, visit: Visit, answer: Callable, batch: dict[str, Tensor], **settings: Any) -> None:
+        model, arch, wanted = self.model, self.arch, visit.plan.wanted()
+        pictures, callback = "pixel_values" in batch, attending(visit, self.arch)
+        with warnings.catch_warnings(), torch.no_grad():
+            # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
+            warnings.filterwarnings("ignore", message="(?s).*was never reached")
+            with model.trace(**batch, **settings, fn=answer) as tracer:
+                for step in tracer.iter[:]:
+                    visit.step = step
+                    walk(model, arch, wanted, visit.touch, callback, pictures and step == 0)
+                    # Something has to be read in every step, or the loop would not end.
+                    visit.logits(at(model, arch.unembed))
+
+    def trace(self, prompt: Prompt, **settings: Any) -> Any:
+        """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
+        return self.model.trace(**self._batch([prompt], make_plan([prompt], self.shape)), **settings)
+
+    def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
+        with torch.no_grad():
+            return at(self.hf, self.arch.unembed)(at(self.hf, self.arch.norm)(h))
+
+    def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
+        """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""
+        return {
+            "model": str(self.name),
+            "revision": str(self.hf.config.to_dict().get("_commit_hash") or "unknown"),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+            "attention": self.attention,
+            "prompt": prompt.text,
+            "edits": "; ".join(map(str, edits)) or "none",
+            "versions": ", ".join(f"{p} {version(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
+        }
+
+    def check(self, prompt: Prompt | None = None) -> Any:
+        """Run the laws that every reading and edit rests on, on this model, and print a table of their errors.
+
+        Returns the table as a pandas DataFrame. See `mechvlm.laws`.
+        """
+        from mechvlm.laws import check  # laws stand above the engine: they use what every user can
+
+        return check(self, prompt)
+
+    def _batch(self, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Tensor]:
+        batch = collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0)
+        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in moved.items()}
+
+    def _text(self, tokens: Tensor, alone: bool) -> str | list[str] | None:
+        if self.processor is None:
+            return None
+        said = [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
+        return said[0] if alone and len(said) == 1 else said
+
+
+def attending(visit: Visit, arch: Any) -> Callable:
+    """The callback for a layer's attention, which knows whether its tower is causal."""
+    causal = {"text": arch.text.causal, "vision": arch.vision.causal}
+    return lambda place, op, kinds: attend(visit, place, op, kinds, causal[place[0]])
+
+
+def scored(metric: Metric, logits: Tensor) -> Tensor:
+    """A metric's value of each row, checked."""
+    values = metric(logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
+    if not values.requires_grad:
+        raise ValueError("the metric does not depend on the logits it was given, so it has no gradient.")
+    return values
+
+
+def collate(prompts: Sequence[Prompt], layout: Any, filler: int) -> dict[str, Tensor]:
+    """One left-padded batch of several prompts, or one prompt repeated for its variants."""
+    if len(prompts) == 1:
+        rows = len(layout.pads)
+        encoding = dict(prompts[0].encoding)
+        return {
+            name: x if name == "pixel_values" and layout.shared > 1 else x.repeat(rows, *[1] * (x.ndim - 1))
+            for name, x in encoding.items()
+        }
+    ids, masks = [], []
+    for prompt, pad in zip(prompts, layout.pads, strict=True):
+        ids.append(torch.nn.functional.pad(prompt.encoding["input_ids"], (pad, 0), value=filler))
+        masks.append(torch.nn.functional.pad(prompt.encoding["attention_mask"], (pad, 0)))
+    batch = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+    if any(layout.pads):
+        # Without this the model would count positions from the padding.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    pixels = [prompt.encoding["pixel_values"] for prompt in prompts if prompt.images]
+    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def check_prompts(prompt: object) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for one in prompts:
+        if not isinstance(one, Prompt):
+            raise TypeError(f"{one!r} is not a prompt; make one with vlm.prompt(image, text).")
+    if not prompts:
+        raise ValueError("the list of prompts is empty.")
+    return prompts
+
+
+def check_fired(visit: Visit) -> None:
+    """Refuse a run in which an edit never acted."""
+    missed = [label for number, label in enumerate(visit.plan.labels) if number not in visit.fired]
+    if missed:
+        raise ValueError(
+            f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit needs a "
+            f"second token, and a gradient's edit a site that the metric depends on."
+        )
+
+
+def check_kernel(kernel: str) -> str:
+    """An attention implementation that mechvlm reads right."""
+    if kernel not in KERNELS:
+        raise ValueError(
+            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. "
+            f"Set vlm.attention, or load with attn_implementation='sdpa'."
+        )
+    return kernel
