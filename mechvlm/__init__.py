@@ -4,7 +4,11 @@
 >>> vlm = mv.load("demo")
 >>> real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
 >>> null = real.with_image(mv.images.black)
+>>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no")))
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from mechvlm import images as images
 from mechvlm.attention import mass as mass
@@ -17,15 +21,56 @@ from mechvlm.edits import patch as patch
 from mechvlm.edits import replace_span as replace_span
 from mechvlm.edits import scale_heads as scale_heads
 from mechvlm.edits import steer as steer
+from mechvlm.imagemap import ImageMap as ImageMap
 from mechvlm.load import load as load
 from mechvlm.metrics import log_probability as log_probability
 from mechvlm.metrics import logit_difference as logit_difference
 from mechvlm.metrics import probability as probability
-from mechvlm.prompt import ImageMap as ImageMap
 from mechvlm.prompt import Prompt as Prompt
 from mechvlm.run import Generation as Generation
 from mechvlm.run import Run as Run
 from mechvlm.sites import Site as Site
 from mechvlm.vlm import VLM as VLM
 
+if TYPE_CHECKING:
+    from mechvlm import demo as demo
+    from mechvlm import plot as plot
+    from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
+    from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
+    from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
+    from mechvlm.experiments.dose import dose_response as dose_response
+    from mechvlm.experiments.lens import logit_lens as logit_lens
+    from mechvlm.experiments.patching import patch_spans as patch_spans
+    from mechvlm.experiments.profile import attention_map as attention_map
+    from mechvlm.experiments.profile import attention_profile as attention_profile
+    from mechvlm.experiments.sweep import sweep as sweep
+
 __version__ = "0.1.0"
+
+# Experiments and figures stand on xarray and plotly, as long to import as all the rest; they come when asked for.
+_LATER = {
+    "demo": "mechvlm.demo",
+    "plot": "mechvlm.plot",
+    "ablate_each_head": "mechvlm.experiments.ablation",
+    "answer_probabilities": "mechvlm.experiments.answers",
+    "gradient_attribution": "mechvlm.experiments.attribution",
+    "dose_response": "mechvlm.experiments.dose",
+    "logit_lens": "mechvlm.experiments.lens",
+    "patch_spans": "mechvlm.experiments.patching",
+    "attention_map": "mechvlm.experiments.profile",
+    "attention_profile": "mechvlm.experiments.profile",
+    "sweep": "mechvlm.experiments.sweep",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'mechvlm' has no attribute {name!r}")
+    module = import_module(_LATER[name])
+    found = module if _LATER[name] == f"mechvlm.{name}" else vars(module)[name]
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER} - {"Any", "TYPE_CHECKING", "import_module"})

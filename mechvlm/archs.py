@@ -130,12 +130,14 @@ def shape_of(config: Any) -> Shape:
     text, vision = config.get_text_config(), config.vision_config
     if config.vision_feature_select_strategy not in ("default", "full"):
         raise ValueError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; it must be 'default' (without "
+            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; it must be 'default' "
+            "(without "
             f"the class token) or 'full'."
         )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(
-            f"vision_feature_layer is {config.vision_feature_layer!r}; mechvlm reads models that take one layer's features."
+            f"vision_feature_layer is {config.vision_feature_layer!r}; mechvlm reads models that take one layer's "
+            "features."
         )
     if vision.model_type != "clip_vision_model":
         raise ValueError(
@@ -161,4 +163,3 @@ def shape_of(config: Any) -> Shape:
         vocabulary=text.vocab_size,
         longest=text.max_position_embeddings,
     )
-

@@ -105,7 +105,7 @@ class Bias:
         return added.masked_fill(where.to(like.device), self.amount)[None]
 
 
-def _indicator(positions: Sequence[int] | None, length: int) -> Bool[Tensor, "length"]:
+def _indicator(positions: Sequence[int] | None, length: int) -> Bool[Tensor, " length"]:
     if positions is None:
         return torch.ones(length, dtype=torch.bool)
     where = torch.zeros(length, dtype=torch.bool)
@@ -121,7 +121,7 @@ def bias_features(
     For kernels that take no mask: the query's is `1 / scale` where the bias applies to it, the key's is the amount.
     """
     heads, queries = _indicator(bias.heads, head), _indicator(bias.queries, key)[key - query :]
-    return (heads[:, None] & queries) / scale, _indicator(bias.keys, key) * bias.amount
+    return (heads[:, None] & queries).double() / scale, _indicator(bias.keys, key).double() * bias.amount
 
 
 @dataclass(frozen=True)

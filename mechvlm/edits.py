@@ -63,7 +63,9 @@ class Edit:
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", as_site(self.site))
         if not callable(self.fn):
-            raise TypeError(f"the edit of {self.site} holds {self.fn!r}, which is not a function from tensor to tensor.")
+            raise TypeError(
+                f"the edit of {self.site} holds {self.fn!r}, which is not a function from tensor to tensor."
+            )
         _one_of("when", self.when, WHENS)
         _one_of("on", self.on, ("value", "grad"))
         _one_of("way", self.way, WAYS)
@@ -90,7 +92,7 @@ def _whole(what: str, values: Sequence[int] | None, empty: bool = False) -> tupl
     if values is None:
         return ()
     if isinstance(values, str | bytes | float | int):
-        raise TypeError(f"{what}={values!r} is not a list of {what}; write [{values}].")
+        raise TypeError(f"{what}={values!r} is not a list of {what}; write [{values!r}].")
     numbers = tuple(int(value) for value in values)
     if not numbers and not empty:
         raise ValueError(f"{what} is empty, so nothing would be edited; give at least one, or None for all.")
@@ -115,15 +117,13 @@ def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "t
     return Edit(Site("z", layer, tower), scale, label=f"scale heads {list(chosen)} by {factor:g}", heads=chosen)
 
 
-def ablate_heads(
-    layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | None = None, tower: str = "text"
-) -> Edit:
+def ablate_heads(layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | None = None, tower: str = "text") -> Edit:
     """Take some heads of a layer out of the run: their `z` becomes zero, or what `to` says.
 
     Args:
-        to: None for zero-ablation; a mean over a dataset, `head d_head` or `pos head d_head`, for mean-ablation; another
-            run's `run[Site("z", layer)]`, `batch pos head d_head`, for resample-ablation (positions must match, so it
-            acts in the pass over the prompt only).
+        to: None for zero-ablation; a mean over a dataset, `head d_head` or `pos head d_head`, for mean-ablation;
+            another run's `run[Site("z", layer)]`, `batch pos head d_head`, for resample-ablation (positions must
+            match, so it acts in the pass over the prompt only).
 
     Example:
         >>> vlm.run(real, edits=[mv.ablate_heads(3, [5], to=vlm.run(other, read=["text.3.z"])["text.3.z"])])
@@ -234,7 +234,9 @@ def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[in
         given = source.to(x)
         now = x.narrow(axis, 0, length)
         if given.shape[1:] != now.shape[1:] or given.shape[0] not in (1, x.shape[0]):
-            raise ValueError(f"the patch of {where} holds {tuple(given.shape)} for {tuple(x.shape)}; they must be alike.")
+            raise ValueError(
+                f"the patch of {where} holds {tuple(given.shape)} for {tuple(x.shape)}; they must be alike."
+            )
         index = torch.arange(length) if chosen is None else torch.tensor(chosen)
         index = index.to(x.device)
         return x.index_copy(axis, index, given.expand(now.shape).index_select(axis, index))

@@ -53,10 +53,11 @@ def load(
         ) from None
     arch_of(config)
     kind = dtype or (torch.float32 if place.type == "cpu" else "auto")
-    placing = {} if "device_map" in settings else {"device_map": {"": str(place)}}
     try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, **placing, **settings)
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, **settings)
         processor = AutoProcessor.from_pretrained(path, **origin)
     except (OSError, ValueError) as error:
         raise ValueError(f"the model {str(name)!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    if "device_map" not in settings:  # which places the model itself, through accelerate
+        model = model.to(place)
     return VLM(model.eval().requires_grad_(False), processor, name=str(name))

@@ -1,14 +1,15 @@
 """From the last position's logits to one number per row.
 
-A metric is any function `(batch vocab) -> (batch)`; the ones here are written in words, which a model turns into its own
-token ids (`vlm.metric`). A word counts in all its single-token spellings ("yes", "Yes", each with and without the space
-before it), whose logits are joined by log-sum-exp, so that no probability is left out.
+A metric is any function `(batch vocab) -> (batch)`; the ones here are written in words, which a model turns into its
+own token ids (`vlm.metric`). A word counts in all its single-token spellings ("yes", "Yes", each with and without the
+space before it), whose logits are joined by log-sum-exp, so that no probability is left out.
 
 >>> vlm.metric(mv.logit_difference("yes", "no"))(vlm.run(real).logits)
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor
@@ -34,7 +35,9 @@ class WordMetric:
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         if self.ids is None:
-            raise ValueError(f"{self} is written in words, and only a model knows their tokens; use vlm.metric({self}).")
+            raise ValueError(
+                f"{self} is written in words, and only a model knows their tokens; use vlm.metric({self})."
+            )
         above = [number for ids in self.ids for number in ids if not 0 <= number < logits.shape[-1]]
         if above:
             raise ValueError(f"token id {above[0]} is not in the vocabulary of {logits.shape[-1]}.")
@@ -68,3 +71,21 @@ def log_probability(answer: str | int) -> WordMetric:
 def probability(answer: str | int) -> WordMetric:
     """The probability that the next token is this word."""
     return WordMetric("probability", (answer,))
+
+
+def spellings(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a word's single-token spellings: as given, in small letters and capitalised, with a space or without.
+
+    Raises:
+        ValueError: where no spelling is one token.
+    """
+    bare = word.strip()
+    written = {bare, bare.lower(), bare.capitalize()}
+    found = []
+    for spelling in sorted(written | {f" {one}" for one in written}):
+        ids = tokenizer.encode(spelling, add_special_tokens=False)
+        kept = [number for number in ids if tokenizer.decode([number]).strip()]
+        found += kept if len(kept) == 1 and kept[0] != tokenizer.unk_token_id else []
+    if not found:
+        raise ValueError(f"no spelling of {word!r} is a single token of this model; give a token id.")
+    return sorted(set(found))

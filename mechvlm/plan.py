@@ -1,8 +1,8 @@
 """What a run is to do: reads and edits sorted by site, and refused early where they cannot be.
 
-Rule this module guards: whatever can be known to be wrong before the model runs is said before it runs, in one sentence:
-a layer or head that is not there, a position out of range, an image that is not in the run, an edit that cannot reach
-the answer or could never act.
+Rule this module guards: whatever can be known to be wrong before the model runs is said before it runs, in one
+sentence: a layer or head that is not there, a position out of range, an image that is not in the run, an edit that
+cannot reach the answer or could never act.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -128,17 +128,17 @@ def make_plan(
         shared = 1 if apart or not images[0] else len(variants)
         layout = Layout((0,) * len(variants), images * len(variants), shared)
     plan = Plan(layout, gradient=gradient)
-    for site, reading in (read.items() if isinstance(read, Mapping) else ((site, None) for site in read)):
+    for site, reading in read.items() if isinstance(read, Mapping) else ((site, None) for site in read):
         where = as_site(site)
         check_site(where, prompts, shape, "read")
         check_reading(where, reading, prompts, shape, steps)
         plan.reads[key_of(where)] = reading
-    listed = [(None, edit) for edit in edits]
+    listed: list[tuple[Sequence[int] | None, Edit]] = [(None, edit) for edit in edits]
     listed += [([row], edit) for row, edits_of_row in enumerate(variants or ()) for edit in edits_of_row]
     for number, (rows, edit) in enumerate(listed):
         check_reach(check_edit(edit), prompts, shape, gradient, steps)
-        where = plan.edits if edit.on == "value" else plan.grads
-        where.setdefault(key_of(edit.site), []).append((number, rows, edit))
+        sorted_by_site = plan.edits if edit.on == "value" else plan.grads
+        sorted_by_site.setdefault(key_of(edit.site), []).append((number, rows, edit))
         plan.labels.append(str(edit))
     return plan
 
@@ -157,10 +157,13 @@ def check_site(site: Site, prompts: Sequence[Prompt], shape: Shape, verb: str) -
     """Refuse a layer that the model has not, or an image site in a run without an image."""
     if site.layer is not None and site.layer >= shape.layers[site.tower]:
         raise ValueError(
-            f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} to {verb}."
+            f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} "
+            f"to {verb}."
         )
     if (site.tower == "vision" or site.kind == "image_features") and not all(prompt.images for prompt in prompts):
-        raise ValueError(f"the prompt holds no image, so there is no {site} to {verb}; make it with vlm.prompt(image, text).")
+        raise ValueError(
+            f"the prompt holds no image, so there is no {site} to {verb}; make it with vlm.prompt(image, text)."
+        )
 
 
 def length_at(site: Site, prompt: Prompt, shape: Shape) -> int:
@@ -177,7 +180,8 @@ def check_range(what: str, site: Site, positions: Iterable[int], prompts: Sequen
         beyond = [position for position in positions if not -length <= position < length]
         if beyond:
             raise ValueError(
-                f"position {beyond[0]} is out of range at {site}, where this prompt has {length} positions, counted from 0 "
+                f"position {beyond[0]} is out of range at {site}, where this prompt has {length} positions, "
+                "counted from 0 "
                 f"({what})."
             )
 

@@ -45,7 +45,9 @@ class Readings(Mapping):
 
     def row(self, row: int) -> "Readings":
         """The readings of one row of the batch, as if it had run alone."""
-        kept = {key: [((None, 0), of_row(key, groups, row, self.layout))] for key, groups in self.kept.items()}
+        kept: dict[tuple, Kept] = {
+            key: [((None, 0), of_row(key, groups, row, self.layout))] for key, groups in self.kept.items()
+        }
         return Readings(kept, Layout((0,), (self.layout.images[row],)), self.what)
 
 

@@ -9,6 +9,7 @@ arguments and writing its result is all that is needed, without reloading a mode
 * only an edit of the scores or the pattern computes this layer's attention anew, and only for the edited rows.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import pad as widen
 
 from mechvlm import attention
+from mechvlm.archs import Arch
 from mechvlm.attention import Mass, Rows
 from mechvlm.plan import Group
 from mechvlm.visit import Visit, parts, put
@@ -73,10 +75,16 @@ def attend(visit: Visit, place: tuple, op: Any, kinds: set[str], causal: bool) -
         call.write()
     new = recompute(visit, place, call) if anew else None
     if not anew:
-        read_attention(visit, place, call, kinds)
+        read_attention(visit, place, call)
     if new is None and "z" not in kinds and call.v.shape[-1] == width and not graph_needs_z(visit, place):
         return
     finish(visit, place, op, kinds, new, width)
+
+
+def attending(visit: Visit, arch: Arch) -> Callable:
+    """The callback for a layer's attention, which knows whether its tower is causal."""
+    causal = {"text": arch.text.causal, "vision": arch.vision.causal}
+    return lambda place, op, kinds: attend(visit, place, op, kinds, causal[place[0]])
 
 
 def touch_projection(visit: Visit, call: Call, site: tuple) -> bool:
@@ -113,8 +121,9 @@ def bias_call(visit: Visit, place: tuple, call: Call) -> tuple[bool, bool]:
     """Add the biases of a layer to its call; whether it must be recomputed after all, and whether the call changed."""
     scores, _ = sites(place)
     entries = visit.plan.active(scores, visit.step)
-    by_mask = [entry for entry in entries if entry[2].way == "mask" and entry[2].bias.amount != 0]
-    by_feature = [entry for entry in entries if entry[2].way == "feature" and entry[2].bias.amount != 0]
+    acting = [entry for entry in entries if entry[2].bias is not None and entry[2].bias.amount != 0]
+    by_mask = [entry for entry in acting if entry[2].way == "mask"]
+    by_feature = [entry for entry in acting if entry[2].way == "feature"]
     if by_mask:
         added = biased_mask(visit, scores, call, by_mask)
         if added is None:
@@ -163,7 +172,7 @@ def add_features(visit: Visit, site: tuple, call: Call, entries: list) -> None:
     call.q, call.k, call.v = q, k, widen(call.v, (0, width))
 
 
-def read_attention(visit: Visit, place: tuple, call: Call, kinds: set[str]) -> None:
+def read_attention(visit: Visit, place: tuple, call: Call) -> None:
     """Read scores and pattern of a layer that is not computed anew; nothing is written back."""
     scores, pattern = sites(place)
     whole = None

@@ -81,7 +81,8 @@ def check_result(new: object, old: Tensor, site: tuple, on: str) -> None:
         raise TypeError(f"{what} returned {type(new).__name__}; an edit must return the tensor that goes on.")
     if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
-            f"{what} returned {written(new)} for {written(old)}; an edit must keep the shape and type of what it is given."
+            f"{what} returned {written(new)} for {written(old)}; an edit must keep the shape and type of what it "
+            "is given."
         )
     if new.device != old.device:
         raise ValueError(f"{what} returned a tensor on {new.device} for one on {old.device}; an edit must stay there.")
@@ -108,7 +109,7 @@ class Visit:
         self.step = 0
         self.saved: dict[tuple, list[list[tuple[Group, object]]]] = {}
         self.fired: set[int] = set()
-        self.graph: dict[tuple, object] = {}
+        self.graph: dict[tuple, Any] = {}
         self.grads: dict[tuple, list[tuple[Group, object]]] = {}
         self.last: Tensor | None = None
 
@@ -128,12 +129,13 @@ class Visit:
             self.last = x
         return x
 
-    def logits(self, unembed: Any) -> Float[Tensor, "batch vocab"]:
-        """The last position's logits, as the walk left them."""
-        if self.last is None:
-            return unembed.output[:, -1]
-        last, self.last = self.last, None
-        return last[:, -1]
+    def logits(self, unembed: Any, ends: Sequence[int]) -> Float[Tensor, "batch vocab"]:
+        """The logits of one position of each row, counted from the end, as the walk left them."""
+        found = unembed.output if self.last is None else self.last
+        self.last = None
+        if len(set(ends)) == 1:
+            return found[:, ends[0]]
+        return torch.stack([found[row, end] for row, end in enumerate(ends)])
 
     def gradients(self, metric: Float[Tensor, " batch"]) -> None:
         """Take the gradient of a metric's sum at every site that was read, and keep what the readings say of it."""
@@ -141,15 +143,10 @@ class Visit:
         held = {site: self.graph[site] for site in {*reads, *self.plan.grads}}
         tensors = {site: kept[0] if isinstance(kept, tuple) else kept for site, kept in held.items()}
         found = torch.autograd.grad(metric.sum(), list(tensors.values()), allow_unused=True)
-        for (site, tensor), gradient in zip(tensors.items(), found, strict=True):
+        for (site, tensor), reached in zip(tensors.items(), found, strict=True):
             if site not in self.plan.reads:
                 continue
-            gradient = torch.zeros_like(tensor) if gradient is None else gradient
-            if isinstance(held[site], tuple):
-                _, pattern, v = held[site]
-                gradient = attention.pattern_gradient(gradient, v.detach())
-                if site[0] == "scores":
-                    gradient = attention.scores_gradient(pattern, gradient)
+            gradient = gradient_at(site, held[site], torch.zeros_like(tensor) if reached is None else reached)
             self.grads[site] = [
                 (group, reading_of(site, self.plan.reads[site], part))
                 for group, part in parts(gradient, site, None, self.plan.layout, 0)
@@ -192,3 +189,12 @@ def reading_of(site: tuple, read: Callable | None, x: Tensor) -> object:
     except IndexError as error:
         raise ValueError(f"the reading of {name_of(site)} indexes what is not there: {error}.") from None
     return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def gradient_at(site: tuple, held: object, gradient: Tensor) -> Tensor:
+    """The gradient at a site from that of the tensor held for it: itself, or, for attention, from that of z."""
+    if not isinstance(held, tuple):
+        return gradient
+    _, pattern, v = held
+    of_pattern = attention.pattern_gradient(gradient, v.detach())
+    return of_pattern if site[0] == "pattern" else attention.scores_gradient(pattern, of_pattern)

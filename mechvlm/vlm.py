@@ -19,18 +19,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.archs import arch_of, shape_of
+from mechvlm.batch import check_finite, check_fired, check_kernel, check_prompts, collate, scored
 from mechvlm.edits import Edit
 from mechvlm.images import to_picture
-from mechvlm.metrics import Metric, WordMetric
+from mechvlm.metrics import Metric, WordMetric, spellings
 from mechvlm.plan import Plan, make_plan
 from mechvlm.prompt import Prompt, encode, locate
 from mechvlm.run import Generation, Readings, Run
-from mechvlm.seam import attend
+from mechvlm.seam import attending
 from mechvlm.sites import Site
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
 
-KERNELS = ("sdpa", "eager")
 Read = Iterable[Site | str] | Mapping[Site | str, Callable[[Tensor], Any] | None]
 
 
@@ -83,7 +83,9 @@ class VLM:
 
     def __repr__(self) -> str:
         text, vision = (f"{self.shape.layers[t]} layers x {self.shape.heads[t]} heads" for t in ("text", "vision"))
-        kind = f"{self.hf.config.model_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.attention}"
+        kind = (
+            f"{self.hf.config.model_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.attention}"
+        )
         return f"VLM({self.name}: {kind}; text {text}; vision {vision}; {self.shape.tokens_per_image} tokens an image)"
 
     # -- questions in ------------------------------------------------------------------------------------------------
@@ -113,7 +115,9 @@ class VLM:
         if not isinstance(text, str):
             raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
         if self.processor is None:
-            raise ValueError("this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...).")
+            raise ValueError(
+                "this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...)."
+            )
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
         return encode(self.processor, self.arch, self.shape, [to_picture(one) for one in images], text, raw)
 
@@ -125,16 +129,7 @@ class VLM:
         """
         if self.processor is None:
             raise ValueError(f"without a processor {word!r} has no token; give token ids instead of words.")
-        tokenizer, bare = self.processor.tokenizer, word.strip()
-        spellings = {bare, bare.lower(), bare.capitalize()}
-        found = []
-        for spelling in sorted(spellings | {f" {one}" for one in spellings}):
-            ids = tokenizer.encode(spelling, add_special_tokens=False)
-            kept = [number for number in ids if tokenizer.decode([number]).strip()]
-            found += kept if len(kept) == 1 and kept[0] != tokenizer.unk_token_id else []
-        if not found:
-            raise ValueError(f"no spelling of {word!r} is a single token of this model; give a token id.")
-        return sorted(set(found))
+        return spellings(self.processor.tokenizer, word)
 
     def word(self, token: int) -> str:
         """A token's text."""
@@ -145,7 +140,9 @@ class VLM:
         if isinstance(metric, WordMetric):
             return metric.resolve(self.token_ids) if metric.ids is None else metric
         if not callable(metric):
-            raise TypeError(f"{metric!r} is no metric; give a function of logits (batch vocab) or mv.logit_difference(...).")
+            raise TypeError(
+                f"{metric!r} is no metric; give a function of logits (batch vocab) or mv.logit_difference(...)."
+            )
         return metric
 
     # -- runs out ----------------------------------------------------------------------------------------------------
@@ -157,16 +154,19 @@ class VLM:
         edits: Sequence[Edit] = (),
         variants: Sequence[Sequence[Edit]] | None = None,
         grad_of: Metric | None = None,
+        position: int = -1,
     ) -> Run:
         """One forward pass: read sites, edit sites, take gradients.
 
         Args:
-            prompt: one, or a list that runs as one left-padded batch. Edits and readings see each prompt's own positions.
+            prompt: one, or a list that runs as one left-padded batch. Edits and readings see each prompt's own
+                positions.
             read: sites, or sites with functions that are evaluated where the model runs, so that only what they return
                 is kept: `{site: mv.rows([-1])}`.
             edits: what to change, in any order; edits of one site act in the order of the list.
             variants: lists of edits, one for each row: many experiments on one prompt as one batch.
             grad_of: a metric; `run.grad[site]` is then its gradient at each site read.
+            position: whose logits `run.logits` and the metric are of; by default the last position's.
 
         Raises:
             ValueError, TypeError: for reads and edits that cannot be, or that did not act.
@@ -180,26 +180,39 @@ class VLM:
         if variants is not None and (len(prompts) != 1 or not len(variants)):
             raise ValueError("variants are rows of one prompt: give one prompt and at least one list of edits.")
         plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
+        if any(plan.layout.pads) and self.attention == "eager" and self.dtype == torch.float64:
+            raise ValueError(
+                "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = "
+                "'sdpa', or run "
+                "the prompts one by one."
+            )
         metric = None if grad_of is None else self.metric(grad_of)
-        return self._forward(plan, self._batch(prompts, plan), metric)
+        shortest = min(map(len, prompts))
+        if not -shortest <= position < shortest:
+            raise ValueError(f"position {position} is not in the prompt, which has {shortest} positions.")
+        ends = [position if position < 0 else position - len(prompt) for prompt in prompts] * len(variants or [0])
+        return self._forward(plan, self._batch(prompts, plan), metric, ends)
 
-    def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None) -> Run:
+    def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
         visit, model, arch = Visit(plan), self.model, self.arch
         wanted, pictures = plan.wanted(), "pixel_values" in batch
-        keep = 0 if ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads} else 1
+        keep = 0 if ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads} else -min(ends)
         shown: dict[str, Tensor] = {}
         with torch.set_grad_enabled(metric is not None):
             with model.trace(**batch, use_cache=False, logits_to_keep=keep):
                 walk(model, arch, wanted, visit.touch, attending(visit, arch), pictures)
-                shown["logits"] = visit.logits(at(model, arch.unembed))
+                shown["logits"] = visit.logits(at(model, arch.unembed), ends)
             if metric is not None:
                 values = scored(metric, shown["logits"])
                 visit.gradients(values)
         check_fired(visit)
+        check_finite(shown["logits"])
         return Run(
             shown["logits"].detach(),
             Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
-            Readings(visit.grads, plan.layout, "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"),
+            Readings(
+                visit.grads, plan.layout, "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"
+            ),
             None if metric is None else values.detach(),
         )
 
@@ -256,7 +269,7 @@ class VLM:
                     visit.step = step
                     walk(model, arch, wanted, visit.touch, callback, pictures and step == 0)
                     # Something has to be read in every step, or the loop would not end.
-                    visit.logits(at(model, arch.unembed))
+                    visit.logits(at(model, arch.unembed), [-1])
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
@@ -299,72 +312,3 @@ class VLM:
             return None
         said = [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
         return said[0] if alone and len(said) == 1 else said
-
-
-def attending(visit: Visit, arch: Any) -> Callable:
-    """The callback for a layer's attention, which knows whether its tower is causal."""
-    causal = {"text": arch.text.causal, "vision": arch.vision.causal}
-    return lambda place, op, kinds: attend(visit, place, op, kinds, causal[place[0]])
-
-
-def scored(metric: Metric, logits: Tensor) -> Tensor:
-    """A metric's value of each row, checked."""
-    values = metric(logits)
-    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
-        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
-    if not values.requires_grad:
-        raise ValueError("the metric does not depend on the logits it was given, so it has no gradient.")
-    return values
-
-
-def collate(prompts: Sequence[Prompt], layout: Any, filler: int) -> dict[str, Tensor]:
-    """One left-padded batch of several prompts, or one prompt repeated for its variants."""
-    if len(prompts) == 1:
-        rows = len(layout.pads)
-        encoding = dict(prompts[0].encoding)
-        return {
-            name: x if name == "pixel_values" and layout.shared > 1 else x.repeat(rows, *[1] * (x.ndim - 1))
-            for name, x in encoding.items()
-        }
-    ids, masks = [], []
-    for prompt, pad in zip(prompts, layout.pads, strict=True):
-        ids.append(torch.nn.functional.pad(prompt.encoding["input_ids"], (pad, 0), value=filler))
-        masks.append(torch.nn.functional.pad(prompt.encoding["attention_mask"], (pad, 0)))
-    batch = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    if any(layout.pads):
-        # Without this the model would count positions from the padding.
-        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    pixels = [prompt.encoding["pixel_values"] for prompt in prompts if prompt.images]
-    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
-
-
-def check_prompts(prompt: object) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    prompts = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
-    for one in prompts:
-        if not isinstance(one, Prompt):
-            raise TypeError(f"{one!r} is not a prompt; make one with vlm.prompt(image, text).")
-    if not prompts:
-        raise ValueError("the list of prompts is empty.")
-    return prompts
-
-
-def check_fired(visit: Visit) -> None:
-    """Refuse a run in which an edit never acted."""
-    missed = [label for number, label in enumerate(visit.plan.labels) if number not in visit.fired]
-    if missed:
-        raise ValueError(
-            f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit needs a "
-            f"second token, and a gradient's edit a site that the metric depends on."
-        )
-
-
-def check_kernel(kernel: str) -> str:
-    """An attention implementation that mechvlm reads right."""
-    if kernel not in KERNELS:
-        raise ValueError(
-            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. "
-            f"Set vlm.attention, or load with attn_implementation='sdpa'."
-        )
-    return kernel

@@ -24,7 +24,7 @@ from torch import Tensor
 from mechvlm.archs import Arch, Stack
 
 Touch = Callable[[tuple, Tensor], Tensor]
-Attend = Callable[[tuple, Any, tuple], Any]
+Attend = Callable[[tuple, Any, set[str]], None]
 Wanted = Mapping[tuple, set[str]]
 
 
@@ -70,9 +70,7 @@ def _walk_tower(model: Any, stack: Stack, tower: str, wanted: Wanted, touch: Tou
         walk_layer(layers[index], stack, tower, index, wanted[(tower, index)], touch, attend)
 
 
-def walk_layer(
-    layer: Any, stack: Stack, tower: str, index: int, kinds: set[str], touch: Touch, attend: Attend
-) -> None:
+def walk_layer(layer: Any, stack: Stack, tower: str, index: int, kinds: set[str], touch: Touch, attend: Attend) -> None:
     """Offer the wanted sites of one layer, top to bottom in forward order."""
     if "resid_pre" in kinds:
         old = layer.input
@@ -90,7 +88,7 @@ def walk_layer(
         if new is not old[0]:
             attention.output = (new, *old[1:])
 
-    mid = None
+    mid: Any = None
     if "resid_mid" in kinds:
         norm = at(layer, stack.mid_norm)
         old = norm.input
@@ -98,7 +96,7 @@ def walk_layer(
         if new is not old:
             norm.input = mid = new
 
-    added = None
+    added: Any = None
     if "mlp_out" in kinds or mid is not None:
         mlp = at(layer, stack.mlp)
         old = added = mlp.output

@@ -1,0 +1,90 @@
+"""Prompts as one batch, and what is checked before and after it runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechvlm.metrics import Metric
+from mechvlm.plan import Layout
+from mechvlm.prompt import Prompt
+from mechvlm.visit import Visit
+
+KERNELS = ("sdpa", "eager")
+"""The attention implementations whose arguments mechvlm reads right."""
+
+
+def scored(metric: Metric, logits: Tensor) -> Tensor:
+    """A metric's value of each row, checked."""
+    values = metric(logits)
+    if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
+        given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
+    if not values.requires_grad:
+        raise ValueError("the metric does not depend on the logits it was given, so it has no gradient.")
+    return values
+
+
+def collate(prompts: Sequence[Prompt], layout: Layout, filler: int) -> dict[str, Tensor]:
+    """One left-padded batch of several prompts, or one prompt repeated for its variants."""
+    if len(prompts) == 1:
+        rows = len(layout.pads)
+        encoding = dict(prompts[0].encoding)
+        return {
+            name: x if name == "pixel_values" and layout.shared > 1 else x.repeat(rows, *[1] * (x.ndim - 1))
+            for name, x in encoding.items()
+        }
+    ids, masks = [], []
+    for prompt, pad in zip(prompts, layout.pads, strict=True):
+        ids.append(torch.nn.functional.pad(prompt.encoding["input_ids"], (pad, 0), value=filler))
+        masks.append(torch.nn.functional.pad(prompt.encoding["attention_mask"], (pad, 0)))
+    batch = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
+    if any(layout.pads):
+        # Without this the model would count positions from the padding.
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    pixels = [prompt.encoding["pixel_values"] for prompt in prompts if prompt.images]
+    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+
+
+def check_prompts(prompt: object) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
+    for one in prompts:
+        if not isinstance(one, Prompt):
+            raise TypeError(f"{one!r} is not a prompt; make one with vlm.prompt(image, text).")
+    if not prompts:
+        raise ValueError("the list of prompts is empty.")
+    return prompts
+
+
+def check_fired(visit: Visit) -> None:
+    """Refuse a run in which an edit never acted."""
+    missed = [label for number, label in enumerate(visit.plan.labels) if number not in visit.fired]
+    if missed:
+        raise ValueError(
+            f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit "
+            "needs a "
+            f"second token, and a gradient's edit a site that the metric depends on."
+        )
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuse a run whose answer is not a number."""
+    broken = logits.isnan().any(-1).nonzero()[:, 0].tolist()
+    if broken:
+        raise ValueError(
+            f"the logits of row {broken[0]} are not a number (NaN), so nothing can be said of this run; look for "
+            "an edit "
+            f"that made values too large for {str(logits.dtype).removeprefix('torch.')}."
+        )
+
+
+def check_kernel(kernel: str) -> str:
+    """An attention implementation that mechvlm reads right."""
+    if kernel not in KERNELS:
+        raise ValueError(
+            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. "
+            f"Set vlm.attention, or load with attn_implementation='sdpa'."
+        )
+    return kernel

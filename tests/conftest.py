@@ -1,0 +1,32 @@
+import beartype  # noqa: F401  (first of all: nnsight mounts `.save` on `object`, and beartype cannot be imported after that)
+
+# isort: split
+"""What every test runs under. mechvlm is not imported here: pytest reads this file before the jaxtyping hook is set."""
+
+import os
+import random
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; one that tries fails with a sentence instead of waiting
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # notes on random weights and lazy imports, which are not test output
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # else every worker starts a thread per core and they wait for one another
+
+hypothesis.settings.register_profile("here", deadline=None)
+hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
+
+
+@pytest.fixture(autouse=True)
+def generator() -> torch.Generator:
+    """Every test starts from the same random numbers; one that wants its own stream asks for this generator."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return torch.Generator().manual_seed(0)

@@ -1,0 +1,98 @@
+"""The laws of docs/architecture.md over tiny random models: grouped queries or not, SDPA and eager, three types."""
+
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import mechvlm as mv
+from mechvlm import laws
+
+MODELS = [(kv, attention) for kv in (2, 4) for attention in ("sdpa", "eager")]
+EXACT = (laws.law_1_reading, laws.law_2_writing_back, laws.law_3_residuals, laws.law_5_patching)
+"""The laws that hold bit for bit, and so in bfloat16 too."""
+
+
+def broken(law: Any, vlm: Any) -> list[laws.Finding]:
+    found = list(law(vlm, vlm.prompt(tiny.picture(), "is there a red dog in the image ?")))
+    assert found, "a law that finds nothing has tested nothing"
+    return [finding for finding in found if not finding.holds]
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("kv_heads", "attention"), MODELS)
+def test_float32(law: Any, kv_heads: int, attention: str) -> None:
+    assert broken(law, tiny.vlm(kv_heads, attention)) == []
+
+
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_float64(law: Any, attention: str) -> None:
+    """Where a difference is rounding, it shrinks with the type; a bug stays."""
+    assert broken(law, tiny.vlm(2, attention, torch.float64)) == []
+
+
+@pytest.mark.parametrize("law", EXACT, ids=lambda law: law.__name__)
+@pytest.mark.parametrize(("kv_heads", "attention"), MODELS)
+def test_bfloat16(law: Any, kv_heads: int, attention: str) -> None:
+    assert broken(law, tiny.vlm(kv_heads, attention, torch.bfloat16)) == []
+
+
+def test_a_broken_model_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laws can fail: with the wrong layer stated as a tower's, patterns are not the model's own."""
+    vlm = tiny.vlm()
+    own = laws.own_patterns
+    monkeypatch.setattr(laws, "own_patterns", lambda *given: own(*given)[::-1])
+    assert [finding.what for finding in broken(laws.law_4_patterns, vlm)] == [
+        "eager attention, text",
+        "eager attention, vision",
+    ]
+
+
+def test_check_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = tiny.vlm().check()
+    assert set(table["law"]) == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 13}
+    assert set(table["verdict"]) == {"holds"}
+    assert "eager attention, vision" in capsys.readouterr().out
+
+
+def test_an_edit_that_never_acts_is_an_error() -> None:
+    """Law 14: the model stops at its first word, so the edit of later steps has nothing to do."""
+    vlm = tiny.vlm(with_processor=False)
+    prompt = vlm.prompt(encoding=tiny.encoding())
+    first = vlm.generate(prompt, max_new_tokens=1, do_sample=False).tokens[0, 0].item()
+    late = mv.Edit("text.1.mlp_out", lambda x: x * 2, when="decode", label="late")
+    with pytest.raises(ValueError, match="late at text.1.mlp_out \\(decode only\\) never acted"):
+        vlm.generate(prompt, [late], max_new_tokens=3, do_sample=False, eos_token_id=first)
+
+
+def test_a_padded_batch_generates_as_its_rows_do() -> None:
+    vlm = tiny.vlm(with_processor=False)
+    prompts = [vlm.prompt(encoding=tiny.encoding(question=question, seed=question)) for question in (7, 4, 10)]
+    edits = [mv.bias_attention(1, list(range(3, 19)), 2.0), mv.cut_attention(0, [1], heads=[2])]
+    settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    together = vlm.generate(prompts, edits, **settings).tokens
+    alone = [vlm.generate(prompt, edits, **settings).tokens for prompt in prompts]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@pytest.mark.parametrize("kept", ["text", "vision"])
+def test_odds_for_chosen_queries_and_heads(kept: str) -> None:
+    """Law 6 for some queries and heads only: theirs change by e to the bias, the others not at all."""
+    vlm = tiny.vlm(with_processor=False)
+    prompt, site = vlm.prompt(encoding=tiny.encoding()), mv.Site("pattern", 0, kept)
+    keys, queries, heads = [4, 5, 6], [12, 15], [1, 3]
+    before = vlm.run(prompt, read=[site])[site]
+    edits = [mv.bias_attention(0, keys, 1.25, queries, heads, tower=kept)]
+    after = vlm.run(prompt, read=[site], edits=edits)[site]
+
+    def odds(pattern: torch.Tensor) -> torch.Tensor:
+        inside = pattern[..., keys].sum(-1)
+        return inside / (pattern.sum(-1) - inside)
+
+    changed = torch.zeros(before.shape[:3], dtype=torch.bool)
+    changed[:, torch.tensor(heads)[:, None], torch.tensor(queries)] = True
+    ratio = odds(after) / odds(before)
+    torch.testing.assert_close(ratio[changed], torch.full_like(ratio[changed], 1.25).exp(), rtol=1e-5, atol=0)
+    assert torch.equal(after[~changed], before[~changed])

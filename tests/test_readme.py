@@ -1,0 +1,63 @@
+"""What the README promises is what happens: CI runs its commands, its code runs, its table is the package's."""
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+REPORT = "pip install -c constraints.txt . && mechvlm report"
+TEST = 'pip install -c constraints.txt ".[test]" && pytest'
+DEMO = ROOT / "mechvlm" / "demo" / "model"
+
+
+def blocks(language: str) -> list[str]:
+    """The README's fenced blocks of one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_the_two_commands_are_in_the_readme() -> None:
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    assert commands[:2] == [REPORT, TEST]
+
+
+def test_ci_runs_the_test_command() -> None:
+    """Word for word, and in its order, each part in a line of its own so that CI can say which failed."""
+    lines = (ROOT / ".ci" / "run").read_text().splitlines()
+    assert [line for line in lines if line in TEST.split(" && ")] == TEST.split(" && ")
+
+
+@pytest.mark.skipif(not DEMO.exists(), reason="runs once mechvlm/demo/model, the trained demo model, is in the package")
+def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block, with the demo model for the published one and some picture for the dog's."""
+    (code,) = blocks("python")
+    published = 'mv.load("llava-hf/llava-1.5-7b-hf")'
+    assert published in code
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (72, 72), "navy").save("dog.jpg")
+    names: dict[str, object] = {}
+    exec(compile(code.replace(published, 'mv.load("demo")'), "README.md", "exec"), names)
+    assert isinstance(names["answer"], str)
+    assert (tmp_path / "heads.html").stat().st_size > 0
+
+
+def test_the_code_is_short() -> None:
+    (code,) = blocks("python")
+    assert len([line for line in code.splitlines() if line.strip()]) <= 12
+
+
+@pytest.mark.skipif(find_spec("mechvlm.archs") is None, reason="runs once mechvlm/archs.py exists")
+def test_the_table_of_models_is_the_packages() -> None:
+    from mechvlm.archs import ARCHS
+
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert rows == sorted(ARCHS)
+
+
+def test_links_lead_somewhere() -> None:
+    targets = [target for target in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in target]
+    assert targets
+    assert not [target for target in targets if not (ROOT / target).exists()]
