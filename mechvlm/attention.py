@@ -20,6 +20,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from mechvlm.sites import told, whole_numbers
+
 
 def additive_mask(mask: Tensor | None, q: Tensor, k: Tensor, causal: bool) -> Float[Tensor, "rows heads query key"]:
     """A mask in one form, zero where a query may look and minus infinity where it may not.
@@ -101,8 +103,9 @@ class Bias:
         heads = torch.ones(1, dtype=torch.bool) if self.heads is None else _indicator(self.heads, head)
         queries = _indicator(self.queries, key)[key - query :]
         where = heads[:, None, None] & queries[:, None] & _indicator(self.keys, key)
+        amount = torch.tensor(self.amount, dtype=torch.float64).to(like)  # too large a number becomes infinite
         added = torch.zeros(where.shape, dtype=like.dtype, device=like.device)
-        return added.masked_fill(where.to(like.device), self.amount)[None]
+        return added.masked_fill(where.to(like.device), amount)[None]
 
 
 def _indicator(positions: Sequence[int] | None, length: int) -> Bool[Tensor, " length"]:
@@ -143,7 +146,8 @@ class Mass:
 
     def __call__(self, whole: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head rows span"]:
         chosen = whole if self.queries is None else whole[:, :, list(self.queries)]
-        return torch.stack([chosen[..., list(keys)].sum(-1) for _, keys in self.spans], -1)
+        among = [_indicator(keys, chosen.shape[-1]).to(chosen.device) for _, keys in self.spans]
+        return torch.stack([chosen[..., keys].sum(-1) for keys in among], -1)
 
 
 def rows(queries: Sequence[int]) -> Rows:
@@ -156,9 +160,10 @@ def rows(queries: Sequence[int]) -> Rows:
         >>> vlm.run(real, read={mv.Site("pattern", 3): mv.rows([-1])})[mv.Site("pattern", 3)].shape
         torch.Size([1, 8, 1, 52])
     """
-    if not len(queries):
+    chosen = whole_numbers("queries", queries)
+    if not chosen:
         raise ValueError("rows() was given no query; give at least one position, for instance rows([-1]).")
-    return Rows(tuple(int(query) for query in queries))
+    return Rows(chosen)
 
 
 def mass(spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = None) -> Mass:
@@ -174,10 +179,12 @@ def mass(spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = Non
         The name and definition of `mass` follow METHODS in docs/architecture.md: the summed weights of a span's keys,
         neither divided by their number nor by chance.
     """
+    if not isinstance(spans, Mapping):
+        raise TypeError(f"spans={told(spans)} are not named; give for instance prompt.spans or {{'image': prompt.image}}.")
     if not spans:
         raise ValueError("mass() was given no span; give for instance prompt.spans or {'image': prompt.image}.")
     chosen = None if queries is None else rows(queries).queries
-    return Mass(tuple((str(name), tuple(int(key) for key in keys)) for name, keys in spans.items()), chosen)
+    return Mass(tuple((str(name), whole_numbers("keys", keys)) for name, keys in spans.items()), chosen)
 
 
 def read_rows(

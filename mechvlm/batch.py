@@ -1,6 +1,6 @@
 """Prompts as one batch, and what is checked before and after it runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,6 +56,26 @@ def check_prompts(prompt: object) -> list[Prompt]:
     if not prompts:
         raise ValueError("the list of prompts is empty.")
     return prompts
+
+
+def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any]) -> None:
+    """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
+    given = {"input_ids", "inputs_embeds", "attention_mask", "pixel_values", "position_ids"} & sampling.keys()
+    if given:
+        raise ValueError(f"{min(given)} comes from the prompt; change the prompt instead of passing it to generate.")
+    refused = {"assistant_model", "prompt_lookup_num_tokens", "custom_generate", "streamer"} & sampling.keys()
+    if not sampling.get("use_cache", True):
+        refused = {"use_cache=False"}
+    if sampling.get("cache_implementation") not in (None, "dynamic"):
+        refused = {f"cache_implementation={sampling['cache_implementation']!r}"}
+    if refused:
+        raise ValueError(
+            f"generate does not take {min(refused)}: edits and readings rest on steps of one new position, with a "
+            "cache that "
+            f"grows by it."
+        )
 
 
 def check_fired(visit: Visit) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.attention import Bias
-from mechvlm.sites import Site, as_site
+from mechvlm.sites import Site, as_site, told, whole_numbers
 
 WHENS = ("always", "prompt", "decode")
 WAYS = ("mask", "feature", "recompute")
@@ -64,11 +64,13 @@ class Edit:
         object.__setattr__(self, "site", as_site(self.site))
         if not callable(self.fn):
             raise TypeError(
-                f"the edit of {self.site} holds {self.fn!r}, which is not a function from tensor to tensor."
+                f"the edit of {self.site} holds {told(self.fn)}, which is not a function from tensor to tensor."
             )
         _one_of("when", self.when, WHENS)
         _one_of("on", self.on, ("value", "grad"))
         _one_of("way", self.way, WAYS)
+        for what, values in (("positions", self.positions), ("heads", self.heads)):
+            object.__setattr__(self, what, whole_numbers(what, values))
         if self.on == "grad" and self.when == "decode":
             raise ValueError("gradients exist in the pass over the prompt only; leave when='decode' out.")
 
@@ -87,19 +89,31 @@ def _one_of(what: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{what}={value!r} is not known; choose from {', '.join(map(repr, choices))}.")
 
 
-def _whole(what: str, values: Sequence[int] | None, empty: bool = False) -> tuple[int, ...]:
-    """Positions or heads as a tuple of whole numbers from 0."""
-    if values is None:
-        return ()
-    if isinstance(values, str | bytes | float | int):
-        raise TypeError(f"{what}={values!r} is not a list of {what}; write [{values!r}].")
-    numbers = tuple(int(value) for value in values)
-    if not numbers and not empty:
-        raise ValueError(f"{what} is empty, so nothing would be edited; give at least one, or None for all.")
+def _whole(what: str, values: Any) -> tuple[int, ...]:
+    """Positions or heads as a tuple of whole numbers from 0, at least one."""
+    numbers = whole_numbers(what, values)
+    if not numbers:
+        raise ValueError(f"{what} is empty, so nothing would be edited; give at least one.")
     wrong = [number for number in numbers if number < 0]
     if wrong:
         raise ValueError(f"{what} holds {wrong[0]}; {what} count from 0, and prompt.last is the last position.")
     return numbers
+
+
+def _number(what: str, value: Any) -> float:
+    """A number, whether Python, numpy or torch wrote it."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{what}={value!r} is not a number.")
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError is torch's, for a tensor of several numbers
+        raise TypeError(f"{what}={told(value)} is not a number.") from None
+
+
+def _tensor(what: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} is {told(value)}, and it must be a tensor; torch.as_tensor makes one.")
+    return value
 
 
 def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "text") -> Edit:
@@ -108,7 +122,7 @@ def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "t
     Example:
         >>> vlm.run(real, edits=[mv.scale_heads(3, [0, 5], 2.0)])
     """
-    chosen = _whole("heads", heads)
+    chosen, factor = _whole("heads", heads), _number("factor", factor)
 
     def scale(z: Tensor) -> Tensor:  # batch pos head d_head
         z[:, :, list(chosen)] *= factor
@@ -129,19 +143,26 @@ def ablate_heads(layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | No
         >>> vlm.run(real, edits=[mv.ablate_heads(3, [5], to=vlm.run(other, read=["text.3.z"])["text.3.z"])])
     """
     chosen = _whole("heads", heads)
-    if to is not None and to.ndim not in (2, 3, 4):
+    if to is not None and _tensor("to", to).ndim not in (2, 3, 4):
         raise ValueError(
             f"to has {to.ndim} axes; it must be 'head d_head' (a mean), 'pos head d_head' or 'batch pos head d_head'."
         )
 
     def ablate(z: Tensor) -> Tensor:  # batch pos head d_head
-        z[:, :, list(chosen)] = 0 if to is None else to.to(z).expand(z.shape)[:, :, list(chosen)]
+        if to is None:
+            z[:, :, list(chosen)] = 0
+            return z
+        if to.shape[-2:] != z.shape[-2:] or (to.ndim == 4 and to.shape[0] not in (1, z.shape[0])):
+            raise ValueError(f"to holds {tuple(to.shape)} for {tuple(z.shape)}; they must be alike.")
+        z[:, :, list(chosen)] = to.to(z).expand(z.shape)[:, :, list(chosen)]
         return z
 
     by_position = to is not None and to.ndim > 2
+    length = to.shape[-3] if to is not None and to.ndim > 2 else None
     how = "" if to is None else " to given values"
     when = "prompt" if by_position else "always"
-    return Edit(Site("z", layer, tower), ablate, when, label=f"ablate heads {list(chosen)}{how}", heads=chosen)
+    label = f"ablate heads {list(chosen)}{how}"
+    return Edit(Site("z", layer, tower), ablate, when, label=label, heads=chosen, length=length)
 
 
 def bias_attention(
@@ -168,11 +189,12 @@ def bias_attention(
     Source:
         The intervention of VIAR adds a constant to the scores of image keys in a band of layers.
     """
+    amount = _number("amount", amount)
     if amount != amount or amount == float("inf"):
         raise ValueError(f"amount={amount} cannot be added to a score; give a number, or -inf to cut.")
     bias = Bias(
         _whole("keys", keys),
-        float(amount),
+        amount,
         None if queries is None else _whole("queries", queries),
         None if heads is None else _whole("heads", heads),
     )
@@ -226,7 +248,7 @@ def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[in
     where = as_site(site)
     chosen = None if positions is None else _whole("positions", positions)
     axis = 2 if where.kind in ("scores", "pattern") else 1
-    if source.ndim != len(where.axes):
+    if _tensor("source", source).ndim != len(where.axes):
         raise ValueError(f"the patch of {where} has {source.ndim} axes; it must have {' '.join(where.axes)}.")
     length = source.shape[axis]
 
@@ -266,6 +288,9 @@ def steer(
     chosen = None if positions is None else _whole("positions", positions)
     if where.kind in ("scores", "pattern", "logits", "q", "k", "v", "z"):
         raise ValueError(f"a direction is added to the residual stream or to what is added to it, not to {where}.")
+    if _tensor("direction", direction).ndim != 1:
+        raise ValueError(f"a direction is one vector, d_model, and this one's shape is {tuple(direction.shape)}.")
+    amount = _number("amount", amount)
 
     def add(x: Tensor) -> Tensor:  # batch pos d_model
         if direction.shape[-1] != x.shape[-1]:
@@ -291,9 +316,12 @@ def replace_span(site: Site | str, positions: Sequence[int], value: Float[Tensor
         >>> vlm.run(real, edits=[mv.replace_span(site, real.image, image_mean)])
     """
     where, chosen = as_site(site), _whole("positions", positions)
+    if where.kind in ("scores", "pattern"):
+        raise ValueError(f"{where} has no vector at a position; use mv.patch, mv.cut_attention or mv.Edit there.")
+    _tensor("value", value)
 
     def put(x: Tensor) -> Tensor:  # batch pos ...
-        if value.ndim not in (x.ndim - 2, x.ndim - 1) or value.shape[-1] != x.shape[-1]:
+        if value.shape not in (x.shape[2:], (len(chosen), *x.shape[2:])):
             raise ValueError(
                 f"the value for {len(chosen)} positions of {where} is {tuple(value.shape)}; it must be "
                 f"{tuple(x.shape[2:])}, or that once for each position."
@@ -301,4 +329,6 @@ def replace_span(site: Site | str, positions: Sequence[int], value: Float[Tensor
         x[:, list(chosen)] = value.to(x)
         return x
 
-    return Edit(where, put, "prompt", label=f"replace {len(chosen)} positions", positions=chosen)
+    # As in `patch`: keys and values are read from the cache in every later step.
+    when = "always" if where.kind in ("k", "v") else "prompt"
+    return Edit(where, put, when, label=f"replace {len(chosen)} positions", positions=chosen)

@@ -94,7 +94,8 @@ class ImageMap:
         numbers = np.asarray(values.detach().double().cpu() if isinstance(values, Tensor) else values, dtype=float)
         if numbers.shape != (len(self.positions),):
             raise ValueError(
-                f"heat() takes {len(self.positions)} values, one per image token, and got an array of shape {numbers.shape}."
+                f"heat() takes {len(self.positions)} values, one per image token, and got an array of shape "
+                f"{numbers.shape}."
             )
         (left, top, x_scale, y_scale), (height, width) = self.view, self.token
         # Pixels are painted by their centres, so that a box edge within a pixel falls to one side.
@@ -126,7 +127,8 @@ def view_of(image_processor: Any, size: tuple[int, int], seen: tuple[int, int]) 
     (width, height), left, top = size, 0.0, 0.0
     if settings.get("do_pad") and not settings["image_processor_type"].startswith("LlavaImageProcessor"):
         raise ValueError(
-            f"{settings['image_processor_type']} has do_pad=True, and mechvlm undoes the padding of LlavaImageProcessor "
+            f"{settings['image_processor_type']} has do_pad=True, and mechvlm undoes the padding of "
+            "LlavaImageProcessor "
             f"only; set image_processor.do_pad = False."
         )
     if settings.get("do_pad") and width != height:
@@ -155,7 +157,8 @@ def view_of(image_processor: Any, size: tuple[int, int], seen: tuple[int, int]) 
 def _resized(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
     if set(size) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(
-            f"the processor resizes pictures to {size}, and mechvlm undoes only a 'shortest_edge', or 'height' and 'width'; "
+            f"the processor resizes pictures to {size}, and mechvlm undoes only a 'shortest_edge', or 'height' and "
+            "'width'; "
             f"set image_processor.size to one of these."
         )
     short = size.get("shortest_edge")

@@ -34,6 +34,8 @@ class WordMetric:
         return replace(self, ids=ids)
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
+        if not isinstance(logits, Tensor) or logits.ndim != 2:
+            raise TypeError(f"a metric takes logits, a tensor of batch by vocab, for instance run.logits, not {told(logits)}.")
         if self.ids is None:
             raise ValueError(
                 f"{self} is written in words, and only a model knows their tokens; use vlm.metric({self})."

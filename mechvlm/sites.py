@@ -9,8 +9,10 @@ Rule this module guards: a `Site` is only an address. It holds no tensor, knows 
 ('text.12.pattern', True)
 """
 
+import operator
 import re
 from dataclasses import dataclass
+from typing import Any
 
 LAYER_KINDS = (
     "resid_pre",
@@ -104,8 +106,10 @@ class Site:
                 raise ValueError(f"{self.kind} belongs to the whole model; leave tower={self.tower!r} out.")
         elif self.layer is None:
             raise ValueError(f"{self.kind} needs a layer, for instance Site({self.kind!r}, 0).")
-        elif isinstance(self.layer, bool) or self.layer < 0:
+        elif isinstance(self.layer, bool) or whole("layer", self.layer) < 0:
             raise ValueError(f"layer {self.layer} is not a layer; layers count from 0.")
+        else:
+            object.__setattr__(self, "layer", whole("layer", self.layer))  # numpy's and torch's numbers too
 
     def __str__(self) -> str:
         if self.kind in MODEL_KINDS:
@@ -149,4 +153,37 @@ def as_site(value: "Site | str") -> Site:
         return value
     if isinstance(value, str):
         return Site.parse(value)
-    raise TypeError(f"{value!r} is not a site; write Site('pattern', 12) or 'text.12.pattern'.")
+    raise TypeError(f"{told(value)} is not a site; write Site('pattern', 12) or 'text.12.pattern'.")
+
+
+def whole(what: str, value: Any) -> int:
+    """A whole number, whether Python, numpy or torch wrote it.
+
+    Raises:
+        TypeError: for anything else, 1.0 included.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{what} {told(value)} is not a whole number.") from None
+
+
+def whole_numbers(what: str, values: Any) -> tuple[int, ...]:
+    """Positions or heads as a tuple, from a list, a range, an array or a tensor of them.
+
+    Raises:
+        TypeError: for a single number, or anything in the list that is not a whole number.
+    """
+    try:
+        listed = None if isinstance(values, str | bytes) else tuple(values)
+    except TypeError:
+        listed = None
+    if listed is None:
+        raise TypeError(f"{what}={told(values)} is not a list of {what}; write for instance [0].")
+    return tuple(whole(f"{what}:", value) for value in listed)
+
+
+def told(value: object) -> str:
+    """A value as an error names it: written out where that is short, else its type."""
+    text = repr(value)
+    return text if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"

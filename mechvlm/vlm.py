@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.archs import arch_of, shape_of
-from mechvlm.batch import check_finite, check_fired, check_kernel, check_prompts, collate, scored
+from mechvlm.batch import check_finite, check_fired, check_kernel, check_prompts, check_sampling, collate, scored
 from mechvlm.edits import Edit
 from mechvlm.images import to_picture
 from mechvlm.metrics import Metric, WordMetric, spellings
@@ -235,8 +235,7 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
+        check_sampling(max_new_tokens, sampling)
         prompts = check_prompts(prompt)
         plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
         batch = self._batch(prompts, plan)
@@ -277,8 +276,10 @@ class VLM:
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
+        # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
+        norm, head = at(self.model, self.arch.norm), at(self.model, self.arch.unembed)
         with torch.no_grad():
-            return at(self.hf, self.arch.unembed)(at(self.hf, self.arch.norm)(h))
+            return head(norm(h))
 
     def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
         """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""

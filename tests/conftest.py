@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # else every worker starts a thread per core and they wait for one another
+torch.set_num_threads(1)  # the models here are so small that threads would only wait for one another
 
 hypothesis.settings.register_profile("here", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
