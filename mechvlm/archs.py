@@ -121,6 +121,11 @@ def arch_of(config: Any) -> Arch:
     return ARCHS[config.model_type]
 
 
+def kernels_of(config: Any) -> dict[str, str]:
+    """The attention implementation of each tower."""
+    return {"text": config.get_text_config()._attn_implementation, "vision": config.vision_config._attn_implementation}
+
+
 def shape_of(config: Any) -> Shape:
     """The sizes of a LLaVA model, from its configuration.
 

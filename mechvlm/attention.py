@@ -180,7 +180,9 @@ def mass(spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = Non
         neither divided by their number nor by chance.
     """
     if not isinstance(spans, Mapping):
-        raise TypeError(f"spans={told(spans)} are not named; give for instance prompt.spans or {{'image': prompt.image}}.")
+        raise TypeError(
+            f"spans={told(spans)} are not named; give for instance prompt.spans or {{'image': prompt.image}}."
+        )
     if not spans:
         raise ValueError("mass() was given no span; give for instance prompt.spans or {'image': prompt.image}.")
     chosen = None if queries is None else rows(queries).queries

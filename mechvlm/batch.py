@@ -9,6 +9,7 @@ from torch import Tensor
 from mechvlm.metrics import Metric
 from mechvlm.plan import Layout
 from mechvlm.prompt import Prompt
+from mechvlm.sites import told
 from mechvlm.visit import Visit
 
 KERNELS = ("sdpa", "eager")
@@ -52,7 +53,7 @@ def check_prompts(prompt: object) -> list[Prompt]:
     prompts: list[Any] = list(prompt) if isinstance(prompt, list | tuple) else [prompt]
     for one in prompts:
         if not isinstance(one, Prompt):
-            raise TypeError(f"{one!r} is not a prompt; make one with vlm.prompt(image, text).")
+            raise TypeError(f"{told(one)} is not a prompt; make one with vlm.prompt(image, text).")
     if not prompts:
         raise ValueError("the list of prompts is empty.")
     return prompts

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.attention import Bias
-from mechvlm.sites import Site, as_site, told, whole_numbers
+from mechvlm.sites import Site, as_site, number, places, told, whole_numbers
 
 WHENS = ("always", "prompt", "decode")
 WAYS = ("mask", "feature", "recompute")
@@ -89,27 +89,6 @@ def _one_of(what: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{what}={value!r} is not known; choose from {', '.join(map(repr, choices))}.")
 
 
-def _whole(what: str, values: Any) -> tuple[int, ...]:
-    """Positions or heads as a tuple of whole numbers from 0, at least one."""
-    numbers = whole_numbers(what, values)
-    if not numbers:
-        raise ValueError(f"{what} is empty, so nothing would be edited; give at least one.")
-    wrong = [number for number in numbers if number < 0]
-    if wrong:
-        raise ValueError(f"{what} holds {wrong[0]}; {what} count from 0, and prompt.last is the last position.")
-    return numbers
-
-
-def _number(what: str, value: Any) -> float:
-    """A number, whether Python, numpy or torch wrote it."""
-    if isinstance(value, str | bytes):
-        raise TypeError(f"{what}={value!r} is not a number.")
-    try:
-        return float(value)
-    except (TypeError, ValueError, RuntimeError):  # RuntimeError is torch's, for a tensor of several numbers
-        raise TypeError(f"{what}={told(value)} is not a number.") from None
-
-
 def _tensor(what: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{what} is {told(value)}, and it must be a tensor; torch.as_tensor makes one.")
@@ -122,7 +101,7 @@ def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "t
     Example:
         >>> vlm.run(real, edits=[mv.scale_heads(3, [0, 5], 2.0)])
     """
-    chosen, factor = _whole("heads", heads), _number("factor", factor)
+    chosen, factor = places("heads", heads), number("factor", factor)
 
     def scale(z: Tensor) -> Tensor:  # batch pos head d_head
         z[:, :, list(chosen)] *= factor
@@ -142,7 +121,7 @@ def ablate_heads(layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | No
     Example:
         >>> vlm.run(real, edits=[mv.ablate_heads(3, [5], to=vlm.run(other, read=["text.3.z"])["text.3.z"])])
     """
-    chosen = _whole("heads", heads)
+    chosen = places("heads", heads)
     if to is not None and _tensor("to", to).ndim not in (2, 3, 4):
         raise ValueError(
             f"to has {to.ndim} axes; it must be 'head d_head' (a mean), 'pos head d_head' or 'batch pos head d_head'."
@@ -189,14 +168,14 @@ def bias_attention(
     Source:
         The intervention of VIAR adds a constant to the scores of image keys in a band of layers.
     """
-    amount = _number("amount", amount)
+    amount = number("amount", amount)
     if amount != amount or amount == float("inf"):
         raise ValueError(f"amount={amount} cannot be added to a score; give a number, or -inf to cut.")
     bias = Bias(
-        _whole("keys", keys),
+        places("keys", keys),
         amount,
-        None if queries is None else _whole("queries", queries),
-        None if heads is None else _whole("heads", heads),
+        None if queries is None else places("queries", queries, all_by_none=True),
+        None if heads is None else places("heads", heads, all_by_none=True),
     )
     if way == "feature" and amount == float("-inf"):
         raise ValueError("way='feature' multiplies numbers, and minus infinity times zero is none; use way='mask'.")
@@ -205,9 +184,9 @@ def bias_attention(
         name += f" from {len(bias.queries or ())} queries"
     if heads is not None:
         name += f" in heads {list(bias.heads or ())}"
-    places = bias.keys + (bias.queries or ())
+    positions = bias.keys + (bias.queries or ())
     return Edit(
-        Site("scores", layer, tower), bias, label=name, positions=places, heads=bias.heads or (), bias=bias, way=way
+        Site("scores", layer, tower), bias, label=name, positions=positions, heads=bias.heads or (), bias=bias, way=way
     )
 
 
@@ -246,7 +225,7 @@ def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[in
         >>> vlm.run(null, edits=[mv.patch(site, vlm.run(real, read=[site])[site], positions=null.image)])
     """
     where = as_site(site)
-    chosen = None if positions is None else _whole("positions", positions)
+    chosen = None if positions is None else places("positions", positions, all_by_none=True)
     axis = 2 if where.kind in ("scores", "pattern") else 1
     if _tensor("source", source).ndim != len(where.axes):
         raise ValueError(f"the patch of {where} has {source.ndim} axes; it must have {' '.join(where.axes)}.")
@@ -285,12 +264,12 @@ def steer(
         >>> vlm.generate(real, edits=[mv.steer("text.4.resid_post", direction, amount=3.0)])
     """
     where = as_site(site)
-    chosen = None if positions is None else _whole("positions", positions)
+    chosen = None if positions is None else places("positions", positions, all_by_none=True)
     if where.kind in ("scores", "pattern", "logits", "q", "k", "v", "z"):
         raise ValueError(f"a direction is added to the residual stream or to what is added to it, not to {where}.")
     if _tensor("direction", direction).ndim != 1:
         raise ValueError(f"a direction is one vector, d_model, and this one's shape is {tuple(direction.shape)}.")
-    amount = _number("amount", amount)
+    amount = number("amount", amount)
 
     def add(x: Tensor) -> Tensor:  # batch pos d_model
         if direction.shape[-1] != x.shape[-1]:
@@ -315,7 +294,7 @@ def replace_span(site: Site | str, positions: Sequence[int], value: Float[Tensor
         >>> site = mv.Site("resid_pre", 0)
         >>> vlm.run(real, edits=[mv.replace_span(site, real.image, image_mean)])
     """
-    where, chosen = as_site(site), _whole("positions", positions)
+    where, chosen = as_site(site), places("positions", positions)
     if where.kind in ("scores", "pattern"):
         raise ValueError(f"{where} has no vector at a position; use mv.patch, mv.cut_attention or mv.Edit there.")
     _tensor("value", value)

@@ -14,6 +14,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.sites import told
+
 Metric = Callable[[Tensor], Tensor]
 
 
@@ -25,6 +27,11 @@ class WordMetric:
     words: tuple[str | int, ...]
     ids: tuple[tuple[int, ...], ...] | None = None
 
+    def __post_init__(self) -> None:
+        for word in self.words:
+            if isinstance(word, bool) or not isinstance(word, str | int):
+                raise TypeError(f"{told(word)} is not a word; {self.name} takes words and token ids.")
+
     def resolve(self, spellings: Callable[[str], Sequence[int]]) -> "WordMetric":
         """The same metric with the token ids of one model, as `spellings` gives them."""
         ids = tuple((word,) if isinstance(word, int) else tuple(spellings(word)) for word in self.words)
@@ -35,7 +42,8 @@ class WordMetric:
 
     def __call__(self, logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, " batch"]:
         if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise TypeError(f"a metric takes logits, a tensor of batch by vocab, for instance run.logits, not {told(logits)}.")
+            given = tuple(logits.shape) if isinstance(logits, Tensor) else told(logits)
+            raise TypeError(f"{self} takes logits, batch by vocab, for instance run.logits, and got {given}.")
         if self.ids is None:
             raise ValueError(
                 f"{self} is written in words, and only a model knows their tokens; use vlm.metric({self})."

@@ -12,7 +12,7 @@ from mechvlm.archs import Shape
 from mechvlm.attention import Mass, Rows
 from mechvlm.edits import Edit
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, as_site
+from mechvlm.sites import Site, as_site, told
 
 Group = tuple[list[int] | None, int]
 """Batch indices that are treated alike (None: all of them), and how many positions of padding they have."""
@@ -118,6 +118,10 @@ def make_plan(
     Raises:
         ValueError, TypeError: with one sentence for each thing that can be wrong.
     """
+    if isinstance(read, Site | str) or not isinstance(read, Iterable):
+        raise TypeError(f"read={told(read)} is not a list; write read=[site, ...] or read={{site: function}}.")
+    edits = listed_edits("edits", edits)
+    variants = None if variants is None else [listed_edits("a variant", row) for row in variants]
     longest = max(len(prompt) for prompt in prompts)
     images = tuple(len(prompt.images) for prompt in prompts)
     own = [edit for edits_of_row in variants or () for edit in edits_of_row]
@@ -143,11 +147,18 @@ def make_plan(
     return plan
 
 
+def listed_edits(what: str, edits: object) -> list:
+    """Edits as a list; a single one is refused."""
+    if not isinstance(edits, Iterable):
+        raise TypeError(f"{what} is {edits if isinstance(edits, Edit) else told(edits)}; it must be a list of edits.")
+    return list(edits)
+
+
 def check_edit(edit: object) -> Edit:
     """An edit as it is; anything else is refused."""
     if not isinstance(edit, Edit):
         raise TypeError(
-            f"{edit!r} is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. "
+            f"{told(edit)} is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. "
             f"edits is a list of them, and variants a list of such lists, one for each row."
         )
     return edit
@@ -189,7 +200,9 @@ def check_range(what: str, site: Site, positions: Iterable[int], prompts: Sequen
 def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], shape: Shape, steps: int) -> None:
     """Refuse a reading that is no function, or asks for rows that are not there."""
     if reading is not None and not callable(reading):
-        raise TypeError(f"the reading of {site} is {reading!r}; give a function of its tensor, or list the site alone.")
+        raise TypeError(
+            f"the reading of {site} is {told(reading)}; give a function of its tensor, or list the site alone."
+        )
     if not isinstance(reading, Rows | Mass):
         return
     if site.kind not in ("scores", "pattern") or (isinstance(reading, Mass) and site.kind != "pattern"):
@@ -209,7 +222,7 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
     check_range(str(edit), site, edit.positions, prompts, shape)
     for head in edit.heads:
         count = shape.kv_heads[site.tower] if site.kind in ("k", "v") else shape.heads[site.tower]
-        if head >= count:
+        if not -count <= head < count:
             raise ValueError(f"the {site.tower} tower has {count} heads a layer, so there is no head {head} ({edit}).")
     if site.tower == "vision" and site.layer is not None and site.layer >= shape.live["vision"]:
         raise ValueError(

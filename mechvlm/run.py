@@ -81,7 +81,13 @@ def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
         if vision or key[0] == "image_features":
             start = sum(layout.images[:row])
             return value[start : start + layout.images[row]]
-        times = value.shape[0] // (len(layout.pads) if indices is None else max(1, layout.pads.count(pad)))
+        rows = len(layout.pads) if indices is None else max(1, layout.pads.count(pad))
+        if not value.ndim or value.shape[0] % rows:
+            raise ValueError(
+                f"the reading of {Site(*key)} is {tuple(value.shape)} for {rows} rows, so it cannot be split; keep the "
+                f"batch axis first."
+            )
+        times = value.shape[0] // rows
         alike = [other for other in range(len(layout.pads)) if layout.pads[other] == pad]
         if row in alike:
             place = alike.index(row) * times
@@ -141,8 +147,12 @@ class Generation:
     steps: list[Readings] = field(default_factory=list)
 
     def __getitem__(self, site: Site | str) -> list[Any]:
-        """What was read of a site, step by step."""
-        return [step[site] for step in self.steps]
+        """What was read of a site, step by step; the vision tower runs in the first one only."""
+        where = as_site(site)
+        found = [step[where] for step in self.steps if key_of(where) in step.kept]
+        if not found:
+            raise ValueError(f"{where} was not read in this generation; pass read_each_step=[..., {str(where)!r}].")
+        return found
 
     def __repr__(self) -> str:
         return f"Generation({self.text!r}, {self.tokens.shape[-1]} tokens)"

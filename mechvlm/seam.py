@@ -146,9 +146,9 @@ def biased_mask(visit: Visit, site: tuple, call: Call, entries: list) -> Tensor 
             total = total + edit.bias.mask(heads, query, key, base)
             continue
         total = total.expand(call.q.shape[0], heads if edit.bias.heads else total.shape[1], query, key).clone()
-        for group, part in parts(total, site, rows, visit.plan.layout, visit.step):
+        for group, part in parts(total, site, rows, visit.plan.layout):
             new = part + edit.bias.mask(heads, part.shape[2], part.shape[3], base)
-            total = put(total, site, group, new, visit.step)
+            total = put(total, site, group, new)
     blind = (base == -torch.inf).all(-1, keepdim=True)
     if bool(((total == -torch.inf).all(-1, keepdim=True) & ~blind).any()):
         return None
@@ -164,7 +164,8 @@ def add_features(visit: Visit, site: tuple, call: Call, entries: list) -> None:
         for group in visit.plan.layout.groups(site, rows, call.q.shape[0]):
             indices = slice(None) if group[0] is None else group[0]
             start = group[1]
-            query, key = call.q.shape[2] - (start if visit.step == 0 else 0), call.k.shape[2] - start
+            query = call.q.shape[2] - (start if call.q.shape[2] > 1 else 0)
+            key = call.k.shape[2] - start
             to_query, to_key = attention.bias_features(edit.bias, call.q.shape[1], query, key, call.scale)
             feature = call.q.shape[-1] + number
             q[indices, :, call.q.shape[2] - query :, feature] = to_query.to(q)
@@ -195,7 +196,7 @@ def keep_rows(visit: Visit, site: tuple, call: Call, read: Rows | Mass) -> None:
     kept: list[tuple[Group, object]] = []
     for indices, start in visit.plan.layout.groups(site, None, call.q.shape[0]):
         rows = slice(None) if indices is None else indices
-        q = call.q[rows][:, :, (start if visit.step == 0 else 0) :]
+        q = call.q[rows][:, :, (start if call.q.shape[2] > 1 else 0) :]
         k = call.k[rows][:, :, start:]
         mask = call.mask
         if mask is not None:
@@ -235,7 +236,7 @@ def finish(visit: Visit, place: tuple, op: Any, kinds: set[str], new: Tensor | N
     final = visit.touch(site, z) if "z" in kinds else z
     for attended in sites(place):
         if isinstance(visit.graph.get(attended), tuple):
-            visit.graph[attended] = (final, *visit.graph[attended][1:])
+            visit.graph[attended] = (z, *visit.graph[attended][1:])  # before the edits of z
     if final is not out[0]:
         op.output = (final, *out[1:])
 

@@ -183,6 +183,28 @@ def whole_numbers(what: str, values: Any) -> tuple[int, ...]:
     return tuple(whole(f"{what}:", value) for value in listed)
 
 
+def places(what: str, values: Any, all_by_none: bool = False) -> tuple[int, ...]:
+    """Positions or heads to be edited: whole numbers from 0, at least one."""
+    numbers = whole_numbers(what, values)
+    if not numbers:
+        none = ", or None for all" if all_by_none else ""
+        raise ValueError(f"{what} is empty, so nothing would be edited; give at least one{none}.")
+    wrong = [number for number in numbers if number < 0]
+    if wrong:
+        raise ValueError(f"{what} holds {wrong[0]}; {what} count from 0, and prompt.last is the last position.")
+    return numbers
+
+
+def number(what: str, value: Any) -> float:
+    """A number, whether Python, numpy or torch wrote it."""
+    try:
+        if not isinstance(value, str | bytes):
+            return float(value)
+    except (TypeError, ValueError, RuntimeError):  # RuntimeError is torch's, for a tensor of several numbers
+        pass
+    raise TypeError(f"{what}={told(value)} is not a number.")
+
+
 def told(value: object) -> str:
     """A value as an error names it: written out where that is short, else its type."""
     text = repr(value)

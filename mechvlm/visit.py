@@ -22,51 +22,54 @@ QUERY_AXIS = {"scores": 2, "pattern": 2}
 KEY_AXIS = {"scores": 3, "pattern": 3, "k": 1, "v": 1}
 
 
-def trim(x: Tensor, site: tuple, pad: int, step: int) -> Tensor:
-    """A tensor without its first `pad` positions; a decode step's queries have no padding, its keys have."""
+def trim(x: Tensor, site: tuple, pad: int) -> Tensor:
+    """A tensor without its first `pad` positions.
+
+    Where a tensor has one query only (a decode step's, or the last logits) that is the newest position, and no padding.
+    """
     if not pad:
         return x
     key = KEY_AXIS.get(site[0])
     if key is not None:
         x = x.narrow(key, pad, x.shape[key] - pad)
     query = QUERY_AXIS.get(site[0], 1 if key is None else None)
-    if query is not None and step == 0:
+    if query is not None and x.shape[query] > 1:
         x = x.narrow(query, pad, x.shape[query] - pad)
     return x
 
 
-def parts(x: Tensor, site: tuple, rows: Sequence[int] | None, layout: Layout, step: int) -> list[tuple[Group, Tensor]]:
+def parts(x: Tensor, site: tuple, rows: Sequence[int] | None, layout: Layout) -> list[tuple[Group, Tensor]]:
     """A tensor as its rows' own: one part for each group of rows that have the same padding."""
     found = []
     for indices, pad in layout.groups(site, rows, x.shape[0]):
         part = x if indices is None else x[indices]
-        found.append(((indices, pad), trim(part, site, pad, step)))
+        found.append(((indices, pad), trim(part, site, pad)))
     return found
 
 
-def put(x: Tensor, site: tuple, group: Group, new: Tensor, step: int) -> Tensor:
+def put(x: Tensor, site: tuple, group: Group, new: Tensor) -> Tensor:
     """The tensor with one part replaced."""
     indices, pad = group
     if indices is None and not pad:
         return new
     rows = x if indices is None else x[indices]
     rows = rows.clone()
-    trim(rows, site, pad, step).copy_(new)
+    trim(rows, site, pad).copy_(new)
     if indices is None:
         return rows
     return x.index_copy(0, torch.tensor(indices, device=x.device), rows)
 
 
-def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, step: int, gradient: bool) -> Tensor:
+def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: bool) -> Tensor:
     """The tensor after one edit; the very same object where the edit changed nothing."""
     _, rows, edit = entry
-    for group, part in parts(x, site, rows, layout, step):
+    for group, part in parts(x, site, rows, layout):
         given = part.clone()
         new = edit.fn(given)
         check_result(new, part, site, edit.on)
         unchanged = torch.equal(new, part) and (new is given or not gradient)
         if not unchanged:
-            x = put(x, site, group, new, step)
+            x = put(x, site, group, new)
     return x
 
 
@@ -102,6 +105,7 @@ class Visit:
         saved: per site, the readings of each group of rows, one list for each step.
         fired: numbers of the edits that acted.
         graph: per site, the tensor in the autograd graph whose gradient is the site's.
+        edited: per site, its gradient after the edits of it.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -111,6 +115,7 @@ class Visit:
         self.fired: set[int] = set()
         self.graph: dict[tuple, Any] = {}
         self.grads: dict[tuple, list[tuple[Group, object]]] = {}
+        self.edited: dict[tuple, Tensor] = {}
         self.last: Tensor | None = None
 
     def touch(self, site: tuple, x: Tensor) -> Tensor:
@@ -119,7 +124,7 @@ class Visit:
         if site[0] == "image_features" and plan.layout.shared > 1:
             x = x.repeat(plan.layout.shared, *[1] * (x.ndim - 1))
         for entry in plan.active(site, self.step):
-            x = apply_edit(x, site, entry, plan.layout, self.step, plan.gradient)
+            x = apply_edit(x, site, entry, plan.layout, plan.gradient)
             self.fired.add(entry[0])
         if plan.gradient:
             x = self.track(site, x)
@@ -142,23 +147,31 @@ class Visit:
         reads = [site for site in self.plan.reads if site in self.graph]
         held = {site: self.graph[site] for site in {*reads, *self.plan.grads}}
         tensors = {site: kept[0] if isinstance(kept, tuple) else kept for site, kept in held.items()}
+        if not tensors:
+            return  # only the metric's value was asked for
         found = torch.autograd.grad(metric.sum(), list(tensors.values()), allow_unused=True)
         for (site, tensor), reached in zip(tensors.items(), found, strict=True):
             if site not in self.plan.reads:
                 continue
-            gradient = gradient_at(site, held[site], torch.zeros_like(tensor) if reached is None else reached)
+            # Autograd hands out a hooked tensor's gradient before or after the hook, as it happens; the edit's is kept.
+            own = self.edited.get(site, reached)
+            gradient = gradient_at(site, held[site], torch.zeros_like(tensor) if own is None else own)
             self.grads[site] = [
                 (group, reading_of(site, self.plan.reads[site], part))
-                for group, part in parts(gradient, site, None, self.plan.layout, 0)
+                for group, part in parts(gradient, site, None, self.plan.layout)
             ]
 
     def track(self, site: tuple, x: Tensor) -> Tensor:
         """Make gradients start at the embeddings, remember the tensor, and hang the gradient's edits on it."""
         if site[0] == "embed" or (site[0] == "image_features" and not self.plan.sees_vision()):
             x = x.detach().requires_grad_(True)
-        self.graph[site] = x
-        for entry in self.plan.grads.get(site, ()):
+        entries = self.plan.grads.get(site, ())
+        if entries:
+            # The residual stream that leaves one layer enters the next: a node of its own keeps the two sites apart.
+            x = x.view_as(x)
+        for entry in entries:
             x.register_hook(self.gradient_edit(site, entry))
+        self.graph[site] = x
         return x
 
     def gradient_edit(self, site: tuple, entry: tuple) -> Callable[[Tensor], Tensor]:
@@ -166,7 +179,8 @@ class Visit:
 
         def change(gradient: Tensor) -> Tensor:
             self.fired.add(entry[0])
-            return apply_edit(gradient.detach(), site, entry, self.plan.layout, 0, False)
+            self.edited[site] = apply_edit(gradient.detach(), site, entry, self.plan.layout, False)
+            return self.edited[site]
 
         return change
 
@@ -174,7 +188,7 @@ class Visit:
         """Keep a reading, evaluated here, per group of rows with the same padding."""
         read = read or self.plan.reads[site]
         kept: list[tuple[Group, object]] = []
-        for group, part in parts(x.detach(), site, None, self.plan.layout, self.step):
+        for group, part in parts(x.detach(), site, None, self.plan.layout):
             kept.append((group, reading_of(site, read, part)))
         steps = self.saved.setdefault(site, [])
         steps.append(kept)
@@ -196,5 +210,5 @@ def gradient_at(site: tuple, held: object, gradient: Tensor) -> Tensor:
     if not isinstance(held, tuple):
         return gradient
     _, pattern, v = held
-    of_pattern = attention.pattern_gradient(gradient, v.detach())
+    of_pattern = attention.pattern_gradient(gradient, v[..., : gradient.shape[-1]].detach())  # without bias features
     return of_pattern if site[0] == "pattern" else attention.scores_gradient(pattern, of_pattern)

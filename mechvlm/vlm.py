@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.archs import arch_of, shape_of
+from mechvlm.archs import arch_of, kernels_of, shape_of
 from mechvlm.batch import check_finite, check_fired, check_kernel, check_prompts, check_sampling, collate, scored
 from mechvlm.edits import Edit
 from mechvlm.images import to_picture
@@ -60,7 +60,8 @@ class VLM:
         self.processor = processor
         self.name = name or config.name_or_path or config.model_type
         self.model = nnsight.NNsight(hf_model)
-        check_kernel(self.attention)
+        for kernel in kernels_of(config).values():
+            check_kernel(kernel)
 
     @property
     def device(self) -> torch.device:
@@ -74,8 +75,8 @@ class VLM:
 
     @property
     def attention(self) -> str:
-        """The attention implementation: 'sdpa' or 'eager'. Assign to it to switch without loading again."""
-        return self.hf.config.get_text_config()._attn_implementation
+        """The attention implementation: 'sdpa' or 'eager'. Assign to it to switch both towers without loading again."""
+        return kernels_of(self.hf.config)["text"]
 
     @attention.setter
     def attention(self, kernel: str) -> None:
