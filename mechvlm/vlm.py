@@ -133,8 +133,9 @@ class VLM:
         return spellings(self.processor.tokenizer, word)
 
     def word(self, token: int) -> str:
-        """A token's text."""
-        return str(token) if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(int(token))
+        """A token's text; its number where the tokenizer has none, as for the ids that pad a vocabulary."""
+        text = None if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(int(token))
+        return str(token) if text is None else text
 
     def metric(self, metric: Metric) -> Metric:
         """A metric as a function of logits: words become this model's token ids."""
