@@ -1,9 +1,9 @@
 """What a reading costs: all residuals and the last row's attention of all layers, against the raw forward pass.
 
-A random LLaVA of about 60 million parameters reads 616 positions, 576 of them image tokens, under SDPA. The two are run
-in pairs, one after the other in turn, so that a machine that slows down slows both; the ratio is the median of the pairs.
-Logits are asserted equal bit for bit, and the rows equal to eager attention's. Peak memory is how far a call raises the
-process's resident memory at most.
+A random LLaVA of about 60 million parameters reads 616 positions, 576 of them image tokens, under SDPA. The two are
+run in pairs, one after the other in turn, so that a machine that slows down slows both; the ratio is the median of the
+pairs. Logits are asserted equal bit for bit, and the rows equal to eager attention's. Peak memory is how far a call
+raises the process's resident memory at most.
 
     python bench/overhead.py [--pairs 15] [--threads 2] [--device cuda]
 """
@@ -11,9 +11,12 @@ process's resident memory at most.
 import argparse
 import gc
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import mechvlm as mv
@@ -24,7 +27,12 @@ LAYERS, HEADS, IMAGE = 12, 8, 31
 def model() -> LlavaForConditionalGeneration:
     """A LLaVA shape: 24 x 24 image tokens, 12 decoder layers 512 wide, a small tower."""
     vision = CLIPVisionConfig(
-        hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, image_size=336, patch_size=14
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        image_size=336,
+        patch_size=14,
     )
     text = LlamaConfig(
         hidden_size=512,
@@ -53,7 +61,7 @@ def readings() -> dict[mv.Site, object]:
     return {**dict.fromkeys(residuals), **{mv.Site("pattern", layer): mv.rows([-1]) for layer in range(LAYERS)}}
 
 
-def timed(call: object, cuda: bool) -> float:
+def timed(call: Callable, cuda: bool) -> float:
     start = time.perf_counter()
     call()
     if cuda:
@@ -61,7 +69,7 @@ def timed(call: object, cuda: bool) -> float:
     return time.perf_counter() - start
 
 
-def peak(call: object) -> float:
+def peak(call: Callable) -> float:
     """MiB by which resident memory rises at most during a call (Linux: the high-water mark, reset before)."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -97,7 +105,7 @@ def main() -> None:
     def reading() -> mv.Run:
         return vlm.run(prompt, read=read)
 
-    def eager() -> object:
+    def eager() -> Any:
         vlm.attention = "eager"
         with torch.no_grad():
             shown = hf(**given, use_cache=False, logits_to_keep=1, output_attentions=True, output_hidden_states=True)
@@ -106,7 +114,8 @@ def main() -> None:
 
     run, own = reading(), eager()
     assert torch.equal(run.logits, raw()), "reading changed the logits"
-    worst = max((run[mv.Site("pattern", at)][:, :, 0] - own.attentions[at][:, :, -1]).abs().max() for at in range(LAYERS))
+    gaps = [run[mv.Site("pattern", at)][:, :, 0] - own.attentions[at][:, :, -1] for at in range(LAYERS)]
+    worst = max(gap.abs().max() for gap in gaps)
     assert worst <= 1e-6, f"rows differ from eager attention by {worst:.1e}"
     pairs = []
     for pair in range(options.pairs + 2):
@@ -116,7 +125,8 @@ def main() -> None:
     ratios = sorted(pairs[2:])
     low, middle, high = ratios[len(ratios) // 4], ratios[len(ratios) // 2], ratios[-1 - len(ratios) // 4]
     millions = sum(weight.numel() for weight in hf.parameters()) / 1e6
-    print(f"{millions:.1f} M parameters, {len(prompt)} positions, {len(read)} sites, {options.threads} threads, {hf.device}")
+    print(f"{millions:.1f} M parameters, {len(prompt)} positions, {len(read)} sites")
+    print(f"{options.threads} threads, {hf.device}, torch {torch.__version__}, transformers {transformers.__version__}")
     print(f"raw forward {middle[1] * 1e3:.0f} ms, with the readings {middle[2] * 1e3:.0f} ms")
     print(f"ratio: median {middle[0]:.3f}, quartiles {low[0]:.3f} to {high[0]:.3f}, {options.pairs} pairs")
     print(f"largest difference of the rows from eager attention {worst:.1e}; logits equal bit for bit")
@@ -125,7 +135,6 @@ def main() -> None:
         plain, read_too, maps = peak(raw), peak(reading), peak(eager)
         print(f"peak memory: raw forward {plain:.0f} MiB; with the readings {read_too - plain:+.0f} MiB;")
         print(f"with eager output_attentions and output_hidden_states {maps - plain:+.0f} MiB")
-
 
 
 if __name__ == "__main__":

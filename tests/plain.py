@@ -4,7 +4,7 @@ Hooks on Hugging Face's modules and an attention written out here; nothing of me
 time, so that there is no padding, no batch and no cache to get wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,7 @@ class Plain:
     """
 
     def __init__(
-        self, model: Any, edits: list[tuple[Place, Callable[[Tensor], Tensor], str]] = (), gradients: bool = False
+        self, model: Any, edits: Sequence[tuple[Place, Callable[[Tensor], Tensor], str]] = (), gradients: bool = False
     ) -> None:
         self.model, self.edits, self.gradients = model, list(edits), gradients
         self.seen: dict[Place, Tensor] = {}
@@ -39,10 +39,12 @@ class Plain:
                 x = function(x.clone())
         if self.gradients and not x.requires_grad:
             x = x.detach().requires_grad_(True)
+        self.seen[place] = x
         for where, function, on in self.edits:
             if where == place and on == "grad" and x.requires_grad:
+                x = x.clone()
                 x.register_hook(lambda gradient, function=function: function(gradient.clone()))
-        self.seen[place] = x
+                x = x.clone()  # so that no other site, such as the next layer's resid_pre, is the tensor with the hook
         return x
 
     def __call__(self, encoding: dict[str, Tensor]) -> Tensor:

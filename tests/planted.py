@@ -1,10 +1,10 @@
 """A hand-built LLaVA in which one head of one layer carries the image's answer to the last position.
 
-Every weight is zero but these. The vision tower writes each square's brightness into its token; the projector hands it on
-in one direction of the residual stream and marks image tokens in another; in layer `layer`, head `head`, the last position
-(alone marked, by its word) looks at the marked image tokens and copies their brightness to a direction that the unembedding
-reads as yes (bright) or no (dark). So the answer is in the image tokens up to that layer and in the last position after it,
-and every other head adds exactly nothing.
+Every weight is zero but these. The vision tower writes each square's brightness into its token; the projector hands
+it on in one direction of the residual stream and marks image tokens in another; in layer `layer`, head `head`, the
+last position (alone marked, by its word) looks at the marked image tokens and copies their brightness to a direction
+that the unembedding reads as yes (bright) or no (dark). So the answer is in the image tokens up to that layer and in
+the last position after it, and every other head adds exactly nothing.
 """
 
 from typing import Any

@@ -7,7 +7,7 @@ More examples than the test run has time for: MECHVLM_FUZZ=2000 pytest tests/tes
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,19 +144,19 @@ def builders(draw: Callable, pictures: bool, length: int) -> Change:  # noqa: PL
         layer, tower, places = site.layer, site.tower, length_at(site, length)
         keys = some(draw, places)
         queries = some(draw, places) if draw(st.booleans()) else None
-        heads = some(draw, HEADS[tower]) if draw(st.booleans()) else None
+        chosen = some(draw, HEADS[tower]) if draw(st.booleans()) else None
         amount = draw(st.floats(-3, 3)) if kind == "bias" else -torch.inf
 
         def biased(scores: Tensor) -> Tensor:
-            for head in range(scores.shape[1]) if heads is None else heads:
+            for head in range(scores.shape[1]) if chosen is None else chosen:
                 for query in range(scores.shape[2]) if queries is None else queries:
                     scores[:, head, query, keys] += amount
             return scores
 
         if kind == "cut":
-            return Change(mv.cut_attention(layer, keys, queries, heads, tower), biased)
+            return Change(mv.cut_attention(layer, keys, queries, chosen, tower), biased)
         way = draw(st.sampled_from(["mask", "feature", "recompute"]))
-        return Change(mv.bias_attention(layer, keys, amount, queries, heads, tower, way), biased)
+        return Change(mv.bias_attention(layer, keys, amount, queries, chosen, tower, way), biased)
     site = draw(sites(pictures, True, ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")))
     where = some(draw, length_at(site, length))
     vector = torch.linspace(-1, 1, WIDTH)
@@ -215,7 +215,11 @@ def same(a: Tensor, b: Tensor) -> None:
 
 
 def plain_run(
-    kv_heads: int, encoding: dict[str, Tensor], edits: list[Change], grads: list[Change] = (), gradients: bool = False
+    kv_heads: int,
+    encoding: dict[str, Tensor],
+    edits: list[Change],
+    grads: Sequence[Change] = (),
+    gradients: bool = False,
 ) -> tuple[Plain, Tensor]:
     acts = [(one.place, one.plain, "value") for one in edits] + [(one.place, one.plain, "grad") for one in grads]
     # Not the model that a VLM holds: nnsight rewrites the attention it watches.
@@ -386,7 +390,7 @@ WRONG: dict[str, Callable[[int, int], tuple[Callable[[mv.VLM, mv.Prompt], object
     "a dead layer": lambda n, _: (lambda v, p: v.run(p, edits=_edit("vision.1.z")), "vision.1.z"),
     "a head": lambda n, _: (lambda v, p: v.run(p, edits=[mv.scale_heads(0, [4 + n], 2.0)]), str(4 + n)),
     "a negative head": lambda n, _: (lambda v, p: mv.ablate_heads(0, [-1 - n]), str(-1 - n)),
-    "a fraction of a head": lambda n, _: (lambda v, p: mv.ablate_heads(0, [n + 0.5]), str(n + 0.5)),
+    "a fraction of a head": lambda n, _: (lambda v, p: mv.ablate_heads(0, [n + 0.5]), str(n + 0.5)),  # type: ignore[list-item]
     "a key": lambda n, s: (lambda v, p: v.run(p, edits=[mv.bias_attention(0, [s + n], 1.0)]), f"{s + n}"),
     "a query": lambda n, s: (lambda v, p: v.run(p, edits=[mv.cut_attention(0, [0], [s + n])]), f"{s + n}"),
     "a position": lambda n, s: (

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 import mechvlm as mv
 
-SETTINGS = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "resize the short edge, crop": {},
     "pad to a square, resize": {"pad": True},
     "crop only": {"resize": False},

@@ -1,0 +1,9 @@
+"""Experiments: one question a file, written with the names that every user has.
+
+Each takes a model and prompts and returns an xarray object with named axes, whose `attrs` hold the conventions and
+where the numbers came from. `to_netcdf` writes all of it.
+
+`answers` what does it say? `profile` where does it look? `lens` what does it hold at each position? `ablation` which
+heads does the answer need? `patching` where does what was seen pass? `attribution` on which image tokens does the
+answer depend? `dose` what if it looked more? `sweep` any other edits, one run for each point of a grid.
+"""

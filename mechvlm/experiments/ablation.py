@@ -1,0 +1,104 @@
+"""Which heads does the answer need? Every head of the language model taken out, one at a time.
+
+>>> ablate_each_head(vlm, real, mv.logit_difference("yes", "no")).stack(at=["layer", "head"]).idxmin("at").item()
+(5, 2)
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import xarray as xr
+from torch import Tensor
+
+from mechvlm.edits import Edit, ablate_heads
+from mechvlm.experiments.record import metric_unit, record
+from mechvlm.experiments.sweep import sweep
+from mechvlm.metrics import Metric
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+
+def ablate_each_head(
+    vlm: VLM,
+    prompt: Prompt,
+    metric: Metric,
+    positions: Sequence[int] | None = None,
+    to: Prompt | Sequence[Tensor] | None = None,
+    batch_size: int | None = None,
+) -> xr.DataArray:
+    """How a metric changes when each head alone is taken out of the run.
+
+    Args:
+        positions: where heads are taken out; None means everywhere, `prompt.last` only where the answer is made.
+        to: what takes the place of a head's output `z`. None: zero. Another prompt, with the same positions: what the
+            head said there (resample-ablation). One tensor for each layer, `head d_head` or `pos head d_head`: for
+            instance means over a dataset (mean-ablation).
+        batch_size: heads in one forward pass; see `sweep`.
+
+    Returns:
+        The metric with the head ablated minus the metric without, in the metric's unit, over axes layer and head. Of a
+        logit difference, negative means that the head argues for the first word.
+
+    Raises:
+        ValueError: for positions that are not there, or a `to` that does not fit.
+
+    Example:
+        >>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no"), to=null))
+
+    Source:
+        Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 3.2. Zero is a value that a head
+        never says; Wang et al. (2023), "Interpretability in the Wild", appendix, prefer means or resampling.
+    """
+    given = _given(vlm, prompt, to)
+
+    def ablation(layer: int, head: int) -> list[Edit]:
+        edit = ablate_heads(layer, [head], to=given[layer])
+        return [edit if positions is None else at_positions(edit, positions)]
+
+    layers, heads = range(vlm.shape.layers["text"]), range(vlm.shape.heads["text"])
+    ablated = sweep(vlm, prompt, ablation, metric, batch_size, layer=layers, head=heads)
+    clean = float(vlm.metric(metric)(vlm.run(prompt).logits)[0])
+    how = "zero" if to is None else "another prompt's output" if isinstance(to, Prompt) else "given values"
+    where = "all" if positions is None else ", ".join(map(str, positions))
+    attrs = record(vlm, [prompt], metric, clean=clean, ablated_to=how, positions=where)
+    sign = {"value": "metric with the head ablated minus metric without", "long_name": "effect of ablation"}
+    return (ablated - clean).rename("effect").assign_attrs({**attrs, **sign, "units": metric_unit(metric)})
+
+
+def at_positions(edit: Edit, positions: Sequence[int]) -> Edit:
+    """An edit of an activation that has a position axis, held to some positions of it.
+
+    Example:
+        >>> at_positions(mv.ablate_heads(3, [5]), real.last)
+    """
+    chosen = [int(position) for position in positions]
+    if not chosen:
+        raise ValueError("positions is empty, so nothing would be edited; give at least one, or None for all.")
+
+    def held(x: Tensor) -> Tensor:  # batch pos ...
+        new = edit.fn(x.clone())
+        x[:, chosen] = new[:, chosen]
+        return x
+
+    label = f"{edit.label}, at {len(chosen)} positions"
+    return replace(edit, fn=held, when="prompt", positions=tuple(chosen), label=label)
+
+
+def _given(vlm: VLM, prompt: Prompt, to: Prompt | Sequence[Tensor] | None) -> list[Tensor | None]:
+    """What takes the place of each layer's z; None for zero."""
+    layers = vlm.shape.layers["text"]
+    if to is None:
+        return [None] * layers
+    if isinstance(to, Prompt):
+        if len(to) != len(prompt):
+            raise ValueError(
+                f"to has {len(to)} positions and the prompt {len(prompt)}, so positions cannot be matched; make it "
+                f"with "
+                f"prompt.with_image, which keeps them."
+            )
+        run = vlm.run(to, read=[Site("z", layer) for layer in range(layers)])
+        return [run[Site("z", layer)] for layer in range(layers)]
+    if len(to) != layers:
+        raise ValueError(f"to holds {len(to)} tensors; give one for each of the {layers} layers.")
+    return list(to)

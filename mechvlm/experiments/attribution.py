@@ -1,0 +1,55 @@
+"""On which image tokens does the answer depend? Gradient times input, where the picture enters the language model.
+
+>>> gradient_attribution(vlm, real, mv.logit_difference("yes", "no")).attribution.idxmax().item()
+23
+"""
+
+import xarray as xr
+
+from mechvlm.experiments.profile import image_coordinates
+from mechvlm.experiments.record import metric_unit, record
+from mechvlm.experiments.sweep import numbers
+from mechvlm.metrics import Metric
+from mechvlm.prompt import Prompt
+from mechvlm.vlm import VLM
+
+
+def gradient_attribution(vlm: VLM, prompt: Prompt, metric: Metric) -> xr.Dataset:
+    """How much each image token speaks for a metric, to first order.
+
+    Returns:
+        `attribution`, the gradient of the metric at the image features times the features, summed over `d_model`, in
+        the metric's unit: positive where a token, scaled up, would raise the metric. The sum over tokens is not the
+        metric, since the model is not linear. `gradient_norm`, the length of the gradient, has no sign. Both over axis
+        position, image tokens only.
+
+    Raises:
+        ValueError: for a prompt without an image.
+
+    Example:
+        >>> found = mv.gradient_attribution(vlm, real, mv.logit_difference("yes", "no"))
+        >>> mv.plot.over_image(found.attribution, real.images[0], real.pictures[0])
+
+    Source:
+        Simonyan et al. (2014), "Deep Inside Convolutional Networks", section 3; times the input: Shrikumar et al.
+        (2016), "Not Just a Black Box".
+    """
+    run = vlm.run(prompt, read=["image_features"], grad_of=metric)
+    features, gradient = run["image_features"].float().flatten(0, 1), run.grad["image_features"].float().flatten(0, 1)
+    unit = metric_unit(metric)
+    return xr.Dataset(
+        {
+            "attribution": (
+                ["position"],
+                numbers((gradient * features).sum(-1)),
+                {"long_name": "gradient x input", "units": unit},
+            ),
+            "gradient_norm": (
+                ["position"],
+                numbers(gradient.norm(dim=-1)),
+                {"long_name": "norm of the gradient", "units": f"{unit} per unit of the feature"},
+            ),
+        },
+        coords=image_coordinates(prompt),
+        attrs=record(vlm, [prompt], metric, value=float(run.metric[0]) if run.metric is not None else float("nan")),
+    )

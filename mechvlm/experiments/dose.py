@@ -1,0 +1,87 @@
+"""What if it looked more, or less? A metric against the amount of an attention bias.
+
+>>> dose_response(vlm, real, mv.logit_difference("yes", "no"), amounts=[-4, -2, 0, 2, 4]).metric
+"""
+
+from collections.abc import Sequence
+
+import torch
+import xarray as xr
+
+from mechvlm.attention import mass
+from mechvlm.edits import bias_attention
+from mechvlm.experiments.record import chosen_layers, metric_name, metric_unit, record
+from mechvlm.experiments.sweep import numbers, runs_of
+from mechvlm.metrics import Metric
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+
+def dose_response(
+    vlm: VLM,
+    prompt: Prompt,
+    metric: Metric,
+    amounts: Sequence[int | float],
+    layers: Sequence[int] | None = None,
+    keys: Sequence[int] | None = None,
+    batch_size: int | None = None,
+) -> xr.Dataset:
+    """A metric, and the attention that was really paid, at each of several biases on the attention to some keys.
+
+    A bias of b multiplies the odds that a query looks at the keys by e^b, in each biased layer and head. 0 is the
+    unedited model, minus infinity cuts.
+
+    Args:
+        amounts: numbers to add to the attention scores.
+        layers: which layers are biased, counted from 0; None means all.
+        keys: the positions looked at; None means the image tokens.
+        batch_size: amounts in one forward pass; see `sweep`.
+
+    Returns:
+        `metric`, in its own unit, and `mass`, the last position's attention on the keys averaged over all layers and
+        heads, both over axis amount; `mass_by_layer`, averaged over heads, over amount and layer.
+
+    Raises:
+        ValueError: without amounts, or without keys in a prompt that holds no image.
+
+    Example:
+        >>> mv.plot.lines(mv.dose_response(vlm, real, mv.probability("yes"), [-4, -2, 0, 2, 4]).metric, x="amount")
+
+    Source:
+        The bias is the intervention of VIAR, which adds a constant to the scores of image keys in a band of layers.
+    """
+    looked_at = prompt.image if keys is None else [int(key) for key in keys]
+    if not looked_at:
+        raise ValueError(
+            "the prompt holds no image, so there is nothing to look at; pass keys=, the positions to bias."
+        )
+    if not len(amounts):
+        raise ValueError("amounts is empty; give at least one, for instance [-2, 0, 2].")
+    biased = chosen_layers(vlm, layers)
+    variants = [[bias_attention(layer, looked_at, float(amount)) for layer in biased] for amount in amounts]
+    sites = [Site("pattern", layer) for layer in range(vlm.shape.layers["text"])]
+    reading = mass({"keys": looked_at}, queries=[len(prompt) - 1])
+    measure, values, masses = vlm.metric(metric), [], []
+    for run in runs_of(vlm, prompt, variants, dict.fromkeys(sites, reading), batch_size):
+        values.append(measure(run.logits))
+        masses.append(torch.stack([run[site][..., 0, 0].float().mean(-1) for site in sites], -1))
+    by_layer, units = numbers(torch.cat(masses)), "fraction"
+    return xr.Dataset(
+        {
+            "metric": (
+                ["amount"],
+                numbers(torch.cat(values)),
+                {"long_name": metric_name(metric), "units": metric_unit(metric)},
+            ),
+            "mass": (["amount"], by_layer.mean(1), {"long_name": "attention mass", "units": units}),
+            "mass_by_layer": (["amount", "layer"], by_layer, {"long_name": "attention mass", "units": units}),
+        },
+        coords={
+            "amount": ("amount", [float(amount) for amount in amounts], {"long_name": "bias on the keys’ scores"}),
+            "layer": list(range(len(sites))),
+        },
+        attrs=record(
+            vlm, [prompt], metric, biased_layers=", ".join(map(str, biased)), biased_keys=len(looked_at), query="last"
+        ),
+    )

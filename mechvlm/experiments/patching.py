@@ -1,0 +1,100 @@
+"""Where does what was seen pass on its way to the answer? Activation patching from one run into another.
+
+>>> patch_spans(vlm, source=real, target=null, metric=yes).normalised.sel(span="image").values.round(1)
+array([1. , 1. , 1. , 0.6, 0.1, 0. , 0. , 0. ])
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import xarray as xr
+
+from mechvlm.edits import Edit, patch
+from mechvlm.experiments.record import metric_name, metric_unit, record
+from mechvlm.experiments.sweep import sweep
+from mechvlm.metrics import Metric
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+
+
+def patch_spans(
+    vlm: VLM,
+    source: Prompt,
+    target: Prompt,
+    metric: Metric,
+    spans: Mapping[str, Sequence[int]] | None = None,
+    kind: str = "resid_pre",
+    batch_size: int | None = None,
+) -> xr.Dataset:
+    """How far the target's answer becomes the source's when one layer's activations of one span are taken from it.
+
+    By default what *enters* a layer (`resid_pre`) is taken. So layer 0 patches the embeddings, where with two pictures
+    and the same words the image span alone must give 1 and every other span 0; and layer l patches all that the layers
+    before l wrote. (With `resid_post` the last layer is trivial instead: its last position is the answer.)
+
+    Args:
+        source: the prompt patched from, for instance with the real image.
+        target: the prompt patched into, for instance `source.with_image(mv.images.black)`.
+        spans: named lists of positions; None means the prompt's own, `target.spans`.
+        kind: which activation of a layer.
+        batch_size: patches in one forward pass; see `sweep`.
+
+    Returns:
+        `metric`, in its own unit, and `normalised`, `(metric - target) / (source - target)`: 0 is the target's own
+        answer, 1 the source's. Not a number where both give the same. Both over axes layer and span; `attrs` hold
+        `source_metric` and `target_metric`.
+
+    Raises:
+        ValueError: where positions cannot be matched, or for a kind without positions.
+
+    Example:
+        >>> yes = mv.logit_difference("yes", "no")
+        >>> mv.plot.lines(mv.patch_spans(vlm, real, null, yes).normalised, x="layer", colour="span")
+
+    Source:
+        Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2; Zhang and Nanda (2024),
+        "Towards Best Practices of Activation Patching", on metrics and their normalisation.
+    """
+    check_matched(source, target)
+    if kind not in KINDS:
+        raise ValueError(f"spans of {kind!r} cannot be patched; choose from {', '.join(KINDS)}.")
+    named = {name: list(span) for name, span in (target.spans if spans is None else spans).items()}
+    sites = [Site(kind, layer) for layer in range(vlm.shape.layers["text"])]
+    run = vlm.run(source, read=sites)
+
+    def from_source(layer: int, span: str) -> list[Edit]:
+        return [patch(sites[layer], run[sites[layer]], positions=named[span])]
+
+    patched = sweep(vlm, target, from_source, metric, batch_size, layer=range(len(sites)), span=list(named))
+    measure = vlm.metric(metric)
+    source_metric = float(measure(run.logits)[0])
+    target_metric = float(measure(vlm.run(target).logits)[0])
+    gap = source_metric - target_metric
+    result = xr.Dataset({"metric": patched, "normalised": (patched - target_metric) / (gap if gap else np.nan)})
+    result.metric.attrs = {"long_name": metric_name(metric), "units": metric_unit(metric)}
+    result.normalised.attrs = {"long_name": "share carried over", "units": "1: all"}
+    ends: dict[str, str | float] = {"source_metric": source_metric, "target_metric": target_metric, "site": kind}
+    return result.assign_attrs(
+        record(vlm, [source, target], metric, **ends, patched="into the target, from the source")
+    )
+
+
+def check_matched(source: Prompt, target: Prompt) -> None:
+    """Refuse two prompts whose positions do not mean the same.
+
+    Raises:
+        ValueError: for other lengths, or image tokens elsewhere.
+    """
+    remedy = "make one from the other with prompt.with_image, which keeps them."
+    if len(source) != len(target):
+        raise ValueError(
+            f"the source has {len(source)} positions and the target {len(target)}, so positions cannot be matched; "
+            f"{remedy}"
+        )
+    if source.image != target.image:
+        raise ValueError(
+            f"the source's image tokens do not stand where the target's do, so positions cannot be matched; {remedy}"
+        )

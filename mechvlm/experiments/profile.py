@@ -1,0 +1,168 @@
+"""Where does it look? Attention by span, layer and head, and over the image.
+
+Names that the literature mixes up, and what they mean here: `mass` is the sum of attention weights on a span, `lift` is
+mass divided by what attention spread evenly over all visible positions would give it.
+
+>>> attention_profile(vlm, real).mass.sel(span="image").mean(["example", "head"])
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from mechvlm.attention import mass, rows
+from mechvlm.experiments.record import record
+from mechvlm.experiments.sweep import numbers, rows_for
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+SPANS = ("bos", "prefix", "image", "question", "last")
+
+
+def attention_profile(
+    vlm: VLM, prompts: Prompt | Sequence[Prompt], queries: str | Sequence[int] = "last"
+) -> xr.Dataset:
+    """How the attention of some positions divides over the spans of a prompt, in every layer and head.
+
+    Args:
+        prompts: one, or several that run as batches.
+        queries: "last", the position that answers; "text", all positions after the image, averaged; or positions.
+
+    Returns:
+        `mass`, fractions that sum to 1 over the spans, which hold every position once; `lift`, mass over the share of
+        the visible keys that the span has (1: as if attention were spread evenly), not a number where none of the
+        queries sees the span. Both over axes example, layer, head, span; `n_keys` counts a span's positions.
+
+    Raises:
+        ValueError: without prompts, or for positions that a prompt has not.
+
+    Example:
+        >>> mv.attention_profile(vlm, [real, null]).mass.mean("head").sel(span="image")
+
+    Source:
+        Chen et al. (2024), "An Image is Worth 1/2 Tokens After Layer 2", section 3, whose attention allocation is mass.
+    """
+    asked = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    if not asked:
+        raise ValueError("attention_profile was given no prompt.")
+    chosen = [_queries(prompt, queries) for prompt in asked]
+    names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)]
+    masses = _masses(vlm, asked, chosen, names)
+    even = np.stack([_even(prompt, rows, names) for prompt, rows in zip(asked, chosen, strict=True)])
+    lift = masses / np.where(even > 0, even, np.nan)[:, None, None]
+    axes = ["example", "layer", "head", "span"]
+    long = {"mass": "attention mass", "lift": "attention lift"}
+    where = queries if isinstance(queries, str) else ", ".join(map(str, queries))
+    return xr.Dataset(
+        {
+            "mass": (axes, masses, {"long_name": long["mass"], "units": "fraction"}),
+            "lift": (axes, lift, {"long_name": long["lift"], "units": "1: even"}),
+            "n_keys": (["example", "span"], np.array([[len(p.spans.get(n, ())) for n in names] for p in asked])),
+        },
+        coords={
+            "example": np.arange(len(asked)),
+            "question": ("example", np.array([prompt.words for prompt in asked], dtype=str)),
+            "layer": np.arange(masses.shape[1]),
+            "head": np.arange(masses.shape[2]),
+            "span": names,
+        },
+        attrs=record(vlm, asked, queries=where, averaged="over the queries; heads and examples are kept"),
+    )
+
+
+def attention_map(vlm: VLM, prompt: Prompt, layer: int, head: int | None = None, query: int = -1) -> xr.DataArray:
+    """The attention weight of one position on each image token, in one head or averaged over a layer's heads.
+
+    Args:
+        layer: counted from 0.
+        head: counted from 0; None averages over the heads.
+        query: the position that looks; by default the last, which answers.
+
+    Returns:
+        Attention weights over axis position, image tokens only; their sum is the image's mass, at most 1. Row and
+        column of the grid are further coordinates.
+
+    Raises:
+        ValueError: for a prompt without an image, or a layer, head or query that is not there.
+
+    Example:
+        >>> mv.plot.over_image(mv.attention_map(vlm, real, 3, 5), real.images[0], real.pictures[0])
+    """
+    if not prompt.image:
+        raise ValueError("the prompt holds no image to look at; make it with vlm.prompt(image, text).")
+    heads = vlm.shape.heads["text"]
+    if head is not None and not 0 <= head < heads:
+        raise ValueError(f"the text tower has {heads} heads a layer, counted from 0, so there is no head {head}.")
+    site = Site("pattern", layer)
+    seen = vlm.run(prompt, read={site: rows([query])})[site][0, :, 0].float()
+    weights = seen.mean(0) if head is None else seen[head]
+    which = "mean over heads" if head is None else f"head {head}"
+    return xr.DataArray(
+        numbers(weights[torch.tensor(prompt.image, device=weights.device)]),
+        dims=["position"],
+        coords=image_coordinates(prompt),
+        name="attention",
+        attrs={
+            **record(vlm, [prompt], layer=int(layer), head=which, query=int(query)),
+            "long_name": "attention weight",
+        },
+    )
+
+
+def image_coordinates(prompt: Prompt) -> dict[str, object]:
+    """For each image token its position, and the image, row and column it belongs to (-1 for a separator)."""
+    cells = {
+        position: (number, *(image.cell(position) or (-1, -1, -1))[1:])
+        for number, image in enumerate(prompt.images)
+        for position in (*image.positions, *image.separators)
+    }
+    places = np.array([cells[position] for position in prompt.image], dtype=int).reshape(-1, 3)
+    along = {name: ("position", places[:, at]) for at, name in enumerate(("image", "row", "column"))}
+    return {"position": np.array(prompt.image, dtype=int), **along}
+
+
+def _queries(prompt: Prompt, queries: str | Sequence[int]) -> tuple[int, ...]:
+    """The positions that attend, counted from 0."""
+    if isinstance(queries, str):
+        if queries not in ("last", "text"):
+            raise ValueError(f"queries={queries!r} is not known; choose 'last', 'text' or a list of positions.")
+        return (len(prompt) - 1,) if queries == "last" else tuple(prompt.question + prompt.last)
+    beyond = [query for query in queries if not -len(prompt) <= query < len(prompt)]
+    if beyond or not len(queries):
+        given = f"position {beyond[0]}" if beyond else "an empty list"
+        raise ValueError(f"queries holds {given}; give positions of the prompt, which has {len(prompt)}.")
+    return tuple(int(query) % len(prompt) for query in queries)
+
+
+def _even(prompt: Prompt, queries: Sequence[int], names: Sequence[str]) -> np.ndarray:
+    """The mass of each span if every query spread its attention evenly over what it sees."""
+    shares = [
+        [sum(key <= query for key in prompt.spans.get(name, ())) / (query + 1) for name in names] for query in queries
+    ]
+    return np.mean(shares, axis=0)
+
+
+def _masses(
+    vlm: VLM, prompts: Sequence[Prompt], queries: Sequence[tuple[int, ...]], names: Sequence[str]
+) -> np.ndarray:
+    """Mass by example, layer, head and span; prompts that are divided alike run together."""
+    alike: dict[tuple, list[int]] = {}
+    for number, (prompt, chosen) in enumerate(zip(prompts, queries, strict=True)):
+        spans = tuple((name, tuple(prompt.spans.get(name, ()))) for name in names)
+        alike.setdefault((spans, chosen, len(prompt)), []).append(number)
+    sites = [Site("pattern", layer) for layer in range(vlm.shape.layers["text"])]
+    found = np.zeros((len(prompts), len(sites), vlm.shape.heads["text"], len(names)))
+    with tqdm(total=len(prompts), unit="prompt", leave=False, delay=1) as bar:
+        for (spans, chosen, _), members in alike.items():
+            reading = mass(dict(spans), queries=chosen)
+            size = rows_for(prompts[members[0]])
+            for start in range(0, len(members), size):
+                group = members[start : start + size]
+                run = vlm.run([prompts[number] for number in group], read=dict.fromkeys(sites, reading))
+                found[group] = np.stack([numbers(run[site].float().mean(2)) for site in sites], 1)
+                bar.update(len(group))
+    return found

@@ -1,0 +1,54 @@
+"""What every result says about itself: model, prompt, metric, versions and conventions, as plain text and numbers.
+
+Rule this module guards: nothing that netCDF cannot hold goes into a result's `attrs`.
+
+>>> record(vlm, [real], metric=mv.probability("yes"))["metric"]
+"probability('yes')"
+"""
+
+from collections.abc import Sequence
+
+from mechvlm.edits import name_of
+from mechvlm.metrics import Metric, WordMetric
+from mechvlm.prompt import Prompt
+from mechvlm.vlm import VLM
+
+
+def record(
+    vlm: VLM, prompts: Sequence[Prompt], metric: Metric | None = None, **conventions: str | int | float
+) -> dict[str, str | int | float]:
+    """The `attrs` of a result.
+
+    Args:
+        prompts: those that ran; texts that differ are all kept, a line between them.
+        metric: kept by its name.
+        conventions: further attributes, such as what the sign of an effect means.
+    """
+    texts = list(dict.fromkeys(prompt.text for prompt in prompts))
+    named = {} if metric is None else {"metric": metric_name(metric)}
+    about = {**vlm.provenance(prompts[0]), "prompt": "\n---\n".join(texts), "layers": "counted from 0", **named}
+    return {**about, **conventions}
+
+
+def metric_name(metric: Metric) -> str:
+    """How a metric is written: `logit_difference('yes', 'no')`, or the name of the function."""
+    return str(metric) if isinstance(metric, WordMetric) else name_of(metric)
+
+
+def metric_unit(metric: Metric) -> str:
+    """The unit of a metric, for axes: logits, nats, probability, or the name of the function."""
+    units = {"logit_difference": "logits", "log_probability": "nats", "probability": "probability"}
+    return units[metric.name] if isinstance(metric, WordMetric) else name_of(metric)
+
+
+def chosen_layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:
+    """Layers of the language model as they were given, or all of them for None.
+
+    Raises:
+        ValueError: for an empty list. A layer that is not there is refused by the run that reads or edits it.
+    """
+    if layers is None:
+        return list(range(vlm.shape.layers["text"]))
+    if not len(layers):
+        raise ValueError("layers is empty; give at least one, or None for all.")
+    return [int(layer) for layer in layers]

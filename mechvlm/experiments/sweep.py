@@ -1,0 +1,119 @@
+"""Sweeps: one run for each point of a grid of experiments, many of them in one forward pass.
+
+Rule this module guards: a sweep is exact. Every point is a full forward pass of its own row, with that row's edits;
+what is saved is the pictures' features, which all rows share, and the overhead of many small passes.
+
+>>> sweep(vlm, real, lambda layer, head: [mv.ablate_heads(layer, [head])], yes, layer=range(8), head=range(8))
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from tqdm import tqdm
+
+from mechvlm.edits import Edit
+from mechvlm.experiments.record import record
+from mechvlm.metrics import Metric
+from mechvlm.prompt import Prompt
+from mechvlm.run import Run
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+POSITIONS_AT_ONCE = 8192
+"""Positions of all rows of a batch together, which bounds the memory of a sweep."""
+ROWS_AT_ONCE = 64
+
+
+def sweep(
+    vlm: VLM,
+    prompt: Prompt,
+    point_to_edits: Callable[..., Sequence[Edit]],
+    metric: Metric,
+    batch_size: int | None = None,
+    **axes: Iterable[Any],
+) -> xr.DataArray:
+    """A metric at each point of a grid of experiments.
+
+    Args:
+        point_to_edits: from a point of the grid, as named arguments, to the edits to make there.
+        metric: a function of the last position's logits, such as `logit_difference("yes", "no")`.
+        batch_size: points in one forward pass; by default what some 8,000 positions allow, at most 64.
+        axes: the values of each axis: numbers or names. Every combination of them is a point.
+
+    Returns:
+        The metric of each point, in its own unit, over the axes in their order.
+
+    Raises:
+        ValueError: without axes, for an axis without values, or for a function that takes other names.
+
+    Example:
+        >>> cut = lambda layer, span: [mv.cut_attention(layer, real.spans[span], queries=real.last)]
+        >>> mv.sweep(vlm, real, cut, mv.probability("yes"), layer=range(8), span=["image", "question"])
+    """
+    grid = {name: list(values) for name, values in axes.items()}
+    check_grid(grid, point_to_edits)
+    points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+    variants = [list(point_to_edits(**point)) for point in points]
+    measure = vlm.metric(metric)
+    values = [measure(run.logits) for run in runs_of(vlm, prompt, variants, batch_size=batch_size)]
+    return xr.DataArray(
+        numbers(torch.cat(values)).reshape([len(along) for along in grid.values()]),
+        dims=list(grid),
+        coords=grid,
+        name="metric",
+        attrs=record(vlm, [prompt], metric, value="the metric of the last position's logits, with each point's edits"),
+    )
+
+
+def runs_of(
+    vlm: VLM,
+    prompt: Prompt,
+    variants: Sequence[Sequence[Edit]],
+    read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
+    batch_size: int | None = None,
+) -> Iterator[Run]:
+    """Run variants of a prompt, some at a time, with a progress bar where it takes more than a second.
+
+    Raises:
+        ValueError: for a batch size below one.
+    """
+    size = rows_for(prompt) if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
+    with tqdm(total=len(variants), unit="run", leave=False, delay=1) as bar:
+        for start in range(0, len(variants), size):
+            rows = variants[start : start + size]
+            yield vlm.run(prompt, read=read or (), variants=rows)
+            bar.update(len(rows))
+
+
+def rows_for(prompt: Prompt) -> int:
+    """How many rows of a prompt to run at once."""
+    return min(ROWS_AT_ONCE, max(1, POSITIONS_AT_ONCE // len(prompt)))
+
+
+def numbers(values: torch.Tensor) -> np.ndarray:
+    """A tensor as an array of ordinary numbers, whatever its precision and device."""
+    return values.detach().double().cpu().numpy()
+
+
+def check_grid(grid: Mapping[str, Sequence[Any]], point_to_edits: Callable[..., Sequence[Edit]]) -> None:
+    """Refuse a grid without points, or a function that its points do not fit."""
+    if not grid:
+        raise ValueError("a sweep needs at least one axis, for instance layer=range(8).")
+    empty = [name for name, values in grid.items() if not values]
+    if empty:
+        raise ValueError(f"the axis {empty[0]!r} has no values; give at least one.")
+    try:
+        inspect.signature(point_to_edits).bind(**{name: values[0] for name, values in grid.items()})
+    except TypeError:
+        taken = ", ".join(inspect.signature(point_to_edits).parameters) or "nothing"
+        raise ValueError(
+            f"point_to_edits takes {taken}, and the axes are {', '.join(grid)}; its arguments must be named like "
+            f"the axes."
+        ) from None

@@ -1,0 +1,18 @@
+"""Figures of results: every function takes results and returns a plotly Figure.
+
+Rule this package guards: a figure is a value. Nothing here runs a model, opens a window or writes a file, and no model
+is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
+them; texts that come from data are shown as they are.
+
+`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `look` is what all figures have in common.
+
+>>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
+>>> figure.show(), figure.write_html("profile.html")
+"""
+
+from mechvlm.plot.charts import bars as bars
+from mechvlm.plot.charts import heatmap as heatmap
+from mechvlm.plot.charts import lines as lines
+from mechvlm.plot.pictures import over_image as over_image
+from mechvlm.plot.pictures import token_grid as token_grid
+from mechvlm.plot.pictures import tokens_over_image as tokens_over_image

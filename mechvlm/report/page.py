@@ -1,0 +1,137 @@
+"""A report's sections as one HTML page that needs nothing else: plotly.js stands in it once.
+
+Rule this module guards: texts of a model or a user never become markup. Tables and sentences go through the template,
+which escapes them; figures are JSON in which no tag can begin.
+
+>>> page([Section("a", "Title", "Found.", "Shown.", "Units.")], {"model": "demo"}, "Is there a 7?").count("<section")
+3
+"""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
+from plotly.offline import get_plotlyjs
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+THUMBNAIL = 240
+COUNTED = "Layers and heads are those of the language model and count from 0."
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure, or several of which a slider shows one.
+
+    Attributes:
+        alt: what is to be seen, in words.
+        figures: a figure, or figures by what the slider says of each.
+        chooser: what the slider chooses.
+        start: which of them is shown first.
+    """
+
+    alt: str
+    figures: go.Figure | Mapping[str, go.Figure]
+    chooser: str = ""
+    start: int = 0
+
+    @property
+    def choices(self) -> list[str]:
+        """What the slider says of each figure; empty for one alone."""
+        return [] if isinstance(self.figures, go.Figure) else list(self.figures)
+
+    @property
+    def json(self) -> str:
+        """The figures, and once what they have in common: the picture under them."""
+        figures = [self.figures] if isinstance(self.figures, go.Figure) else list(self.figures.values())
+        made = [json.loads(figure.to_json()) for figure in figures]
+        images = made[0]["layout"].get("images", [])
+        for one in made:
+            one["layout"].pop("images", None)
+            one["layout"].pop("template", None)
+        template = json.loads(figures[0].to_json())["layout"].get("template", {})
+        text = json.dumps({"figures": made, "images": images, "template": template})
+        return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of texts, with a picture before each row where `pictures` are given."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    pictures: Sequence[Image.Image] = ()
+
+    @property
+    def thumbnails(self) -> list[str]:
+        """The rows' pictures, as they stand in the page."""
+        return [embedded(picture) for picture in self.pictures]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One part of a report.
+
+    Attributes:
+        name: its anchor.
+        finding: what came out, in a sentence.
+        sentence: what it shows and how that was computed.
+        conventions: units, where counting starts, what positive means.
+        pictures: pictures to be shown as they are, by their captions.
+        numbers: results to be written beside the page, by the names of their files.
+        trouble: why it could not be made, if so.
+    """
+
+    name: str
+    title: str
+    finding: str = ""
+    sentence: str = ""
+    conventions: str = ""
+    drawings: Sequence[Drawing] = ()
+    tables: Sequence[Table] = ()
+    pictures: Mapping[str, Image.Image] = field(default_factory=dict)
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    files: Sequence[str] = ()
+    trouble: str = ""
+
+    @property
+    def shown(self) -> dict[str, str]:
+        """The pictures, as they stand in the page."""
+        return {caption: embedded(picture) for caption, picture in self.pictures.items()}
+
+
+def page(sections: Sequence[Section], provenance: Mapping[str, object], question: str) -> str:
+    """The whole page.
+
+    Args:
+        provenance: what the numbers came from, for the last section.
+        question: the question asked, for the heading.
+    """
+    loader = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
+    loader.trim_blocks = loader.lstrip_blocks = True
+    return loader.get_template("report.html.j2").render(
+        sections=sections, provenance=provenance, question=question, plotly=get_plotlyjs()
+    )
+
+
+def embedded(picture: Image.Image) -> str:
+    """A picture as text that a page can hold; larger ones become smaller."""
+    small = picture.copy()
+    small.thumbnail((2 * THUMBNAIL, 2 * THUMBNAIL))
+    data = BytesIO()
+    small.save(data, "PNG")
+    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def listed(values: xr.DataArray) -> str:
+    """A few numbers in a row, for those who cannot see the figure."""
+    return ", ".join(f"{value:.2f}" for value in np.asarray(values))

@@ -1,0 +1,249 @@
+"""The first parts of a report: what the model is shown, what it says, where it looks and what it holds.
+
+Rule this module guards: a section's sentence says what is drawn and how it was computed, and its conventions give
+units, where layers start, and what positive means.
+
+>>> answers(study).finding
+'The likeliest next token is “yes” (0.99), with the null image “no” (0.94).'
+"""
+
+import pandas as pd
+import xarray as xr
+
+from mechvlm import plot
+from mechvlm.experiments.answers import answer_probabilities
+from mechvlm.experiments.lens import logit_lens
+from mechvlm.experiments.profile import attention_map, attention_profile
+from mechvlm.prompt import Prompt
+from mechvlm.report.page import COUNTED, Drawing, Section, Table, listed
+from mechvlm.report.study import Study
+
+MOST_QUERIES = 24
+
+
+def picture(study: Study) -> Section:
+    """The picture and its image tokens."""
+    image = study.real.images[0]
+    height, width = image.token
+    spans = [(name, len(where), _range(where)) for name, where in study.real.spans.items()]
+    return Section(
+        name="picture",
+        title="The picture, as tokens",
+        finding=f"The picture takes {len(study.real.image)} of the prompt’s {len(study.real)} positions.",
+        sentence=f"The picture with the {image.rows} × {image.columns} squares that the vision tower turns into one "
+        f"image "
+        f"token each; the squares are computed by undoing what the processor did to the picture.",
+        conventions=f"Rows and columns count from 0; a square is {width} × {height} pixels of what the model sees. "
+        f"The null "
+        f"image is “{study.null_name}”. A span is a named list of positions; together they hold every position once.",
+        drawings=[
+            Drawing(
+                f"The picture with a grid of {image.rows} by {image.columns} image tokens.", plot.token_grid(study.real)
+            ),
+        ],
+        tables=[Table("What the positions of the prompt are", ("span", "positions", "which"), spans)],
+        pictures={"The picture": study.real.pictures[0], "The null image": study.null.pictures[0]},
+    )
+
+
+def answers(study: Study) -> Section:
+    """Answer probabilities, real against null."""
+    shown = answer_probabilities(study.vlm, {"real": study.real, "null": study.null}, study.answers)
+    tops = {name: _next_tokens(study, prompt) for name, prompt in (("real", study.real), ("null", study.null))}
+    (real, sure), (null, unsure) = tops["real"][0], tops["null"][0]
+    finding = f"The likeliest next token is “{real}” ({sure:.2f}), with the null image “{null}” ({unsure:.2f})."
+    spellings = {study.vlm.word(number) for word in study.answers for number in _ids(study, word)}
+    odd = [token for token in (real, null) if token not in spellings]
+    if odd:
+        finding += f" Note: “{odd[0]}” is none of the answers asked for, so read what follows with care."
+    rows = [
+        (rank, one, f"{share:.4f}", other, f"{least:.4f}")
+        for rank, ((one, share), (other, least)) in enumerate(zip(tops["real"], tops["null"], strict=True), 1)
+    ]
+    columns = ("rank", "with the picture", "probability", "with the null image", "probability ")
+    words = ", ".join(f"“{word}”" for word in study.answers)
+    highest = "; ".join(
+        f"{name}: " + ", ".join(f"{w} {p:.2f}" for w, p in _pairs(shown, name)) for name in ("real", "null")
+    )
+    return Section(
+        name="answers",
+        title="What it answers",
+        finding=finding,
+        sentence=f"How likely the next token after the prompt is each of {words}, with the picture (real) and with "
+        f"the null "
+        f"image (null): the softmax over the whole vocabulary at the last position.",
+        conventions="Probabilities from 0 to 1. A word counts in all its single-token spellings; what is missing to "
+        "1 went "
+        "to other tokens, of which the table shows the five likeliest.",
+        drawings=[Drawing(f"Bars of answer probabilities. {highest}.", plot.bars(shown, x="word", colour="prompt"))],
+        tables=[Table("The likeliest next tokens", columns, rows)],
+        numbers={
+            "answers": shown,
+            "next_tokens": pd.DataFrame(
+                rows, columns=["rank", "real_token", "real_probability", "null_token", "null_probability"]
+            ),
+        },
+    )
+
+
+def cases(study: Study) -> Section:
+    """Some more questions, real against null."""
+    prompts = {f"real {n}": case.real for n, case in enumerate(study.cases)}
+    prompts |= {f"null {n}": case.null for n, case in enumerate(study.cases)}
+    shown = answer_probabilities(study.vlm, prompts, study.answers)
+    rows, held = [], {"real": 0, "null": 0}
+    for number, case in enumerate(study.cases):
+        cells: list[object] = [case.real.words, case.right]
+        for name in ("real", "null"):
+            one = shown.sel(prompt=f"{name} {number}")
+            best = str(one.word.values[one.values.argmax()])
+            held[name] += best == case.right
+            cells.append(f"{best} ({float(one.max()):.2f})")
+        rows.append(tuple(cells))
+    columns = ("question", "right answer", "with the picture", "with the null image")
+    return Section(
+        name="cases",
+        title="Some more questions",
+        finding=f"Of {len(rows)} further questions {held['real']} are answered right with the picture and "
+        f"{held['null']} "
+        f"with the null image.",
+        sentence="Further questions about bundled scenes: the likelier of the answers and its probability, with the "
+        "picture "
+        "and with the null image.",
+        conventions="Probabilities of the next token from 0 to 1, not renormalised among the answers.",
+        tables=[
+            Table(
+                "Answers with the picture and with the null image",
+                columns,
+                rows,
+                [c.real.pictures[0] for c in study.cases],
+            )
+        ],
+        numbers={"cases": pd.DataFrame(rows, columns=list(columns))},
+    )
+
+
+def profile(study: Study) -> Section:
+    """Attention mass by span, layer and head."""
+    found = attention_profile(study.vlm, [study.real, study.null])
+    mass = found.mass.assign_coords(example=["real", "null"]).rename(example="prompt").drop_vars("question")
+    image = mass.sel(span="image", drop=True)
+    by_layer = image.mean("head").sel(prompt="real")
+    peak = int(by_layer.values.argmax())
+    return Section(
+        name="attention",
+        title="Where the answer looks",
+        finding=f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average, most "
+        f"({float(by_layer[peak]):.0%}) in layer {peak}.",
+        sentence="How the last position, which answers, divides its attention over the spans of the prompt: the "
+        "attention "
+        "weights on a span’s keys summed, averaged over the heads of a layer (lines), and for the image in every "
+        "head (maps).",
+        conventions=f"Fractions from 0 to 1 that sum to 1 over the spans, not divided by their lengths. {COUNTED} "
+        f"Solid: with "
+        f"the picture. Dashed: with the null image.",
+        drawings=[
+            Drawing(
+                f"Lines of attention by layer, one for each span. On the image, real: {listed(by_layer)}.",
+                plot.lines(mass.mean("head", keep_attrs=True), x="layer", colour="span", dash="prompt"),
+            ),
+            Drawing(
+                f"Two maps, real and null, of attention to the image by layer and head, up to "
+                f"{float(image.max()):.2f}.",
+                plot.heatmap(image.transpose("prompt", "layer", "head"), facet="prompt", limits=(0.0, 1.0)),
+            ),
+        ],
+        numbers={"attention": found},
+    )
+
+
+def attention(study: Study) -> Section:
+    """Attention over the picture, in one head."""
+    layer, head, why = study.chosen
+    where = (study.real.question + study.real.last)[-MOST_QUERIES:]
+    maps = [attention_map(study.vlm, study.real, layer, head, query) for query in where]
+    together = xr.concat(maps, dim=xr.DataArray(where, dims="query", name="query"), coords="minimal", compat="override")
+    top = float(together.max()) or 1.0
+    image, drawn = study.real.images[0], study.real.pictures[0]
+    figures = {
+        f"{query}: {study.real.tokens[query]}": plot.over_image(one, image, drawn, limits=(0.0, top))
+        for query, one in zip(where, maps, strict=True)
+    }
+    masses = together.sum("position").values
+    best = int(masses.argmax())
+    return Section(
+        name="attention_map",
+        title="Attention over the picture",
+        finding=f"In layer {layer}, head {head}, the last position puts {masses[-1]:.0%} of its attention on the "
+        f"image; of the "
+        f"text it is “{study.real.tokens[where[best]]}” (position {where[best]}) that looks there most, with "
+        f"{masses[best]:.0%}.",
+        sentence=f"The attention weights of one text position on every image token, in layer {layer}, head {head}, "
+        f"{why}: the "
+        f"softmax row of that position as the model computed it. The slider chooses the position that looks.",
+        conventions=f"Weights from 0 (clear) to {top:.2f} on one scale for all positions; over all keys of a row "
+        f"they sum to 1. "
+        f"{COUNTED} It starts with the position that looks there most.",
+        drawings=[
+            Drawing(
+                f"The picture coloured by attention weights of the chosen position, up to {top:.2f}.",
+                figures,
+                chooser="position that looks",
+                start=best,
+            )
+        ],
+        numbers={"attention_map": together.assign_attrs(maps[-1].attrs)},
+    )
+
+
+def lens(study: Study) -> Section:
+    """The logit lens on image tokens."""
+    words = list(study.answers)
+    found = logit_lens(study.vlm, study.real, positions=study.real.image, words=words)
+    layers = found.layer.values.tolist()
+    figures = {str(layer): plot.tokens_over_image(found, study.real, layer=layer) for layer in layers}
+    for figure in figures.values():
+        # One scale for all layers; the slider says which it is, so the title's room goes too.
+        figure.update_layout(
+            coloraxis={"cmin": 0, "cmax": 1}, title_text=None, margin_t=30, height=figure.layout.height - 36
+        )
+    start = len(layers) * 3 // 4
+    read = pd.Series(found.token.isel(layer=start).sel(rank=1).values.tolist()).value_counts()
+    most = ", ".join(f"“{word}” ({count})" for word, count in read.head(5).items())
+    return Section(
+        name="lens",
+        title="What the image tokens hold: the logit lens",
+        finding=f"After layer {layers[start]} the {len(study.real.image)} image tokens read most often {most}.",
+        sentence="The word each image token stands for after the chosen layer: what the layer leaves there "
+        "(resid_post), "
+        "through the model’s own final norm and unembedding. The slider chooses the layer.",
+        conventions=f"Bluer is more likely, by the probability of the likeliest token; hovering shows five. {COUNTED}",
+        drawings=[
+            Drawing(
+                "The picture with a word in each image token’s square, for the chosen layer.",
+                figures,
+                chooser="after layer",
+                start=start,
+            )
+        ],
+        numbers={"lens": found},
+    )
+
+
+def _next_tokens(study: Study, prompt: Prompt) -> list[tuple[str, float]]:
+    """The likeliest next tokens with their probabilities: the lens of the last layer at the last position."""
+    last = logit_lens(study.vlm, prompt, positions=[-1], layers=[study.vlm.shape.layers["text"] - 1]).squeeze()
+    return list(zip(last.token.values.tolist(), last.probability.values.tolist(), strict=True))
+
+
+def _ids(study: Study, word: str | int) -> list[int]:
+    return [word] if isinstance(word, int) else study.vlm.token_ids(word)
+
+
+def _pairs(shown: xr.DataArray, name: str) -> list[tuple[str, float]]:
+    one = shown.sel(prompt=name)
+    return list(zip(one.word.values.tolist(), one.values.tolist(), strict=True))
+
+
+def _range(where: list[int]) -> str:
+    return f"{where[0]} to {where[-1]}" if len(where) > 1 else str(where[0])
