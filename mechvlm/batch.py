@@ -9,7 +9,7 @@ from torch import Tensor
 from mechvlm.metrics import Metric
 from mechvlm.plan import Layout
 from mechvlm.prompt import Prompt
-from mechvlm.sites import told
+from mechvlm.sites import told, whole
 from mechvlm.visit import Visit
 
 KERNELS = ("sdpa", "eager")
@@ -22,6 +22,8 @@ def scored(metric: Metric, logits: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"the metric is {float(values[~values.isfinite()][0])} in one row; it must be a finite number.")
     if not values.requires_grad:
         raise ValueError("the metric does not depend on the logits it was given, so it has no gradient.")
     return values
@@ -59,9 +61,28 @@ def check_prompts(prompt: object) -> list[Prompt]:
     return prompts
 
 
+def check_variants(prompts: Sequence[Prompt], variants: object) -> int:
+    """How many rows variants make of a batch: one for each list of edits; the batch as it is without any."""
+    if variants is None:
+        return 1
+    if not isinstance(variants, list | tuple):
+        raise TypeError(f"variants={told(variants)} is not a list of lists of edits, one for each row.")
+    if len(prompts) != 1 or not variants:
+        raise ValueError("variants are rows of one prompt: give one prompt and at least one list of edits.")
+    return len(variants)
+
+
+def check_ends(prompts: Sequence[Prompt], position: Any) -> list[int]:
+    """The position whose logits are wanted, counted from the end of each prompt."""
+    wanted, shortest = whole("position", position), min(map(len, prompts))
+    if not -shortest <= wanted < shortest:
+        raise ValueError(f"position {wanted} is not in the prompt, which has {shortest} positions.")
+    return [wanted if wanted < 0 else wanted - len(prompt) for prompt in prompts]
+
+
 def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any]) -> None:
     """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it."""
-    if max_new_tokens < 1:
+    if whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
     given = {"input_ids", "inputs_embeds", "attention_mask", "pixel_values", "position_ids"} & sampling.keys()
     if given:

@@ -8,7 +8,7 @@ padding, resizing and cropping that the processor did.
 ([3, 4, 5], (0.0, 0.0, 12.0, 12.0))
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -189,6 +189,35 @@ def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
     return processor.apply_chat_template(
         [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
     )
+
+
+def check_processor(processor: Any) -> Any:
+    """A processor as it is, or None; anything else, such as a tokenizer alone, is refused."""
+    from transformers import ProcessorMixin  # which torch's users have loaded by the time they have a processor
+
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        raise TypeError(f"{told(processor)} is not a processor of images and text; AutoProcessor loads the model's own.")
+    return processor
+
+
+def tensors_of(encoding: Any) -> dict[str, Tensor]:
+    """A ready encoding as tensors, whatever a processor made of it.
+
+    Raises:
+        TypeError, ValueError: for what is no mapping, or holds what a prompt does not consist of.
+    """
+    if not isinstance(encoding, Mapping):
+        raise TypeError(f"encoding={told(encoding)} is not what a processor returns: a mapping from names to tensors.")
+    known = ("input_ids", "attention_mask", "pixel_values")
+    unknown = sorted(set(map(str, encoding)) - set(known))
+    if unknown:
+        raise ValueError(
+            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave it out."
+        )
+    try:
+        return {name: torch.as_tensor(value) for name, value in encoding.items()}
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the encoding is not made of numbers: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
 def locate(

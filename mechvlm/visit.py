@@ -172,7 +172,7 @@ class Visit:
         for entry in entries:
             x.register_hook(self.gradient_edit(site, entry))
         self.graph[site] = x
-        return x
+        return x.view_as(x) if entries else x
 
     def gradient_edit(self, site: tuple, entry: tuple) -> Callable[[Tensor], Tensor]:
         """An edit of a gradient as the hook autograd calls."""

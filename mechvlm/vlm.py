@@ -19,15 +19,25 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.archs import arch_of, kernels_of, shape_of
-from mechvlm.batch import check_finite, check_fired, check_kernel, check_prompts, check_sampling, collate, scored
+from mechvlm.batch import (
+    check_ends,
+    check_finite,
+    check_fired,
+    check_kernel,
+    check_prompts,
+    check_sampling,
+    check_variants,
+    collate,
+    scored,
+)
 from mechvlm.edits import Edit
 from mechvlm.images import to_picture
 from mechvlm.metrics import Metric, WordMetric, spellings
 from mechvlm.plan import Plan, make_plan
-from mechvlm.prompt import Prompt, encode, locate
+from mechvlm.prompt import Prompt, check_processor, encode, locate, tensors_of
 from mechvlm.run import Generation, Readings, Run
 from mechvlm.seam import attending
-from mechvlm.sites import Site
+from mechvlm.sites import Site, told, whole
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
 
@@ -51,13 +61,15 @@ class VLM:
     """
 
     def __init__(self, hf_model: torch.nn.Module, processor: Any = None, name: str | None = None) -> None:
+        if not isinstance(hf_model, torch.nn.Module):
+            raise TypeError(f"{told(hf_model)} is not a model; mv.load takes a name, mv.VLM a model in memory.")
         config: Any = hf_model.config
         self.arch = arch_of(config)
         self.shape = shape_of(config)
         if hf_model.training:
             raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
         self.hf: Any = hf_model
-        self.processor = processor
+        self.processor = check_processor(processor)
         self.name = name or config.name_or_path or config.model_type
         self.model = nnsight.NNsight(hf_model)
         for kernel in kernels_of(config).values():
@@ -112,7 +124,7 @@ class VLM:
         if encoding is not None:
             if image is not None or text is not None:
                 raise ValueError("encoding= is a whole prompt; leave image and text out.")
-            return locate({k: v for k, v in encoding.items() if isinstance(v, Tensor)}, self.shape)
+            return locate(tensors_of(encoding), self.shape)
         if not isinstance(text, str):
             raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
         if self.processor is None:
@@ -128,14 +140,19 @@ class VLM:
         Raises:
             ValueError: where no spelling is one token.
         """
+        if not isinstance(word, str):
+            raise TypeError(f"{told(word)} is not a word; token ids need no spelling.")
         if self.processor is None:
             raise ValueError(f"without a processor {word!r} has no token; give token ids instead of words.")
         return spellings(self.processor.tokenizer, word)
 
     def word(self, token: int) -> str:
         """A token's text; its number where the tokenizer has none, as for the ids that pad a vocabulary."""
-        text = None if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(int(token))
-        return str(token) if text is None else text
+        number = whole("the token", token)
+        if not 0 <= number < self.shape.vocabulary:
+            raise ValueError(f"token id {number} is not in the model's vocabulary of {self.shape.vocabulary}.")
+        text = None if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(number)
+        return str(number) if text is None else text
 
     def metric(self, metric: Metric) -> Metric:
         """A metric as a function of logits: words become this model's token ids."""
@@ -179,20 +196,14 @@ class VLM:
             True
         """
         prompts = check_prompts(prompt)
-        if variants is not None and (len(prompts) != 1 or not len(variants)):
-            raise ValueError("variants are rows of one prompt: give one prompt and at least one list of edits.")
+        ends = check_ends(prompts, position) * check_variants(prompts, variants)
         plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
         if any(plan.layout.pads) and self.attention == "eager" and self.dtype == torch.float64:
             raise ValueError(
-                "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = "
-                "'sdpa', or run "
-                "the prompts one by one."
+                "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = 'sdpa', "
+                "or run the prompts one by one."
             )
         metric = None if grad_of is None else self.metric(grad_of)
-        shortest = min(map(len, prompts))
-        if not -shortest <= position < shortest:
-            raise ValueError(f"position {position} is not in the prompt, which has {shortest} positions.")
-        ends = [position if position < 0 else position - len(prompt) for prompt in prompts] * len(variants or [0])
         return self._forward(plan, self._batch(prompts, plan), metric, ends)
 
     def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
@@ -254,7 +265,7 @@ class VLM:
         ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
         tokens = ids[:, start.shape[1] :]
         steps = [
-            Readings({site: kept[step] for site, kept in visit.saved.items()}, plan.layout)
+            Readings({site: kept[step] for site, kept in visit.saved.items() if step < len(kept)}, plan.layout)
             for step in range(max(map(len, visit.saved.values()), default=0))
         ]
         return Generation(self._text(tokens, isinstance(prompt, Prompt)), tokens, steps)
@@ -274,14 +285,19 @@ class VLM:
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
-        return self.model.trace(**self._batch([prompt], make_plan([prompt], self.shape)), **settings)
+        prompts = check_prompts(prompt)
+        return self.model.trace(**self._batch(prompts, make_plan(prompts, self.shape)), **settings)
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
+        width = self.shape.d_model["text"]
+        if not isinstance(h, Tensor) or h.ndim < 1 or h.shape[-1] != width:
+            given = tuple(h.shape) if isinstance(h, Tensor) else told(h)
+            raise ValueError(f"unembed takes residual streams, a tensor whose last axis is {width} long, and got {given}.")
         # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
         norm, head = at(self.model, self.arch.norm), at(self.model, self.arch.unembed)
         with torch.no_grad():
-            return head(norm(h))
+            return head(norm(h.to(self.device, self.dtype)))
 
     def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
         """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mechvlm import demo
-from mechvlm.demo import benchmark, build, handwriting, packing, train
+from mechvlm import demo, images
+from mechvlm.demo import benchmark, build, card, handwriting, packing, train
 from mechvlm.demo.questions import ASKERS, is_there
 
 POPE = demo.HERE / "pope"
@@ -129,3 +130,16 @@ def test_shipped_model_is_small_and_safe() -> None:
     files = [path for path in demo.path().iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12 * 2**20
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".jinja"}
+
+
+def test_shipped_model_looks_at_the_image() -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(demo.path(), dtype=torch.float32).eval()
+    processor = AutoProcessor.from_pretrained(demo.path())
+    pictures = {picture.file.name: picture.image for picture in demo.scenes()}
+    asked = demo.pope("adversarial")[:120]
+    said = card.answer(model, processor, [(pictures[question.image], question.text) for question in asked])
+    assert np.mean([word == question.label for (word, _), question in zip(said, asked, strict=True)]) >= 0.93
+    black = card.answer(
+        model, processor, [(images.black(pictures[question.image]), question.text) for question in asked]
+    )
+    assert {word for word, _ in black} == {"no"}

@@ -97,6 +97,9 @@ def test_attention_map_is_the_image_part_of_a_row(vlm: mv.VLM, real: mv.Prompt) 
     one, mean = attention_map(vlm, real, 1, 2), attention_map(vlm, real, 1, query=-3)
     assert np.abs(one - own[1, 2, -1][real.image]).max() < 1e-6
     assert np.abs(mean - own[1, :, -3].mean(0)[real.image]).max() < 1e-6
+    both = attention_map(vlm, real, 1, 2, query=[-1, 20])
+    assert both.dims == ("query", "position")
+    assert np.abs(both - own[1, 2][[-1, 20]][:, real.image]).max() < 1e-6
     assert one.position.values.tolist() == real.image
     assert [real.images[0].cell(p) for p in real.image] == [
         (0, int(r), int(c)) for r, c in zip(one.row, one.column, strict=True)

@@ -9,7 +9,6 @@ mass divided by what attention spread evenly over all visible positions would gi
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 import xarray as xr
 from tqdm import tqdm
 
@@ -74,17 +73,19 @@ def attention_profile(
     )
 
 
-def attention_map(vlm: VLM, prompt: Prompt, layer: int, head: int | None = None, query: int = -1) -> xr.DataArray:
+def attention_map(
+    vlm: VLM, prompt: Prompt, layer: int, head: int | None = None, query: int | Sequence[int] = -1
+) -> xr.DataArray:
     """The attention weight of one position on each image token, in one head or averaged over a layer's heads.
 
     Args:
         layer: counted from 0.
         head: counted from 0; None averages over the heads.
-        query: the position that looks; by default the last, which answers.
+        query: the position that looks; by default the last, which answers. Or several.
 
     Returns:
-        Attention weights over axis position, image tokens only; their sum is the image's mass, at most 1. Row and
-        column of the grid are further coordinates.
+        Attention weights over axis position, image tokens only, and for several queries over query and position. Their
+        sum is the image's mass, at most 1. Row and column of the grid are further coordinates.
 
     Raises:
         ValueError: for a prompt without an image, or a layer, head or query that is not there.
@@ -97,20 +98,18 @@ def attention_map(vlm: VLM, prompt: Prompt, layer: int, head: int | None = None,
     heads = vlm.shape.heads["text"]
     if head is not None and not 0 <= head < heads:
         raise ValueError(f"the text tower has {heads} heads a layer, counted from 0, so there is no head {head}.")
-    site = Site("pattern", layer)
-    seen = vlm.run(prompt, read={site: rows([query])})[site][0, :, 0].float()
+    site, asked = Site("pattern", layer), [query] if isinstance(query, int) else list(query)
+    seen = vlm.run(prompt, read={site: rows(asked)})[site][0].float()  # head query key
     weights = seen.mean(0) if head is None else seen[head]
     which = "mean over heads" if head is None else f"head {head}"
-    return xr.DataArray(
-        numbers(weights[torch.tensor(prompt.image, device=weights.device)]),
-        dims=["position"],
-        coords=image_coordinates(prompt),
+    maps = xr.DataArray(
+        numbers(weights)[:, prompt.image],
+        dims=["query", "position"],
+        coords={"query": asked, **image_coordinates(prompt)},
         name="attention",
-        attrs={
-            **record(vlm, [prompt], layer=int(layer), head=which, query=int(query)),
-            "long_name": "attention weight",
-        },
+        attrs={**record(vlm, [prompt], layer=int(layer), head=which), "long_name": "attention weight"},
     )
+    return maps.isel(query=0) if isinstance(query, int) else maps
 
 
 def image_coordinates(prompt: Prompt) -> dict[str, object]:

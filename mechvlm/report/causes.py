@@ -28,13 +28,11 @@ def heads(study: Study) -> Section:
         name="heads",
         title="Which heads the answer needs",
         finding=f"Layer {int(strongest.layer)}, head {int(strongest['head'])} matters most: without it the metric "
-        f"changes by "
-        f"{float(strongest):+.2f}, from {effect.attrs['clean']:+.2f}.",
-        sentence=f"How much {study.measured} changes when one head’s output is set to zero at every position, one "
-        f"head at a "
-        f"time, with the picture.",
-        conventions=f"Metric with the head ablated minus metric without, in {study.unit}. Negative: the head "
-        f"speaks for "
+        f"changes by {float(strongest):+.2f}, from {effect.attrs['clean']:+.2f}.",
+        sentence=f"How much {study.measured} changes when one head’s output is set to zero at every position, one head "
+        "at a time, with the picture.",
+        conventions=f"Metric with the head ablated minus metric without, in {study.unit}. Negative: the head speaks "
+        f"for "
         f"“{study.answers[0]}”; positive: against it. {COUNTED}",
         drawings=[
             Drawing(
@@ -63,11 +61,10 @@ def patching(study: Study) -> Section:
         finding=f"The picture moves the metric from {ends[0]:+.2f} to {ends[1]:+.2f}. Most of that enters "
         f"{_stretches(carriers)}.",
         sentence="What enters one layer (resid_pre) at the positions of one span is taken from the run with the "
-        "picture and put "
-        "into the run with the null image; the map shows how far that carries the answer over.",
+        "picture and put into the run with the null image; the map shows how far that carries the answer over.",
         conventions=f"0: the null image’s own metric ({ends[0]:+.2f}); 1: the picture’s ({ends[1]:+.2f}), of "
-        f"{study.measured}. "
-        f"Below 0 and above 1 are possible. Layer 0 patches the embeddings, so there the image must give 1. {COUNTED}",
+        f"{study.measured}. Below 0 and above 1 are possible. Layer 0 patches the embeddings, so there the image must "
+        f"give 1. {COUNTED}",
         drawings=[
             Drawing(
                 f"Map of the patches’ effect by layer and span. Image span: {listed(share.sel(span='image'))}.",
@@ -90,9 +87,9 @@ def attribution(study: Study) -> Section:
         f"{'for' if most > 0 else 'against'} “{study.answers[0]}” ({float(most):+.3f}).",
         sentence=f"The gradient of {study.measured} at each image token’s feature, times the feature, summed over its "
         f"dimensions: how much the token speaks for the answer, to first order.",
-        conventions=f"In {study.unit}. Positive: scaling the token up raises the metric. The sum over tokens is "
-        f"not the "
-        f"metric, since the model is not linear.",
+        conventions=f"In {study.unit}. Positive: scaling the token up raises the metric. The sum over tokens is not "
+        f"the "
+        "metric, since the model is not linear.",
         drawings=[
             Drawing(
                 f"The picture coloured by attribution, strongest at row {int(most.row)}, column {int(most.column)}.",
@@ -111,14 +108,11 @@ def dose(study: Study) -> Section:
         name="dose",
         title="What if it looked more, or less?",
         finding=f"Between biases of {AMOUNTS[0]:+g} and {AMOUNTS[-1]:+g} the metric runs from {low:+.2f} to "
-        f"{high:+.2f}; without "
-        f"a bias it is {float(found.metric.sel(amount=0.0)):+.2f}.",
-        sentence="A number is added to the attention scores of all image tokens, in every layer, head and query; "
-        "the lines show "
-        f"{study.measured}, and the attention that the last position then really pays to the image.",
-        conventions="A bias of b multiplies the odds of looking at the image by e to the b; 0 is the unedited "
-        "model. Attention "
-        "is averaged over all layers and heads, a fraction from 0 to 1.",
+        f"{high:+.2f}; without a bias it is {float(found.metric.sel(amount=0.0)):+.2f}.",
+        sentence="A number is added to the attention scores of all image tokens, in every layer, head and query; the "
+        f"lines show {study.measured}, and the attention that the last position then really pays to the image.",
+        conventions="A bias of b multiplies the odds of looking at the image by e to the b; 0 is the unedited model. "
+        "Attention is averaged over all layers and heads, a fraction from 0 to 1.",
         drawings=[
             Drawing(
                 f"Line of the metric against the bias, from {low:+.2f} to {high:+.2f}.",
@@ -149,12 +143,10 @@ def generation(study: Study) -> Section:
         name="generation",
         title="What it says, with and without the bias",
         finding=f"With the picture {('neither', 'one', 'both')[changed]} of the two biases changed what it says.",
-        sentence=f"The text generated after the prompt, token by token and always the likeliest, at most "
-        f"{NEW_TOKENS} tokens; the "
-        f"bias acts in the pass over the prompt and in every step after it.",
-        conventions="The bias is added to the attention scores of all image tokens, in every layer and head: "
-        "positive makes the "
-        "model look at the image more, negative less.",
+        sentence=f"The text generated after the prompt, token by token and always the likeliest, at most {NEW_TOKENS} "
+        "tokens; the bias acts in the pass over the prompt and in every step after it.",
+        conventions="The bias is added to the attention scores of all image tokens, in every layer and head: positive "
+        "makes the model look at the image more, negative less.",
         tables=[Table("Generated text", ("image", "bias on image tokens", "text"), rows)],
         numbers={"generation": pd.DataFrame(rows, columns=["image", "bias", "text"])},
     )

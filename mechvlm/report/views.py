@@ -31,11 +31,10 @@ def picture(study: Study) -> Section:
         title="The picture, as tokens",
         finding=f"The picture takes {len(study.real.image)} of the prompt’s {len(study.real)} positions.",
         sentence=f"The picture with the {image.rows} × {image.columns} squares that the vision tower turns into one "
-        f"image "
-        f"token each; the squares are computed by undoing what the processor did to the picture.",
-        conventions=f"Rows and columns count from 0; a square is {width} × {height} pixels of what the model sees. "
-        f"The null "
-        f"image is “{study.null_name}”. A span is a named list of positions; together they hold every position once.",
+        "image token each; the squares are computed by undoing what the processor did to the picture.",
+        conventions=f"Rows and columns count from 0; a square is {width} × {height} pixels of what the model sees. The "
+        f"null image is “{study.null_name}”. A span is a named list of positions; together they hold every position "
+        "once.",
         drawings=[
             Drawing(
                 f"The picture with a grid of {image.rows} by {image.columns} image tokens.", plot.token_grid(study.real)
@@ -69,12 +68,10 @@ def answers(study: Study) -> Section:
         name="answers",
         title="What it answers",
         finding=finding,
-        sentence=f"How likely the next token after the prompt is each of {words}, with the picture (real) and with "
-        f"the null "
-        f"image (null): the softmax over the whole vocabulary at the last position.",
-        conventions="Probabilities from 0 to 1. A word counts in all its single-token spellings; what is missing to "
-        "1 went "
-        "to other tokens, of which the table shows the five likeliest.",
+        sentence=f"How likely the next token after the prompt is each of {words}, with the picture (real) and with the "
+        "null image (null): the softmax over the whole vocabulary at the last position.",
+        conventions="Probabilities from 0 to 1. A word counts in all its single-token spellings; what is missing to 1 "
+        "went to other tokens, of which the table shows the five likeliest.",
         drawings=[Drawing(f"Bars of answer probabilities. {highest}.", plot.bars(shown, x="word", colour="prompt"))],
         tables=[Table("The likeliest next tokens", columns, rows)],
         numbers={
@@ -105,11 +102,9 @@ def cases(study: Study) -> Section:
         name="cases",
         title="Some more questions",
         finding=f"Of {len(rows)} further questions {held['real']} are answered right with the picture and "
-        f"{held['null']} "
-        f"with the null image.",
+        f"{held['null']} with the null image.",
         sentence="Further questions about bundled scenes: the likelier of the answers and its probability, with the "
-        "picture "
-        "and with the null image.",
+        "picture and with the null image.",
         conventions="Probabilities of the next token from 0 to 1, not renormalised among the answers.",
         tables=[
             Table(
@@ -136,12 +131,10 @@ def profile(study: Study) -> Section:
         finding=f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average, most "
         f"({float(by_layer[peak]):.0%}) in layer {peak}.",
         sentence="How the last position, which answers, divides its attention over the spans of the prompt: the "
-        "attention "
-        "weights on a span’s keys summed, averaged over the heads of a layer (lines), and for the image in every "
-        "head (maps).",
+        "attention weights on a span’s keys summed, averaged over the heads of a layer (lines), and for the image in "
+        "every head (maps).",
         conventions=f"Fractions from 0 to 1 that sum to 1 over the spans, not divided by their lengths. {COUNTED} "
-        f"Solid: with "
-        f"the picture. Dashed: with the null image.",
+        "Solid: with the picture. Dashed: with the null image.",
         drawings=[
             Drawing(
                 f"Lines of attention by layer, one for each span. On the image, real: {listed(by_layer)}.",
@@ -161,29 +154,27 @@ def attention(study: Study) -> Section:
     """Attention over the picture, in one head."""
     layer, head, why = study.chosen
     where = (study.real.question + study.real.last)[-MOST_QUERIES:]
-    maps = [attention_map(study.vlm, study.real, layer, head, query) for query in where]
-    together = xr.concat(maps, dim=xr.DataArray(where, dims="query", name="query"), coords="minimal", compat="override")
-    top = float(together.max()) or 1.0
+    maps = attention_map(study.vlm, study.real, layer, head, where)
+    top = float(maps.max()) or 1.0
     image, drawn = study.real.images[0], study.real.pictures[0]
     figures = {
-        f"{query}: {study.real.tokens[query]}": plot.over_image(one, image, drawn, limits=(0.0, top))
-        for query, one in zip(where, maps, strict=True)
+        f"{query}: {study.real.tokens[query]}": plot.over_image(maps.isel(query=at), image, drawn, limits=(0.0, top))
+        for at, query in enumerate(where)
     }
-    masses = together.sum("position").values
+    masses = maps.sum("position").values
     best = int(masses.argmax())
     return Section(
         name="attention_map",
         title="Attention over the picture",
         finding=f"In layer {layer}, head {head}, the last position puts {masses[-1]:.0%} of its attention on the "
-        f"image; of the "
-        f"text it is “{study.real.tokens[where[best]]}” (position {where[best]}) that looks there most, with "
+        f"image; "
+        f"of the text it is “{study.real.tokens[where[best]]}” (position {where[best]}) that looks there most, with "
         f"{masses[best]:.0%}.",
         sentence=f"The attention weights of one text position on every image token, in layer {layer}, head {head}, "
-        f"{why}: the "
-        f"softmax row of that position as the model computed it. The slider chooses the position that looks.",
-        conventions=f"Weights from 0 (clear) to {top:.2f} on one scale for all positions; over all keys of a row "
-        f"they sum to 1. "
-        f"{COUNTED} It starts with the position that looks there most.",
+        f"{why}: the softmax row of that position as the model computed it. The slider chooses the position that "
+        f"looks.",
+        conventions=f"Weights from 0 (clear) to {top:.2f} on one scale for all positions; over all keys of a row they "
+        f"sum to 1. {COUNTED} It starts with the position that looks there most.",
         drawings=[
             Drawing(
                 f"The picture coloured by attention weights of the chosen position, up to {top:.2f}.",
@@ -192,7 +183,7 @@ def attention(study: Study) -> Section:
                 start=best,
             )
         ],
-        numbers={"attention_map": together.assign_attrs(maps[-1].attrs)},
+        numbers={"attention_map": maps},
     )
 
 
@@ -215,8 +206,7 @@ def lens(study: Study) -> Section:
         title="What the image tokens hold: the logit lens",
         finding=f"After layer {layers[start]} the {len(study.real.image)} image tokens read most often {most}.",
         sentence="The word each image token stands for after the chosen layer: what the layer leaves there "
-        "(resid_post), "
-        "through the model’s own final norm and unembedding. The slider chooses the layer.",
+        "(resid_post), through the model’s own final norm and unembedding. The slider chooses the layer.",
         conventions=f"Bluer is more likely, by the probability of the likeliest token; hovering shows five. {COUNTED}",
         drawings=[
             Drawing(
