@@ -23,7 +23,9 @@ def scored(metric: Metric, logits: Tensor) -> Tensor:
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
     if not bool(values.isfinite().all()):
-        raise ValueError(f"the metric is {float(values[~values.isfinite()][0])} in one row; it must be a finite number.")
+        raise ValueError(
+            f"the metric is {float(values.detach()[~values.isfinite()][0])} in one row; it must be a finite number."
+        )
     if not values.requires_grad:
         raise ValueError("the metric does not depend on the logits it was given, so it has no gradient.")
     return values
@@ -120,6 +122,24 @@ def check_finite(logits: Tensor) -> None:
             "an edit "
             f"that made values too large for {str(logits.dtype).removeprefix('torch.')}."
         )
+
+
+def check_processor(processor: Any) -> Any:
+    """A processor as it is, or None; anything else, such as a tokenizer alone, is refused."""
+    from transformers import ProcessorMixin  # which torch's users have loaded by the time they have a processor
+
+    if processor is not None and not isinstance(processor, ProcessorMixin):
+        raise TypeError(
+            f"{told(processor)} is not a processor of images and text; AutoProcessor loads the model's own."
+        )
+    return processor
+
+
+def check_width(h: object, width: int) -> None:
+    """Refuse what is no residual stream."""
+    if not isinstance(h, Tensor) or h.ndim < 1 or h.shape[-1] != width:
+        given = tuple(h.shape) if isinstance(h, Tensor) else told(h)
+        raise ValueError(f"unembed takes residual streams, tensors whose last axis is {width} long, and got {given}.")
 
 
 def check_kernel(kernel: str) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from mechvlm.archs import Arch, Shape
 from mechvlm.imagemap import ImageMap, View, view_of
 from mechvlm.images import to_picture
+from mechvlm.sites import told
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -191,15 +192,6 @@ def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
     )
 
 
-def check_processor(processor: Any) -> Any:
-    """A processor as it is, or None; anything else, such as a tokenizer alone, is refused."""
-    from transformers import ProcessorMixin  # which torch's users have loaded by the time they have a processor
-
-    if processor is not None and not isinstance(processor, ProcessorMixin):
-        raise TypeError(f"{told(processor)} is not a processor of images and text; AutoProcessor loads the model's own.")
-    return processor
-
-
 def tensors_of(encoding: Any) -> dict[str, Tensor]:
     """A ready encoding as tensors, whatever a processor made of it.
 
@@ -212,7 +204,8 @@ def tensors_of(encoding: Any) -> dict[str, Tensor]:
     unknown = sorted(set(map(str, encoding)) - set(known))
     if unknown:
         raise ValueError(
-            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave it out."
+            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave "
+            "it out."
         )
     try:
         return {name: torch.as_tensor(value) for name, value in encoding.items()}

@@ -18,23 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm import batch as batches
 from mechvlm.archs import arch_of, kernels_of, shape_of
-from mechvlm.batch import (
-    check_ends,
-    check_finite,
-    check_fired,
-    check_kernel,
-    check_prompts,
-    check_sampling,
-    check_variants,
-    collate,
-    scored,
-)
 from mechvlm.edits import Edit
 from mechvlm.images import to_picture
 from mechvlm.metrics import Metric, WordMetric, spellings
 from mechvlm.plan import Plan, make_plan
-from mechvlm.prompt import Prompt, check_processor, encode, locate, tensors_of
+from mechvlm.prompt import Prompt, encode, locate, tensors_of
 from mechvlm.run import Generation, Readings, Run
 from mechvlm.seam import attending
 from mechvlm.sites import Site, told, whole
@@ -69,11 +59,11 @@ class VLM:
         if hf_model.training:
             raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
         self.hf: Any = hf_model
-        self.processor = check_processor(processor)
+        self.processor = batches.check_processor(processor)
         self.name = name or config.name_or_path or config.model_type
         self.model = nnsight.NNsight(hf_model)
         for kernel in kernels_of(config).values():
-            check_kernel(kernel)
+            batches.check_kernel(kernel)
 
     @property
     def device(self) -> torch.device:
@@ -92,7 +82,7 @@ class VLM:
 
     @attention.setter
     def attention(self, kernel: str) -> None:
-        self.hf.set_attn_implementation(check_kernel(kernel))
+        self.hf.set_attn_implementation(batches.check_kernel(kernel))
 
     def __repr__(self) -> str:
         text, vision = (f"{self.shape.layers[t]} layers x {self.shape.heads[t]} heads" for t in ("text", "vision"))
@@ -195,8 +185,8 @@ class VLM:
             >>> run["text.3.resid_post"].shape == run.grad["text.3.resid_post"].shape
             True
         """
-        prompts = check_prompts(prompt)
-        ends = check_ends(prompts, position) * check_variants(prompts, variants)
+        prompts = batches.check_prompts(prompt)
+        ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
         plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
         if any(plan.layout.pads) and self.attention == "eager" and self.dtype == torch.float64:
             raise ValueError(
@@ -216,10 +206,10 @@ class VLM:
                 walk(model, arch, wanted, visit.touch, attending(visit, arch), pictures)
                 shown["logits"] = visit.logits(at(model, arch.unembed), ends)
             if metric is not None:
-                values = scored(metric, shown["logits"])
+                values = batches.scored(metric, shown["logits"])
                 visit.gradients(values)
-        check_fired(visit)
-        check_finite(shown["logits"])
+        batches.check_fired(visit)
+        batches.check_finite(shown["logits"])
         return Run(
             shown["logits"].detach(),
             Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
@@ -248,8 +238,8 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        check_sampling(max_new_tokens, sampling)
-        prompts = check_prompts(prompt)
+        batches.check_sampling(max_new_tokens, sampling)
+        prompts = batches.check_prompts(prompt)
         plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
         batch = self._batch(prompts, plan)
         start = batch.pop("input_ids")
@@ -261,7 +251,7 @@ class VLM:
             return said[-1]
 
         self._steps(visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
-        check_fired(visit)
+        batches.check_fired(visit)
         ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
         tokens = ids[:, start.shape[1] :]
         steps = [
@@ -285,15 +275,12 @@ class VLM:
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
-        prompts = check_prompts(prompt)
+        prompts = batches.check_prompts(prompt)
         return self.model.trace(**self._batch(prompts, make_plan(prompts, self.shape)), **settings)
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
-        width = self.shape.d_model["text"]
-        if not isinstance(h, Tensor) or h.ndim < 1 or h.shape[-1] != width:
-            given = tuple(h.shape) if isinstance(h, Tensor) else told(h)
-            raise ValueError(f"unembed takes residual streams, a tensor whose last axis is {width} long, and got {given}.")
+        batches.check_width(h, self.shape.d_model["text"])
         # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
         norm, head = at(self.model, self.arch.norm), at(self.model, self.arch.unembed)
         with torch.no_grad():
@@ -322,7 +309,7 @@ class VLM:
         return check(self, prompt)
 
     def _batch(self, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Tensor]:
-        batch = collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0)
+        batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0)
         moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
         return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in moved.items()}
 

@@ -558,7 +558,43 @@ GENERATION: list[Case] = [
     ),
 ]
 
-CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION
+LATER: list[Case] = [
+    ("3 is not a word; token ids need no spelling.", lambda: vlm().token_ids(3)),  # type: ignore[arg-type]
+    ("the token 'dog' is not a whole number.", lambda: vlm().word("dog")),  # type: ignore[arg-type]
+    ("token id 64 is not in the model's vocabulary of 64.", lambda: vlm().word(64)),
+    ("token id -1 is not in the model's vocabulary of 64.", lambda: vlm().word(-1)),
+    (
+        "unembed takes residual streams, tensors whose last axis is 32 long, and got (2, 31).",
+        lambda: vlm().unembed(zeros(2, 31)),
+    ),
+    ("unembed takes residual streams, tensors whose last axis is 32 long, and got 3.", lambda: vlm().unembed(3)),  # type: ignore[arg-type]
+    ("'llava' is not a model; mv.load takes a name, mv.VLM a model in memory.", lambda: mv.VLM("llava")),  # type: ignore[arg-type]
+    (
+        "'tokens' is not a processor of images and text; AutoProcessor loads the model's own.",
+        lambda: mv.VLM(tiny.model(), "tokens"),
+    ),
+    (
+        "encoding=5 is not what a processor returns: a mapping from names to tensors.",
+        lambda: vlm().prompt(encoding=5),  # type: ignore[arg-type]
+    ),
+    (
+        "the encoding holds 'labels'; a prompt of this model consists of input_ids, attention_mask, pixel_values, so "
+        "leave it out.",
+        lambda: ready(labels=zeros(1)),
+    ),
+    ("the encoding is not made of numbers: new(): invalid data type 'str'.", lambda: ready(input_ids="dog")),
+    ("variants=3 is not a list of lists of edits, one for each row.", lambda: ask(variants=3)),
+    ("position 'last' is not a whole number.", lambda: ask(position="last")),
+    ("position 1.0 is not a whole number.", lambda: ask(position=1.0)),
+    ("max_new_tokens '2' is not a whole number.", lambda: said(max_new_tokens="2")),
+    ("3 is not a prompt; make one with vlm.prompt(image, text).", lambda: vlm().trace(3)),  # type: ignore[arg-type]
+    (
+        "the metric is nan in one row; it must be a finite number.",
+        lambda: ask(grad_of=lambda logits: logits[:, 0] * float("nan")),
+    ),
+]
+
+CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER
 
 
 @pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])
@@ -639,3 +675,9 @@ def test_every_raise_is_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
             ):
                 missed.append(f"{path.name}:{node.lineno}")
     assert not missed, f"no test reaches the messages at {', '.join(missed)}"
+
+
+def test_a_reading_of_the_first_step_only() -> None:
+    """The vision tower runs with the prompt; later steps have nothing of it."""
+    made = said(max_new_tokens=3, read_each_step=["vision.0.z", "text.0.z"])
+    assert [len(made[site]) for site in ("vision.0.z", "text.0.z")] == [1, 3]
