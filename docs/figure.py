@@ -14,7 +14,7 @@ def main() -> None:
     scene = mv.demo.scenes()[0]
     real = vlm.prompt(scene.image, f"Is there a {scene.scene.items[0].digit} in the image?")
     lens = mv.logit_lens(vlm, real, positions=real.image)
-    figure = mv.plot.tokens_over_image(lens, real, layer=3, title="", caption="")
+    figure = mv.plot.tokens_over_image(lens, real, layer=4, title=real.words, caption="")
     figure.write_image(Path(__file__).parent / "figure.png", width=760, height=760, scale=1)
 
 

@@ -33,12 +33,13 @@ _BOTH_SIGNS = [
     [0.75, "rgba(250, 140, 80, 0.55)"],
     [1.0, "rgba(215, 20, 30, 0.9)"],
 ]
-# Under words the picture is pale and stays so.
+# Under words the picture stays to be seen; the words have a white rim of their own.
 _UNDER_WORDS = [
-    [0.0, "rgba(255, 255, 255, 0.68)"],
-    [0.5, "rgba(160, 208, 240, 0.78)"],
-    [1.0, "rgba(60, 145, 225, 0.88)"],
+    [0.0, "rgba(255, 255, 255, 0.25)"],
+    [0.5, "rgba(170, 210, 245, 0.45)"],
+    [1.0, "rgba(90, 165, 240, 0.6)"],
 ]
+_RIM = ", ".join(f"{x}px {y}px 2px white" for x in (-1, 0, 1) for y in (-1, 0, 1))
 
 
 def over_image(
@@ -163,7 +164,8 @@ def _write(figure: go.Figure, canvas: Canvas, words: Mapping[int, str]) -> None:
                 if at in words
             ]
             x, y, text = zip(*marks, strict=True) if marks else ((), (), ())
-            style = {"mode": "text", "hoverinfo": "skip", "showlegend": False, "textfont": {"size": size, "color": INK}}
+            font = {"size": size, "color": INK, "weight": "bold", "shadow": _RIM}
+            style = {"mode": "text", "hoverinfo": "skip", "showlegend": False, "textfont": font}
             figure.add_scatter(x=x, y=y, text=text, **style, row=1, col=number)
 
 
