@@ -9,6 +9,7 @@ raises the process's resident memory at most.
 """
 
 import argparse
+import ctypes
 import gc
 import time
 from collections.abc import Callable
@@ -72,6 +73,7 @@ def timed(call: Callable, cuda: bool) -> float:
 def peak(call: Callable) -> float:
     """MiB by which resident memory rises at most during a call (Linux: the high-water mark, reset before)."""
     gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier calls freed goes back, so that it counts again
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     kept = call()

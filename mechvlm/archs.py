@@ -115,8 +115,8 @@ def arch_of(config: Any) -> Arch:
     """
     if config.model_type not in ARCHS:
         raise ValueError(
-            f"mechvlm does not know {config.model_type!r} models yet; it knows {', '.join(sorted(ARCHS))}. "
-            f"Adding one is a row in mechvlm/archs.py."
+            f"mechvlm does not know {config.model_type!r} models yet; it knows {', '.join(sorted(ARCHS))}. Adding one "
+            "is a row in mechvlm/archs.py."
         )
     return ARCHS[config.model_type]
 
@@ -136,8 +136,7 @@ def shape_of(config: Any) -> Shape:
     if config.vision_feature_select_strategy not in ("default", "full"):
         raise ValueError(
             f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; it must be 'default' "
-            "(without "
-            f"the class token) or 'full'."
+            "(without the class token) or 'full'."
         )
     if not isinstance(config.vision_feature_layer, int):
         raise ValueError(

@@ -97,8 +97,7 @@ def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any]) -> None:
     if refused:
         raise ValueError(
             f"generate does not take {min(refused)}: edits and readings rest on steps of one new position, with a "
-            "cache that "
-            f"grows by it."
+            "cache that grows by it."
         )
 
 
@@ -107,9 +106,8 @@ def check_fired(visit: Visit) -> None:
     missed = [label for number, label in enumerate(visit.plan.labels) if number not in visit.fired]
     if missed:
         raise ValueError(
-            f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit "
-            "needs a "
-            f"second token, and a gradient's edit a site that the metric depends on."
+            f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit needs "
+            "a second token, and a gradient's edit a site that the metric depends on."
         )
 
 
@@ -118,9 +116,8 @@ def check_finite(logits: Tensor) -> None:
     broken = logits.isnan().any(-1).nonzero()[:, 0].tolist()
     if broken:
         raise ValueError(
-            f"the logits of row {broken[0]} are not a number (NaN), so nothing can be said of this run; look for "
-            "an edit "
-            f"that made values too large for {str(logits.dtype).removeprefix('torch.')}."
+            f"the logits of row {broken[0]} are not a number (NaN), so nothing can be said of this run; look for an "
+            f"edit that made values too large for {str(logits.dtype).removeprefix('torch.')}."
         )
 
 
@@ -146,7 +143,7 @@ def check_kernel(kernel: str) -> str:
     """An attention implementation that mechvlm reads right."""
     if kernel not in KERNELS:
         raise ValueError(
-            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. "
-            f"Set vlm.attention, or load with attn_implementation='sdpa'."
+            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. Set "
+            "vlm.attention, or load with attn_implementation='sdpa'."
         )
     return kernel

@@ -128,8 +128,7 @@ def view_of(image_processor: Any, size: tuple[int, int], seen: tuple[int, int]) 
     if settings.get("do_pad") and not settings["image_processor_type"].startswith("LlavaImageProcessor"):
         raise ValueError(
             f"{settings['image_processor_type']} has do_pad=True, and mechvlm undoes the padding of "
-            "LlavaImageProcessor "
-            f"only; set image_processor.do_pad = False."
+            "LlavaImageProcessor only; set image_processor.do_pad = False."
         )
     if settings.get("do_pad") and width != height:
         side = max(width, height)
@@ -147,9 +146,8 @@ def view_of(image_processor: Any, size: tuple[int, int], seen: tuple[int, int]) 
         width, height = crop["width"], crop["height"]
     if (height, width) != tuple(seen):
         raise ValueError(
-            f"the processor makes pictures of {width} x {height} pixels from one of {size[0]} x {size[1]}, and "
-            "this model "
-            f"sees {seen[1]} x {seen[0]}; the processor belongs to another model."
+            f"the processor makes pictures of {width} x {height} pixels from one of {size[0]} x {size[1]}, and this "
+            f"model sees {seen[1]} x {seen[0]}; the processor belongs to another model."
         )
     return left, top, x_scale, y_scale
 
@@ -158,8 +156,7 @@ def _resized(size: dict[str, int], width: int, height: int) -> tuple[int, int]:
     if set(size) not in ({"shortest_edge"}, {"height", "width"}):
         raise ValueError(
             f"the processor resizes pictures to {size}, and mechvlm undoes only a 'shortest_edge', or 'height' and "
-            "'width'; "
-            f"set image_processor.size to one of these."
+            "'width'; set image_processor.size to one of these."
         )
     short = size.get("shortest_edge")
     if short is None:

@@ -159,7 +159,7 @@ def check_edit(edit: object) -> Edit:
     if not isinstance(edit, Edit):
         raise TypeError(
             f"{told(edit)} is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. "
-            f"edits is a list of them, and variants a list of such lists, one for each row."
+            "edits is a list of them, and variants a list of such lists, one for each row."
         )
     return edit
 
@@ -168,8 +168,8 @@ def check_site(site: Site, prompts: Sequence[Prompt], shape: Shape, verb: str) -
     """Refuse a layer that the model has not, or an image site in a run without an image."""
     if site.layer is not None and site.layer >= shape.layers[site.tower]:
         raise ValueError(
-            f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} "
-            f"to {verb}."
+            f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} to "
+            f"{verb}."
         )
     if (site.tower == "vision" or site.kind == "image_features") and not all(prompt.images for prompt in prompts):
         raise ValueError(
@@ -191,9 +191,8 @@ def check_range(what: str, site: Site, positions: Iterable[int], prompts: Sequen
         beyond = [position for position in positions if not -length <= position < length]
         if beyond:
             raise ValueError(
-                f"position {beyond[0]} is out of range at {site}, where this prompt has {length} positions, "
-                "counted from 0 "
-                f"({what})."
+                f"position {beyond[0]} is out of range at {site}, where this prompt has {length} positions, counted "
+                f"from 0 ({what})."
             )
 
 
@@ -226,14 +225,14 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
             raise ValueError(f"the {site.tower} tower has {count} heads a layer, so there is no head {head} ({edit}).")
     if site.tower == "vision" and site.layer is not None and site.layer >= shape.live["vision"]:
         raise ValueError(
-            f"an edit of {site} cannot reach the answer: this model takes its image features before layer "
-            f"{site.layer} of the vision tower."
+            f"an edit of {site} cannot reach the answer: this model takes its image features before layer {site.layer} "
+            "of the vision tower."
         )
     lengths = {length_at(site, prompt, shape) for prompt in prompts}
     if edit.length is not None and lengths != {edit.length}:
         raise ValueError(
             f"{edit} holds {edit.length} positions and this run has {sorted(lengths)[0]} there, so positions cannot be "
-            f"matched; make the second prompt with prompt.with_image, which keeps them."
+            "matched; make the second prompt with prompt.with_image, which keeps them."
         )
     if edit.on == "grad" and not gradient:
         raise ValueError(f"{edit} edits a gradient, and this run computes none; pass grad_of= a metric.")
@@ -241,6 +240,6 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
         raise ValueError(f"{edit} acts in decode steps, and this run has none; use vlm.generate with 2 tokens or more.")
     if steps > 1 and site.kind in ("k", "v") and edit.when == "prompt":
         raise ValueError(
-            f"{edit} would be lost after the first step, since later steps read keys and values from the cache; "
-            f"use when='always', which edits what every step reads."
+            f"{edit} would be lost after the first step, since later steps read keys and values from the cache; use "
+            "when='always', which edits what every step reads."
         )

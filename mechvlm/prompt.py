@@ -96,9 +96,8 @@ class Prompt:
         other = self.again(pictures, self.words)
         if len(other) != len(self):
             raise ValueError(
-                f"with this picture the prompt has {len(other)} positions and before {len(self)}, so positions "
-                "cannot be "
-                f"matched; give a picture of {self.pictures[0].size[0]} x {self.pictures[0].size[1]} pixels."
+                f"with this picture the prompt has {len(other)} positions and before {len(self)}, so positions cannot "
+                f"be matched; give a picture of {self.pictures[0].size[0]} x {self.pictures[0].size[1]} pixels."
             )
         return other
 
@@ -155,9 +154,8 @@ def encode(processor: Any, arch: Arch, shape: Shape, pictures: list[Image.Image]
     mark = processor.image_token
     if text.count(mark) != len(pictures):
         raise ValueError(
-            f"the text has {text.count(mark)} {mark} and {len(pictures)} images were given; with raw=True each "
-            "image needs "
-            f"one {mark} in the text, where it is to stand."
+            f"the text has {text.count(mark)} {mark} and {len(pictures)} images were given; with raw=True each image "
+            f"needs one {mark} in the text, where it is to stand."
         )
     views = [view_of(processor.image_processor, picture.size, shape.picture) for picture in pictures]
     # A text that starts with the start token already, as some templates write it, must not get a second one.
@@ -180,9 +178,8 @@ def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
         raise ValueError("the question is empty; write one, or pass raw=True with the whole prompt.")
     if processor.image_token in words:
         raise ValueError(
-            f"the question holds {processor.image_token} itself, whose place the template decides; pass raw=True "
-            "to give the "
-            f"whole prompt verbatim."
+            f"the question holds {processor.image_token} itself, whose place the template decides; pass raw=True to "
+            "give the whole prompt verbatim."
         )
     if processor.chat_template is None:
         return arch.template.replace("<image>\n", f"{processor.image_token}\n" * images).format(text=words)
@@ -204,8 +201,8 @@ def tensors_of(encoding: Any) -> dict[str, Tensor]:
     unknown = sorted(set(map(str, encoding)) - set(known))
     if unknown:
         raise ValueError(
-            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave "
-            "it out."
+            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave it "
+            "out."
         )
     try:
         return {name: torch.as_tensor(value) for name, value in encoding.items()}
@@ -267,8 +264,7 @@ def _checked_ids(encoding: dict[str, Tensor], shape: Shape) -> list[int]:
     if mask is not None and (mask.shape != ids.shape or not bool(mask.all())):
         raise ValueError(
             "the encoding of one prompt must not be padded: attention_mask must be all ones, in the shape of "
-            "input_ids. "
-            "Give vlm.run a list of prompts to run them as one batch."
+            "input_ids. Give vlm.run a list of prompts to run them as one batch."
         )
     if ids.shape[1] > shape.longest:
         raise ValueError(f"the prompt has {ids.shape[1]} positions and the model was built for {shape.longest}.")
@@ -291,8 +287,7 @@ def _split_images(ids: list[int], pixels: Tensor | None, shape: Shape) -> list[l
     if len(marked) != count * each:
         raise ValueError(
             f"the prompt holds {len(marked)} image tokens and {count} images, which take {each} each; every image "
-            "needs "
-            f"its tokens and every image token its image."
+            "needs its tokens and every image token its image."
         )
     return [marked[start : start + each] for start in range(0, len(marked), each)]
 

@@ -63,8 +63,8 @@ def joined(site: Site, groups: Kept, layout: Layout) -> Any:
     if all(isinstance(row, Tensor) and row.shape[1:] == rows[0].shape[1:] for row in rows):
         return torch.cat(rows)
     raise ValueError(
-        f"the prompts differ in length, so {site} is not one tensor; take each row alone, run.rows[0][site], "
-        f"or read it with a function whose result has one shape."
+        f"the prompts differ in length, so {site} is not one tensor; take each row alone, run.rows[0][site], or read "
+        "it with a function whose result has one shape."
     )
 
 
@@ -85,7 +85,7 @@ def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
         if not value.ndim or value.shape[0] % rows:
             raise ValueError(
                 f"the reading of {Site(*key)} is {tuple(value.shape)} for {rows} rows, so it cannot be split; keep the "
-                f"batch axis first."
+                "batch axis first."
             )
         times = value.shape[0] // rows
         alike = [other for other in range(len(layout.pads)) if layout.pads[other] == pad]

@@ -96,8 +96,8 @@ class Site:
             raise ValueError(f"no tower is called {self.tower!r}; there are {' and '.join(TOWERS)}.")
         if self.kind not in LAYER_KINDS + MODEL_KINDS:
             raise ValueError(
-                f"no activation is called {self.kind!r}. In forward order they are: {', '.join(LAYER_KINDS)}; "
-                f"and, without a layer, {', '.join(MODEL_KINDS)}."
+                f"no activation is called {self.kind!r}. In forward order they are: {', '.join(LAYER_KINDS)}; and, "
+                f"without a layer, {', '.join(MODEL_KINDS)}."
             )
         if self.kind in MODEL_KINDS:
             if self.layer is not None:
@@ -143,7 +143,7 @@ class Site:
             return cls("embed", tower="vision")
         raise ValueError(
             f"{name!r} names no site; write 'text.12.pattern', 'image_features' or, as in TransformerLens, "
-            f"'blocks.12.attn.hook_pattern'."
+            "'blocks.12.attn.hook_pattern'."
         )
 
 

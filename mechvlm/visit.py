@@ -84,8 +84,8 @@ def check_result(new: object, old: Tensor, site: tuple, on: str) -> None:
         raise TypeError(f"{what} returned {type(new).__name__}; an edit must return the tensor that goes on.")
     if new.shape != old.shape or new.dtype != old.dtype:
         raise ValueError(
-            f"{what} returned {written(new)} for {written(old)}; an edit must keep the shape and type of what it "
-            "is given."
+            f"{what} returned {written(new)} for {written(old)}; an edit must keep the shape and type of what it is "
+            "given."
         )
     if new.device != old.device:
         raise ValueError(f"{what} returned a tensor on {new.device} for one on {old.device}; an edit must stay there.")
