@@ -126,6 +126,11 @@ def kernels_of(config: Any) -> dict[str, str]:
     return {"text": config.get_text_config()._attn_implementation, "vision": config.vision_config._attn_implementation}
 
 
+def set_kernels(hf_model: Any, kernels: dict[str, str]) -> None:
+    """Set the attention implementation of each tower."""
+    hf_model.set_attn_implementation({"text_config": kernels["text"], "vision_config": kernels["vision"]})
+
+
 def shape_of(config: Any) -> Shape:
     """The sizes of a LLaVA model, from its configuration.
 
@@ -142,6 +147,11 @@ def shape_of(config: Any) -> Shape:
         raise ValueError(
             f"vision_feature_layer is {config.vision_feature_layer!r}; mechvlm reads models that take one layer's "
             "features."
+        )
+    if not -vision.num_hidden_layers <= config.vision_feature_layer <= vision.num_hidden_layers:
+        raise ValueError(
+            f"vision_feature_layer is {config.vision_feature_layer}, and the vision tower has "
+            f"{vision.num_hidden_layers} layers; the configuration does not fit."
         )
     if vision.model_type != "clip_vision_model":
         raise ValueError(

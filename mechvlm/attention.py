@@ -176,8 +176,8 @@ def mass(spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = Non
     The reading has axes `batch head query span`.
 
     Source:
-        The name and definition of `mass` follow METHODS in docs/architecture.md: the summed weights of a span's keys,
-        neither divided by their number nor by chance.
+        docs/architecture.md, Conventions: the summed weights of a span's keys, neither divided by their number nor by
+        what even attention would give. Chen et al. (2024), "An Image is Worth 1/2 Tokens After Layer 2", section 3.
     """
     if not isinstance(spans, Mapping):
         raise TypeError(

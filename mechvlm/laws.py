@@ -19,7 +19,17 @@ from torch import Tensor
 from mechvlm.attention import mass, rows
 from mechvlm.edits import Edit, ablate_heads, bias_attention, cut_attention, patch, scale_heads, steer
 from mechvlm.prompt import Prompt
-from mechvlm.references import null_of, own_gradients, own_logits, own_patterns, placed
+from mechvlm.references import (
+    apart,
+    differs,
+    eager_rounding,
+    null_of,
+    own_gradients,
+    own_logits,
+    own_patterns,
+    placed,
+    rounding,
+)
 from mechvlm.sites import LAYER_KINDS, Site
 
 
@@ -72,31 +82,6 @@ def all_sites(vlm: Any, live: bool = False) -> list[Site]:
     layers = vlm.shape.live if live else vlm.shape.layers
     inner = [Site(kind, layer, tower) for tower in layers for layer in range(layers[tower]) for kind in LAYER_KINDS]
     return [Site("embed"), Site("embed", tower="vision"), Site("image_features"), *inner, Site("logits")]
-
-
-def apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    a, b = a.double(), b.double()
-    finite = torch.isfinite(b)
-    if not torch.equal(finite, torch.isfinite(a)):
-        return float("inf")
-    largest = b[finite].abs().max().item() if bool(finite.any()) else 0.0
-    return (a[finite] - b[finite]).abs().max().item() / (largest or 1.0) if bool(finite.any()) else 0.0
-
-
-def rounding(vlm: Any, times: float = 64) -> float:
-    """What rounding may do: so many units in the last place of the model's type."""
-    return times * torch.finfo(vlm.dtype).eps
-
-
-def eager_rounding(vlm: Any, times: float = 64) -> float:
-    """The same where transformers' eager attention is compared with, whose softmax is float32 whatever the type."""
-    return max(rounding(vlm, times), times * torch.finfo(torch.float32).eps)
-
-
-def differs(a: Tensor, b: Tensor) -> float:
-    """Zero where two tensors are the same bit for bit, else their difference."""
-    return 0.0 if torch.equal(a, b) else max(apart(a, b), torch.finfo(torch.float64).tiny)
 
 
 def law_1_reading(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
@@ -250,6 +235,7 @@ def law_9_generation(vlm: Any, prompt: Prompt, steps: int = 4) -> Iterator[Findi
         ablate_heads(1, [0]),
         bias_attention(1, prompt.image, 0.5, heads=[1], way="recompute"),
         Edit(Site("v", 0), lambda v: v * 1.1),
+        steer("text.1.resid_pre", torch.ones(vlm.shape.d_model["text"]), 1.0, positions=prompt.image),
     ]
     made = vlm.generate(prompt, edits, read_each_step={Site("logits"): lambda x: x[:, -1]}, **settings)
     ids, worst = given["input_ids"], 0.0
@@ -269,11 +255,30 @@ def law_10_gradients(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
     own = own_gradients(vlm, prompt, token)
     for kind in ("pattern", "resid_post"):
         worst = max(apart(run.grad[Site(kind, layer)], own[(kind, layer)]) for layer in layers)
-        yield Finding(10, f"gradient of {kind}", worst, eager_rounding(vlm, 1024))
+        yield Finding(10, f"gradient of {kind}", worst, eager_rounding(vlm, 256))
     early = len(prompt) // 2
     half = vlm.run(prompt, read=sites, grad_of=lambda logits: logits[:, token], position=early)
     later = max(half.grad[Site("resid_post", layer)][:, early + 1 :].abs().max().item() for layer in layers)
     yield Finding(10, "gradient after the position", later, 0.0)
+    yield from gradients_of_variants(vlm, prompt, lambda logits: logits[:, token])
+
+
+def gradients_of_variants(vlm: Any, prompt: Prompt, metric: Any) -> Iterator[Finding]:
+    """Gradients of rows that are edited differently are those of single runs."""
+    same = (eager_rounding if vlm.attention == "eager" else rounding)(vlm, 256)
+    variants: list[list[Edit]] = [
+        [Edit(Site("pattern", 1), lambda pattern: pattern * 0.5)],
+        [bias_attention(0, prompt.image, 1.0, way="recompute")],
+        [cut_attention(1, prompt.image, queries=prompt.last), ablate_heads(0, [1])],
+        [],
+    ]
+    sites = [Site(kind, layer) for layer in (0, 1) for kind in ("pattern", "scores", "z", "resid_pre")]
+    together = vlm.run(prompt, read=sites, variants=variants, grad_of=metric)
+    worst = 0.0
+    for row, edits in zip(together.rows, variants, strict=True):
+        alone = vlm.run(prompt, read=sites, edits=edits, grad_of=metric)
+        worst = max([worst, *(apart(row.grad[site], alone.grad[site]) for site in sites)])
+    yield Finding(10, "gradients of variants", worst, same)
 
 
 def law_13_positions(vlm: Any, prompt: Prompt) -> Iterator[Finding]:

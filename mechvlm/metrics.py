@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -51,6 +52,7 @@ class WordMetric:
         above = [number for ids in self.ids for number in ids if not 0 <= number < logits.shape[-1]]
         if above:
             raise ValueError(f"token id {above[0]} is not in the vocabulary of {logits.shape[-1]}.")
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # half precision rounds probabilities away
         said = [logits[:, list(ids)].logsumexp(-1) for ids in self.ids]
         if self.name == "logit_difference":
             return said[0] - said[1]

@@ -177,17 +177,21 @@ def check_site(site: Site, prompts: Sequence[Prompt], shape: Shape, verb: str) -
         )
 
 
-def length_at(site: Site, prompt: Prompt, shape: Shape) -> int:
-    """How many positions a prompt has at a site."""
+def length_at(site: Site, prompt: Prompt, shape: Shape, steps: int = 1) -> int:
+    """How many positions a prompt has at a site; a generation makes the last position's logits only."""
+    if site.kind == "logits" and steps > 1:
+        return 1
     if site.tower == "vision":
         return shape.grid[0] * shape.grid[1] + 1
     return shape.tokens_per_image if site.kind == "image_features" else len(prompt)
 
 
-def check_range(what: str, site: Site, positions: Iterable[int], prompts: Sequence[Prompt], shape: Shape) -> None:
+def check_range(
+    what: str, site: Site, positions: Iterable[int], prompts: Sequence[Prompt], shape: Shape, steps: int = 1
+) -> None:
     """Refuse a position that one of the prompts has not."""
     for prompt in prompts:
-        length = length_at(site, prompt, shape)
+        length = length_at(site, prompt, shape, steps)
         beyond = [position for position in positions if not -length <= position < length]
         if beyond:
             raise ValueError(
@@ -218,7 +222,8 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
     """Refuse an edit that is out of range, cannot reach the answer, or could never act."""
     site = edit.site
     check_site(site, prompts, shape, "edit")
-    check_range(str(edit), site, edit.positions, prompts, shape)
+    check_range(str(edit), site, edit.positions, prompts, shape, steps)
+    check_sight(edit)
     for head in edit.heads:
         count = shape.kv_heads[site.tower] if site.kind in ("k", "v") else shape.heads[site.tower]
         if not -count <= head < count:
@@ -228,7 +233,7 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
             f"an edit of {site} cannot reach the answer: this model takes its image features before layer {site.layer} "
             "of the vision tower."
         )
-    lengths = {length_at(site, prompt, shape) for prompt in prompts}
+    lengths = {length_at(site, prompt, shape, steps) for prompt in prompts}
     if edit.length is not None and lengths != {edit.length}:
         raise ValueError(
             f"{edit} holds {edit.length} positions and this run has {sorted(lengths)[0]} there, so positions cannot be "
@@ -238,8 +243,24 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
         raise ValueError(f"{edit} edits a gradient, and this run computes none; pass grad_of= a metric.")
     if edit.when == "decode" and steps < 2:
         raise ValueError(f"{edit} acts in decode steps, and this run has none; use vlm.generate with 2 tokens or more.")
+    if steps > 1 and edit.positions and edit.when != "prompt" and edit.bias is None and site.kind not in ("k", "v"):
+        raise ValueError(
+            f"{edit} names positions of the prompt, and a decode step has only the newest one; say when='prompt'."
+        )
     if steps > 1 and site.kind in ("k", "v") and edit.when == "prompt":
         raise ValueError(
             f"{edit} would be lost after the first step, since later steps read keys and values from the cache; use "
             "when='always', which edits what every step reads."
+        )
+
+
+def check_sight(edit: Edit) -> None:
+    """Refuse a bias from queries that stand before all its keys: a causal model does not look ahead."""
+    bias = edit.bias
+    if bias is None or edit.site.tower != "text" or bias.queries is None:
+        return
+    if min(bias.keys) > max(bias.queries):
+        raise ValueError(
+            f"{edit} would change nothing: its first key, {min(bias.keys)}, stands after its last query, "
+            f"{max(bias.queries)}, and no position looks ahead."
         )

@@ -8,7 +8,7 @@ padding, resizing and cropping that the processor did.
 ([3, 4, 5], (0.0, 0.0, 12.0, 12.0))
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +37,7 @@ class Prompt:
             the last position; without an image everything but `bos` and `last` is `question`.
         images: an `ImageMap` for each image.
         pictures: the original pictures, empty for a ready encoding.
+        shape: the sizes of the model it was encoded for.
     """
 
     words: str
@@ -51,6 +52,7 @@ class Prompt:
     images: list[ImageMap]
     pictures: list[Image.Image] = field(default_factory=list)
     again: Callable[[list[Image.Image], str], "Prompt"] | None = None
+    shape: Shape | None = None
 
     @property
     def spans(self) -> dict[str, list[int]]:
@@ -108,34 +110,50 @@ class Prompt:
         return self.again(self.pictures, text)
 
     def find(self, words: str) -> list[int]:
-        """The positions of some words of the question, or all of them where the words stand more than once.
+        """The positions of some words of the question; where they stand more than once, all of them.
+
+        Whole words only: "red" is not found in "there".
 
         Raises:
-            ValueError: if they are not in the prompt's text.
+            ValueError: if they are not in the question.
 
         Example:
-            >>> real.find("red")
+            >>> real.find("image")
+            [45]
         """
+        if not isinstance(words, str):
+            raise TypeError(f"find looks for words, and {told(words)} is none; write it in quotes.")
         wanted = "".join(words.lower().split())
         plain = ["" if position in set(self.image) else _bare(token) for position, token in enumerate(self.tokens)]
-        starts = np.cumsum([0, *(len(token) for token in plain)])
-        text, found = "".join(plain), []
-        at = text.find(wanted)
+        starts = np.cumsum([0, *map(len, plain)]).tolist()
+        text = "".join(plain)
+        asked = "".join(self.words.lower().split())
+        first = max(text.rfind(asked), 0) if asked else 0
+        last = first + len(asked) if asked and asked in text else len(text)
+        begins = {start for start, token in zip(starts, self.tokens, strict=False) if self._begins(token)}
+        found, at = set(), text.find(wanted, first, last)
         while wanted and at >= 0:
-            found += [
-                position
-                for position, token in enumerate(plain)
-                if token and starts[position] < at + len(wanted) and starts[position + 1] > at
-            ]
-            at = text.find(wanted, at + 1)
+            end = at + len(wanted)
+            if at in begins and (end in begins or end == len(text) or not text[end].isalnum()):
+                found |= {p for p, token in enumerate(plain) if token and starts[p] < end and starts[p + 1] > at}
+            at = text.find(wanted, at + 1, last)
         if not found:
-            raise ValueError(f"{words!r} is not in the prompt {self.text!r}.")
-        return sorted(set(found))
+            raise ValueError(f"{words!r} are no words of the question {self.words or self.text!r}.")
+        return sorted(found)
+
+    def _begins(self, token: str) -> bool:
+        """Whether a token begins a word: where tokens bear marks for a space, those that do; else every token."""
+        marked = any(one[:1] in _SPACES for one in self.tokens)
+        return token[:1] in _SPACES or not marked or not token[:1].isalnum()
+
+
+_SPACES = ("▁", "Ġ")
+"""What tokenizers write for the space before a word."""
 
 
 def _bare(token: str) -> str:
     """A token's text without the marks that tokenizers use for a space."""
-    return token.replace("▁", "").replace("Ġ", "").strip().lower()
+    return token.strip("▁Ġ ").lower()
 
 
 def _ranges(positions: list[int]) -> str:
@@ -189,27 +207,6 @@ def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
     )
 
 
-def tensors_of(encoding: Any) -> dict[str, Tensor]:
-    """A ready encoding as tensors, whatever a processor made of it.
-
-    Raises:
-        TypeError, ValueError: for what is no mapping, or holds what a prompt does not consist of.
-    """
-    if not isinstance(encoding, Mapping):
-        raise TypeError(f"encoding={told(encoding)} is not what a processor returns: a mapping from names to tensors.")
-    known = ("input_ids", "attention_mask", "pixel_values")
-    unknown = sorted(set(map(str, encoding)) - set(known))
-    if unknown:
-        raise ValueError(
-            f"the encoding holds {unknown[0]!r}; a prompt of this model consists of {', '.join(known)}, so leave it "
-            "out."
-        )
-    try:
-        return {name: torch.as_tensor(value) for name, value in encoding.items()}
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the encoding is not made of numbers: {str(error).splitlines()[0].rstrip('.')}.") from None
-
-
 def locate(
     encoding: dict[str, Tensor],
     shape: Shape,
@@ -246,6 +243,7 @@ def locate(
         question=[at for at in range(max(first, len(start)), end) if at not in inside],
         last=[end] if end not in inside and [end] != start else [],
         images=[_map(positions, size, view, shape) for positions, size, view in zip(images, sizes, views, strict=True)],
+        shape=shape,
         pictures=list(pictures),
         again=again,
     )

@@ -1,6 +1,7 @@
 """What a model says by itself: numbers that do not pass through mechvlm, for the laws to compare with.
 
-Its plain forward, its own eager attention weights and plain autograd through it, caught by torch hooks.
+Its plain forward, its own eager attention weights and plain autograd through it, caught by torch hooks; and how far two
+tensors are apart.
 """
 
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.archs import kernels_of, set_kernels
 from mechvlm.prompt import Prompt
 
 
@@ -33,7 +35,7 @@ def placed(vlm: Any, prompt: Prompt) -> dict[str, Tensor]:
 
 def own_patterns(vlm: Any, prompt: Prompt, tower: str) -> list[Tensor]:
     """The model's own eager attention weights, caught by torch hooks."""
-    stack, kernel = stack_of(vlm, tower), vlm.attention
+    stack, kernels = stack_of(vlm, tower), kernels_of(vlm.hf.config)
     caught: list[Tensor] = []
     modules = [attrgetter(stack.attention)(layer) for layer in attrgetter(stack.layers)(vlm.hf)]
     handles = [one.register_forward_hook(lambda _m, _i, out: caught.append(out[1])) for one in modules]
@@ -41,7 +43,7 @@ def own_patterns(vlm: Any, prompt: Prompt, tower: str) -> list[Tensor]:
     try:
         own_logits(vlm, prompt)
     finally:
-        vlm.attention = kernel
+        set_kernels(vlm.hf, kernels)
         for handle in handles:
             handle.remove()
     return caught
@@ -54,7 +56,7 @@ def stack_of(vlm: Any, tower: str) -> Any:
 
 def own_gradients(vlm: Any, prompt: Prompt, token: int) -> dict[tuple[str, int], Tensor]:
     """Gradients by plain autograd on the model's own eager attention, caught by torch hooks."""
-    stack, kernel, held, handles = vlm.arch.text, vlm.attention, {}, []
+    stack, kernels, held, handles = vlm.arch.text, kernels_of(vlm.hf.config), {}, []
     first = attrgetter(stack.embed)(vlm.hf)
     # The graph starts at the word embeddings, whose weights may be frozen.
     handles.append(first.register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_(True)))
@@ -72,7 +74,7 @@ def own_gradients(vlm: Any, prompt: Prompt, token: int) -> dict[tuple[str, int],
             logits = vlm.hf(**placed(vlm, prompt), use_cache=False).logits
         found = torch.autograd.grad(logits[0, -1, token], list(held.values()), allow_unused=True)
     finally:
-        vlm.attention = kernel
+        set_kernels(vlm.hf, kernels)
         for handle in handles:
             handle.remove()
     pairs = zip(held.items(), found, strict=True)
@@ -82,3 +84,28 @@ def own_gradients(vlm: Any, prompt: Prompt, token: int) -> dict[tuple[str, int],
 def bind(keep: Callable, key: tuple[str, int]) -> Callable:
     """A forward hook that knows which site it is of."""
     return lambda module, given, out: keep(module, given, out, key)
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    a, b = a.double(), b.double()
+    finite = torch.isfinite(b)
+    if not torch.equal(finite, torch.isfinite(a)):
+        return float("inf")
+    largest = b[finite].abs().max().item() if bool(finite.any()) else 0.0
+    return (a[finite] - b[finite]).abs().max().item() / (largest or 1.0) if bool(finite.any()) else 0.0
+
+
+def rounding(vlm: Any, times: float = 64) -> float:
+    """What rounding may do: so many units in the last place of the model's type, and never a tenth of the value."""
+    return min(times * torch.finfo(vlm.dtype).eps, 0.1)
+
+
+def eager_rounding(vlm: Any, times: float = 64) -> float:
+    """The same where transformers' eager attention is compared with, whose softmax is float32 whatever the type."""
+    return max(rounding(vlm, times), times * torch.finfo(torch.float32).eps)
+
+
+def differs(a: Tensor, b: Tensor) -> float:
+    """Zero where two tensors are the same bit for bit, else their difference."""
+    return 0.0 if torch.equal(a, b) else max(apart(a, b), torch.finfo(torch.float64).tiny)

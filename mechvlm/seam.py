@@ -242,8 +242,13 @@ def finish(visit: Visit, place: tuple, op: Any, kinds: set[str], new: Tensor | N
 
 
 def only_edited(visit: Visit, place: tuple, old: Tensor, new: Tensor) -> Tensor:
-    """The computed z in the rows whose scores or pattern were edited, the kernel's in the others."""
+    """The computed z in the rows whose scores or pattern were edited, the kernel's in the others.
+
+    Where gradients are taken it is the computed one in all rows, since those of the pattern are taken through it.
+    """
     plan, z = visit.plan, old
+    if plan.gradient:
+        return new
     for site in sites(place):
         for _, rows, _ in plan.active(site, visit.step) + plan.grads.get(site, []):
             if rows is None:

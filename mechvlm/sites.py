@@ -130,6 +130,11 @@ class Site:
             (Site(kind='resid_post', layer=3, tower='text'), Site(kind='z', layer=0, tower='vision'))
         """
         lens = re.fullmatch(r"(vision_encoder\.)?blocks\.(\d+)\.(\S+)", name)
+        if lens and not lens[1] and lens[3] in ("attn.hook_q", "attn.hook_k"):
+            raise ValueError(
+                f"{name!r} is before rotary embedding in TransformerLens, and mechvlm's q and k are after it; write "
+                f"'blocks.{lens[2]}.attn.hook_rot_{lens[3][-1]}' or 'text.{lens[2]}.{lens[3][-1]}'."
+            )
         if lens and lens[3] in _TRANSFORMER_LENS:
             return cls(_TRANSFORMER_LENS[lens[3]], int(lens[2]), "vision" if lens[1] else "text")
         if name == "hook_embed":

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from mechvlm import attention
 from mechvlm.plan import Group, Layout, Plan, name_of
-from mechvlm.sites import ATTENTION_KINDS
 
 QUERY_AXIS = {"scores": 2, "pattern": 2}
+RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "q")
 KEY_AXIS = {"scores": 3, "pattern": 3, "k": 1, "v": 1}
 
 
@@ -65,12 +65,24 @@ def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: b
     _, rows, edit = entry
     for group, part in parts(x, site, rows, layout):
         given = part.clone()
-        new = edit.fn(given)
+        new = called(f"the edit of {name_of(site)}", edit.fn, given)
         check_result(new, part, site, edit.on)
         unchanged = torch.equal(new, part) and (new is given or not gradient)
         if not unchanged:
             x = put(x, site, group, new)
     return x
+
+
+def called(what: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+    """What a user's function makes of its own copy of a tensor; an error in it says where it was called."""
+    given = x if what.startswith("the edit") else x.clone()
+    try:
+        return function(given)
+    except (IndexError, RuntimeError, TypeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        one_query = x.ndim > 2 and 1 in x.shape[1:3]
+        hint = " A decode step has one query; when='prompt' leaves it alone." if one_query else ""
+        raise ValueError(f"{what} failed on {written(x)}: {said}.{hint}") from error
 
 
 def check_result(new: object, old: Tensor, site: tuple, on: str) -> None:
@@ -121,6 +133,11 @@ class Visit:
     def touch(self, site: tuple, x: Tensor) -> Tensor:
         """Edit a site's tensor, keep what is read of it, and return what the model goes on with."""
         plan = self.plan
+        if self.step and site[2] == "text" and site[0] in RESIDUAL_KINDS and x.shape[1] != 1:
+            raise ValueError(
+                f"step {self.step} of this generation has {x.shape[1]} positions at {name_of(site)}, where one new "
+                "position is due; generate with a cache that grows by one, and one pass a step."
+            )
         if site[0] == "image_features" and plan.layout.shared > 1:
             x = x.repeat(plan.layout.shared, *[1] * (x.ndim - 1))
         for entry in plan.active(site, self.step):
@@ -196,12 +213,7 @@ class Visit:
 
 def reading_of(site: tuple, read: Callable | None, x: Tensor) -> object:
     """What a reading function says of a tensor; a copy, so that no larger tensor is kept alive or changed later."""
-    if read is None:
-        return x.clone() if site[0] in ATTENTION_KINDS else x
-    try:
-        value = read(x.clone())
-    except IndexError as error:
-        raise ValueError(f"the reading of {name_of(site)} indexes what is not there: {error}.") from None
+    value = x.clone() if read is None else called(f"the reading of {name_of(site)}", read, x)
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 

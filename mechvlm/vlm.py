@@ -24,7 +24,7 @@ from mechvlm.edits import Edit
 from mechvlm.images import to_picture
 from mechvlm.metrics import Metric, WordMetric, spellings
 from mechvlm.plan import Plan, make_plan
-from mechvlm.prompt import Prompt, encode, locate, tensors_of
+from mechvlm.prompt import Prompt, encode, locate
 from mechvlm.run import Generation, Readings, Run
 from mechvlm.seam import attending
 from mechvlm.sites import Site, told, whole
@@ -51,8 +51,7 @@ class VLM:
     """
 
     def __init__(self, hf_model: torch.nn.Module, processor: Any = None, name: str | None = None) -> None:
-        if not isinstance(hf_model, torch.nn.Module):
-            raise TypeError(f"{told(hf_model)} is not a model; mv.load takes a name, mv.VLM a model in memory.")
+        batches.check_model(hf_model)
         config: Any = hf_model.config
         self.arch = arch_of(config)
         self.shape = shape_of(config)
@@ -114,7 +113,7 @@ class VLM:
         if encoding is not None:
             if image is not None or text is not None:
                 raise ValueError("encoding= is a whole prompt; leave image and text out.")
-            return locate(tensors_of(encoding), self.shape)
+            return locate(batches.tensors_of(encoding), self.shape)
         if not isinstance(text, str):
             raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
         if self.processor is None:
@@ -185,14 +184,10 @@ class VLM:
             >>> run["text.3.resid_post"].shape == run.grad["text.3.resid_post"].shape
             True
         """
-        prompts = batches.check_prompts(prompt)
+        prompts = batches.check_prompts(prompt, self.shape)
         ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
         plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
-        if any(plan.layout.pads) and self.attention == "eager" and self.dtype == torch.float64:
-            raise ValueError(
-                "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = 'sdpa', "
-                "or run the prompts one by one."
-            )
+        batches.check_padding(plan.layout, self.attention, self.dtype)
         metric = None if grad_of is None else self.metric(grad_of)
         return self._forward(plan, self._batch(prompts, plan), metric, ends)
 
@@ -238,8 +233,8 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        batches.check_sampling(max_new_tokens, sampling)
-        prompts = batches.check_prompts(prompt)
+        batches.check_sampling(max_new_tokens, sampling, self.hf.generation_config)
+        prompts = batches.check_prompts(prompt, self.shape)
         plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
         batch = self._batch(prompts, plan)
         start = batch.pop("input_ids")
@@ -275,7 +270,7 @@ class VLM:
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
-        prompts = batches.check_prompts(prompt)
+        prompts = batches.check_prompts(prompt, self.shape)
         return self.model.trace(**self._batch(prompts, make_plan(prompts, self.shape)), **settings)
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:

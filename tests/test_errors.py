@@ -15,13 +15,13 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, ones, zeros
-from transformers import CLIPVisionConfig, GPT2Config, LlavaConfig, MistralConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, GenerationConfig, GPT2Config, LlavaConfig, MistralConfig, SiglipVisionConfig
 
 import mechvlm as mv
 from mechvlm import archs, plan, seam
 from mechvlm.load import type_of
 from mechvlm.run import of_row
-from mechvlm.visit import check_result
+from mechvlm.visit import Visit, check_result
 
 PACKAGE = Path(mv.__file__).parent
 INF = float("inf")
@@ -66,6 +66,16 @@ def said(**given: Any) -> mv.Generation:
 
 def change(function: Callable = torch.clone, site: str = "text.0.z", **more: Any) -> list[mv.Edit]:
     return [mv.Edit(site, function, **more)]
+
+
+def bare_run(**given: Any) -> mv.Run:
+    return bare().run(bare().prompt(encoding=tiny.encoding()), **given)
+
+
+def second_pass() -> None:
+    visit = Visit(plan.make_plan([real()], vlm().shape))
+    visit.step = 1
+    visit.touch(("resid_pre", 0, "text"), zeros(1, 5, 32))
 
 
 def ready(**changed: Any) -> mv.Prompt:
@@ -210,10 +220,10 @@ PROMPTS: list[Case] = [
         "this prompt was made from a ready encoding; make it with vlm.prompt(image, text).",
         lambda: ready().with_text("is"),
     ),
-    ("'cat' is not in the prompt 'HUMAN : <image> is there a dog ? GPT :'.", lambda: real().find("cat")),
+    ("'cat' are no words of the question 'is there a dog ?'.", lambda: real().find("cat")),
     (
-        "the text has 1 <image> and 2 images were given; with raw=True each image needs one <image> in the text, where "
-        "it is to stand.",
+        "the text has 1 <image> and 2 images were given; with raw=True each image needs one <image> in the text, "
+        "where it is to stand.",
         lambda: vlm().prompt([tiny.picture()] * 2, "<image> is", raw=True),
     ),
     ("the question is empty; write one, or pass raw=True with the whole prompt.", lambda: vlm().prompt(None, " ")),
@@ -320,8 +330,8 @@ READINGS: list[Case] = [
         lambda: said(read_each_step={"text.0.pattern": mv.rows([0])}),
     ),
     (
-        "position 26 is out of range at text.0.pattern, where this prompt has 26 positions, counted from 0 (a query to "
-        "read).",
+        "position 26 is out of range at text.0.pattern, where this prompt has 26 positions, counted from 0 (a query "
+        "to read).",
         lambda: ask(read={"text.0.pattern": mv.rows([26])}),
     ),
     (
@@ -338,7 +348,8 @@ READINGS: list[Case] = [
         lambda: vlm().run(blind(), read=["vision.0.z"]),
     ),
     (
-        "the reading of text.0.z indexes what is not there: index 99 is out of bounds for dimension 1 with size 26.",
+        "the reading of text.0.z failed on float32[1, 26, 4, 8]: index 99 is out of bounds for dimension 1 with size "
+        "26.",
         lambda: ask(read={"text.0.z": lambda z: z[:, 99]}),
     ),
     ("text.0.z was not read in this run; pass read=[..., 'text.0.z'].", lambda: ask()["text.0.z"]),
@@ -436,8 +447,8 @@ EDITS: list[Case] = [
     ("edits is no mod at text.0.z; it must be a list of edits.", lambda: ask(edits=change(label="no mod")[0])),
     ("a variant is None; it must be a list of edits.", lambda: ask(variants=[None])),
     (
-        "3 is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. edits is a list of "
-        "them, and variants a list of such lists, one for each row.",
+        "3 is not an edit; write mv.Edit(site, function), or use a builder such as mv.ablate_heads. edits is a list "
+        "of them, and variants a list of such lists, one for each row.",
         lambda: ask(edits=[3]),
     ),
     (
@@ -552,8 +563,8 @@ GENERATION: list[Case] = [
         lambda: said(attention_mask=zeros(1, 26)),
     ),
     (
-        "generate does not take use_cache=False: edits and readings rest on steps of one new position, with a cache "
-        "that grows by it.",
+        "generate does not take use_cache=False: edits and readings rest on steps of one new position, each one pass, "
+        "with a cache that grows by it.",
         lambda: said(use_cache=False),
     ),
 ]
@@ -568,7 +579,7 @@ LATER: list[Case] = [
         lambda: vlm().unembed(zeros(2, 31)),
     ),
     ("unembed takes residual streams, tensors whose last axis is 32 long, and got 3.", lambda: vlm().unembed(3)),  # type: ignore[arg-type]
-    ("'llava' is not a model; mv.load takes a name, mv.VLM a model in memory.", lambda: mv.VLM("llava")),  # type: ignore[arg-type]
+    ("'llava' is not a transformers model; mv.load takes a name, mv.VLM a model in memory.", lambda: mv.VLM("llava")),  # type: ignore[arg-type]
     (
         "'tokens' is not a processor of images and text; AutoProcessor loads the model's own.",
         lambda: mv.VLM(tiny.model(), "tokens"),
@@ -591,6 +602,63 @@ LATER: list[Case] = [
     (
         "the metric is nan in one row; it must be a finite number.",
         lambda: ask(grad_of=lambda logits: logits[:, 0] * float("nan")),
+    ),
+    ("find looks for words, and 7 is none; write it in quotes.", lambda: real().find(7)),  # type: ignore[arg-type]
+    (
+        "'blocks.3.attn.hook_q' is before rotary embedding in TransformerLens, and mechvlm's q and k are after it; "
+        "write 'blocks.3.attn.hook_rot_q' or 'text.3.q'.",
+        lambda: mv.Site.parse("blocks.3.attn.hook_q"),
+    ),
+    (
+        "vision_feature_layer is -9, and the vision tower has 3 layers; the configuration does not fit.",
+        lambda: archs.shape_of(config(vision_feature_layer=-9)),
+    ),
+    (
+        "named at text.1.resid_post names positions of the prompt, and a decode step has only the newest one; say "
+        "when='prompt'.",
+        lambda: said(edits=change(site="text.1.resid_post", positions=(2,), label="named")),
+    ),
+    (
+        "cut attention to 1 keys from 16 queries at text.1.scores would change nothing: its first key, 25, stands "
+        "after its last query, 18, and no position looks ahead.",
+        lambda: bare_run(edits=[mv.cut_attention(1, [25], queries=list(range(3, 19)))]),
+    ),
+    (
+        "the edit of text.1.resid_post failed on float32[1, 1, 32]: index 3 is out of bounds for dimension 1 with "
+        "size 1. A decode step has one query; when='prompt' leaves it alone.",
+        lambda: said(
+            edits=change(lambda x: x.index_fill(1, torch.tensor([3]), 0)[:, [3]] * 0 + x, "text.1.resid_post")
+        ),
+    ),
+    (
+        "generate does not take cache_implementation='static': edits and readings rest on steps of one new position, "
+        "each one pass, with a cache that grows by it.",
+        lambda: said(generation_config=GenerationConfig(cache_implementation="static")),
+    ),
+    (
+        "generate does not take guidance_scale=2.0: edits and readings rest on steps of one new position, each one "
+        "pass, with a cache that grows by it.",
+        lambda: said(guidance_scale=2.0),
+    ),
+    (
+        "step 1 of this generation has 5 positions at text.0.resid_pre, where one new position is due; generate with "
+        "a cache that grows by one, and one pass a step.",
+        second_pass,
+    ),
+    (
+        "patch at logits (prompt only) holds 26 positions and this run has 1 there, so positions cannot be matched; "
+        "make the second prompt with prompt.with_image, which keeps them.",
+        lambda: said(edits=[mv.patch("logits", zeros(1, 26, 64))]),
+    ),
+    (
+        "the prompt 'is there a dog ?' was encoded for another model, whose words and image tokens are others; make "
+        "it with this model's vlm.prompt.",
+        lambda: tiny.vlm(layers=2).run(real()),
+    ),
+    (
+        "Linear(in_features=2, out_features=2, bias=True) is not a transformers model; mv.load takes a name, mv.VLM a "
+        "model in memory.",
+        lambda: mv.VLM(torch.nn.Linear(2, 2)),
     ),
 ]
 

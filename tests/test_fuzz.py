@@ -144,6 +144,8 @@ def builders(draw: Callable, pictures: bool, length: int) -> Change:  # noqa: PL
         layer, tower, places = site.layer, site.tower, length_at(site, length)
         keys = some(draw, places)
         queries = some(draw, places) if draw(st.booleans()) else None
+        if tower == "text" and queries is not None and min(keys) > max(queries):
+            queries = [*queries, max(keys)]  # no position looks ahead, and a bias that could do nothing is refused
         chosen = some(draw, HEADS[tower]) if draw(st.booleans()) else None
         amount = draw(st.floats(-3, 3)) if kind == "bias" else -torch.inf
 

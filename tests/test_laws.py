@@ -1,5 +1,6 @@
 """The laws of docs/architecture.md over tiny random models: grouped queries or not, SDPA and eager, three types."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -39,15 +40,38 @@ def test_bfloat16(law: Any, kv_heads: int, attention: str) -> None:
     assert broken(law, tiny.vlm(kv_heads, attention, torch.bfloat16)) == []
 
 
-def test_a_broken_model_breaks_a_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The laws can fail: with the wrong layer stated as a tower's, patterns are not the model's own."""
+@pytest.mark.parametrize(
+    ("wrong", "law", "found"),
+    [
+        (
+            lambda arch: replace(arch, text=replace(arch.text, causal=False)),
+            laws.law_4_patterns,
+            "eager attention, text",
+        ),
+        (
+            lambda arch: replace(arch, vision=replace(arch.vision, causal=True)),
+            laws.law_4_patterns,
+            "eager attention, vision",
+        ),
+        (
+            lambda arch: replace(arch, norm="model.language_model.layers.0.input_layernorm"),
+            laws.law_7_lens,
+            "the last layer's lens",
+        ),
+        (
+            lambda arch: replace(arch, text=replace(arch.text, mlp="post_attention_layernorm")),
+            laws.law_3_residuals,
+            "residual sums, text",
+        ),
+    ],
+)
+def test_a_wrong_row_of_the_table_breaks_a_law(wrong: Any, law: Any, found: str) -> None:
+    """The laws can fail: a row of `ARCHS` that says something false of the model is found out."""
     vlm = tiny.vlm()
-    own = laws.own_patterns
-    monkeypatch.setattr(laws, "own_patterns", lambda *given: own(*given)[::-1])
-    assert [finding.what for finding in broken(laws.law_4_patterns, vlm)] == [
-        "eager attention, text",
-        "eager attention, vision",
-    ]
+    with torch.no_grad():
+        vlm.hf.model.language_model.norm.weight.mul_(1.5)
+    vlm.arch = wrong(vlm.arch)
+    assert found in [finding.what for finding in broken(law, vlm)]
 
 
 def test_check_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """Every position of a prompt is what it is said to be, and every box is where the processor really looks (law 13)."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -279,7 +280,9 @@ def test_find(vlm: mv.VLM) -> None:
     words_from = prompt.image[-1] + 1
     assert [prompt.tokens[at] for at in prompt.find("red")] == ["red", "red"]
     assert prompt.find("Red  Cat") == [words_from + 2, words_from + 3]
-    assert prompt.find("ed ca") == prompt.find("red cat")  # a part of a word is in the tokens that hold it
+    for part in ("ed ca", "ed", "gpt"):  # parts of words, and the template's
+        with pytest.raises(ValueError):
+            prompt.find(part)
     assert prompt.find("the red dog") == [words_from + 6, words_from + 7, words_from + 8]
 
 
@@ -396,3 +399,16 @@ def test_pixels_are_the_processors_own(vlm: mv.VLM, size: tuple[int, int]) -> No
     picture = tiny.picture(0, *size)
     own = vlm.processor.image_processor(picture, return_tensors="pt")["pixel_values"]
     assert torch.equal(vlm.prompt(picture, "is").encoding["pixel_values"], own)
+
+
+@pytest.mark.parametrize("mark", ["▁", "Ġ"])
+def test_find_in_pieces_of_words(mark: str) -> None:
+    """Tokenizers that cut words into pieces mark the space before a word; pieces that follow belong to it."""
+    tokens = [f"{mark}is", f"{mark}the", "re", f"{mark}a", f"{mark}re", "d", f"{mark}7", "?", f"{mark}A", "SS"]
+    prompt = replace(tiny.vlm().prompt(None, "is there a red 7?"), tokens=tokens, image=[])
+    assert prompt.find("red") == [4, 5]
+    assert prompt.find("a") == [3]
+    assert prompt.find("red 7") == [4, 5, 6]
+    assert prompt.find("there") == [1, 2]
+    with pytest.raises(ValueError):
+        prompt.find("the")
