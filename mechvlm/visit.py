@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mechvlm import attention
 from mechvlm.plan import Group, Layout, Plan, name_of
+from mechvlm.sites import ATTENTION_KINDS
 
 QUERY_AXIS = {"scores": 2, "pattern": 2}
 RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "q")
@@ -118,6 +119,7 @@ class Visit:
         fired: numbers of the edits that acted.
         graph: per site, the tensor in the autograd graph whose gradient is the site's.
         edited: per site, its gradient after the edits of it.
+        held: where the memory of whole tensors that were kept begins.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -128,6 +130,7 @@ class Visit:
         self.graph: dict[tuple, Any] = {}
         self.grads: dict[tuple, list[tuple[Group, object]]] = {}
         self.edited: dict[tuple, Tensor] = {}
+        self.held: set[int] = set()
         self.last: Tensor | None = None
 
     def touch(self, site: tuple, x: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ class Visit:
             own = self.edited.get(site, reached)
             gradient = gradient_at(site, held[site], torch.zeros_like(tensor) if own is None else own)
             self.grads[site] = [
-                (group, reading_of(site, self.plan.reads[site], part))
+                (group, reading_of(site, self.plan.reads[site], part, self.held))
                 for group, part in parts(gradient, site, None, self.plan.layout)
             ]
 
@@ -206,15 +209,26 @@ class Visit:
         read = read or self.plan.reads[site]
         kept: list[tuple[Group, object]] = []
         for group, part in parts(x.detach(), site, None, self.plan.layout):
-            kept.append((group, reading_of(site, read, part)))
+            kept.append((group, reading_of(site, read, part, self.held)))
         steps = self.saved.setdefault(site, [])
         steps.append(kept)
 
 
-def reading_of(site: tuple, read: Callable | None, x: Tensor) -> object:
-    """What a reading function says of a tensor; a copy, so that no larger tensor is kept alive or changed later."""
-    value = x.clone() if read is None else called(f"the reading of {name_of(site)}", read, x)
-    return value.detach().clone() if isinstance(value, Tensor) else value
+def reading_of(site: tuple, read: Callable | None, x: Tensor, held: set[int]) -> object:
+    """What a reading says of a tensor; its own, so that nothing done to it changes the model or another reading.
+
+    Args:
+        held: where the memory of earlier readings begins. The residual stream that leaves one layer is the very tensor
+            that enters the next, so the second reading of it is a copy; so is what a cache holds.
+    """
+    if read is not None:
+        value = called(f"the reading of {name_of(site)}", read, x)
+        return value.detach().clone() if isinstance(value, Tensor) else value
+    place = x.untyped_storage().data_ptr()
+    if site[0] in ATTENTION_KINDS or place in held or x.numel() * x.element_size() < x.untyped_storage().nbytes():
+        return x.clone()
+    held.add(place)
+    return x
 
 
 def gradient_at(site: tuple, held: object, gradient: Tensor) -> Tensor:

@@ -120,3 +120,16 @@ def test_gradients_of_a_batch_are_its_rows_own() -> None:
         alone = vlm.run(prompt, read=sites, grad_of=metric)
         for site in sites:
             torch.testing.assert_close(batch.rows[row].grad[site], alone.grad[site], rtol=0, atol=1e-6)
+
+
+def test_what_is_done_to_a_reading_changes_no_other() -> None:
+    """What leaves one layer enters the next, one tensor in the model and two readings."""
+    vlm = tiny.vlm(with_processor=False)
+    prompt = vlm.prompt(encoding=tiny.encoding())
+    sites = [mv.Site(kind, layer) for layer in range(3) for kind in ("resid_pre", "resid_mid", "resid_post", "k", "z")]
+    run, again = vlm.run(prompt, read=sites), vlm.run(prompt, read=sites)
+    for site in sites:
+        run[site].zero_()
+        for other in sites[sites.index(site) + 1 :]:
+            assert torch.equal(run[other], again[other]), (site, other)
+    assert torch.equal(vlm.run(prompt).logits, again.logits)
