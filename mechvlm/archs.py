@@ -131,11 +131,11 @@ def set_kernels(hf_model: Any, kernels: dict[str, str]) -> None:
     hf_model.set_attn_implementation({"text_config": kernels["text"], "vision_config": kernels["vision"]})
 
 
-def shape_of(config: Any) -> Shape:
-    """The sizes of a LLaVA model, from its configuration.
+def check_config(config: Any) -> None:
+    """Refuse settings of a LLaVA model that mechvlm does not read right, or that no model could have.
 
     Raises:
-        ValueError: for settings of the architecture that mechvlm does not read right yet.
+        ValueError: with what is wrong and what is read.
     """
     text, vision = config.get_text_config(), config.vision_config
     if config.vision_feature_select_strategy not in ("default", "full"):
@@ -159,6 +159,20 @@ def shape_of(config: Any) -> Shape:
         )
     if text.model_type != "llama":
         raise ValueError(f"this llava model decodes with {text.model_type!r}; mechvlm knows llava with 'llama'.")
+    if not 0 < vision.patch_size <= vision.image_size:
+        raise ValueError(
+            f"patch_size is {vision.patch_size} and image_size {vision.image_size}; the configuration does not fit."
+        )
+
+
+def shape_of(config: Any) -> Shape:
+    """The sizes of a LLaVA model, from its configuration.
+
+    Raises:
+        ValueError: for settings of the architecture that mechvlm does not read right yet.
+    """
+    check_config(config)
+    text, vision = config.get_text_config(), config.vision_config
     side = vision.image_size // vision.patch_size
     layers = {"text": text.num_hidden_layers, "vision": vision.num_hidden_layers}
     taken = config.vision_feature_layer

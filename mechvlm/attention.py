@@ -158,7 +158,7 @@ def rows(queries: Sequence[int]) -> Rows:
 
     Example:
         >>> vlm.run(real, read={mv.Site("pattern", 3): mv.rows([-1])})[mv.Site("pattern", 3)].shape
-        torch.Size([1, 8, 1, 52])
+        torch.Size([1, 8, 1, 49])
     """
     chosen = whole_numbers("queries", queries)
     if not chosen:

@@ -116,7 +116,7 @@ def loaded(model: str, device: str | None, dtype: str | None) -> Any:
         raise ValueError(f"no dtype is called {dtype!r}; choose from {', '.join(DTYPES)}.")
     import torch  # seconds to import, as the rest
 
-    check_device(device, torch.cuda.device_count())
+    check_device(device, torch.cuda.device_count(), torch.backends.mps.is_available())
     from huggingface_hub import logging as hub_logging
     from transformers import logging
 
@@ -129,12 +129,15 @@ def loaded(model: str, device: str | None, dtype: str | None) -> Any:
     return load(model, device=device, dtype=dtype)
 
 
-def check_device(device: str | None, count: int) -> None:
+def check_device(device: str | None, count: int, mps: bool = False) -> None:
     """Refuse a device that is not there.
 
     Args:
         count: how many CUDA devices there are.
+        mps: whether there is Apple's.
     """
+    if device == "mps" and not mps:
+        raise ValueError("device 'mps' was asked for, and this machine has no MPS; write --device cpu.")
     if device is None or device in ("cpu", "mps"):
         return
     named = re.fullmatch(r"cuda(?::(\d+))?", device)
@@ -195,14 +198,14 @@ def null_image(text: str) -> Callable:
 def asked(vlm: Any, image: Path | None, question: str | None, raw: bool, null: Callable) -> tuple[Any, list]:
     """The prompt to look at, and for bundled scenes some more questions."""
     if image is not None:
-        return vlm.prompt(image, question, raw=raw), []
+        return vlm.prompt(image, question, raw), []
     from mechvlm import demo
     from mechvlm.report import Case
 
     scenes = {scene.file.name: scene.image for scene in demo.scenes()}
     questions = demo.pope("adversarial")
     first = questions[DEMO_QUESTION]
-    prompt = vlm.prompt(scenes[first.image], first.text if question is None else question, raw=raw)
+    prompt = vlm.prompt(scenes[first.image], first.text if question is None else question, raw)
     if question is not None:
         return prompt, []
     some = [questions[6 * (1 + number) + number % 6] for number in range(CASES)]

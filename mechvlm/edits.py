@@ -6,7 +6,7 @@ function sees the prompt's own positions, whatever else is in the batch: no padd
 >>> def blind(pattern):  # batch head query key
 ...     pattern[..., real.image] = 0
 ...     return pattern / pattern.sum(-1, keepdim=True)
->>> vlm.run(real, edits=[Edit(Site("pattern", 12), blind)])
+>>> vlm.run(real, edits=[Edit(Site("pattern", 3), blind)])
 """
 
 from collections.abc import Callable, Sequence
@@ -163,7 +163,7 @@ def bias_attention(
         way: see `Edit`.
 
     Example:
-        >>> vlm.generate(real, edits=[mv.bias_attention(layer, real.image, 2.0) for layer in range(8, 17)])
+        >>> vlm.generate(real, edits=[mv.bias_attention(layer, real.image, 2.0) for layer in range(2, 6)])
 
     Source:
         The intervention of VIAR adds a constant to the scores of image keys in a band of layers.
@@ -202,7 +202,7 @@ def cut_attention(
     A query that is cut from every key it sees receives nothing (`z` is zero there).
 
     Example:
-        >>> vlm.run(real, edits=[mv.cut_attention(layer, real.image, queries=real.last) for layer in range(4, 9)])
+        >>> vlm.run(real, edits=[mv.cut_attention(layer, real.image, queries=real.last) for layer in range(4, 8)])
 
     Source:
         Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5.

@@ -26,6 +26,7 @@ NullImage = Callable[[Image.Image], Image.Image]
 
 NOISE_MEAN, NOISE_STD = 127.5, 64.0  # of 255; CLIP's own deviations are 67 to 70
 STEPS = 1000
+WIDEST = 1_000_000  # pixels; Pillow's own limit is higher, and less round
 CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
 CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711])
 
@@ -130,10 +131,12 @@ def blur(sigma: int | float) -> NullImage:
         sigma: standard deviation of the Gaussian, in pixels of the picture; 0 leaves it as it is.
 
     Raises:
-        ValueError: for a negative or infinite sigma.
+        ValueError: for a negative sigma, or one wider than any picture.
     """
-    if not 0 <= sigma < math.inf:
-        raise ValueError(f"sigma={sigma} is no width of a blur; give the standard deviation in pixels, 0 or more.")
+    if not 0 <= sigma <= WIDEST:
+        raise ValueError(
+            f"sigma={sigma} is no width of a blur; give the standard deviation in pixels, from 0 to {WIDEST}."
+        )
     return _named(f"blur(sigma={sigma})", lambda image: _given(image).filter(ImageFilter.GaussianBlur(sigma)))
 
 
@@ -229,6 +232,10 @@ def _decoded(data: bytes, name: str) -> Image.Image:
             return _upright(image, name)
     except UnidentifiedImageError:
         raise ValueError(f"{name} is not a picture that Pillow can read; save it as PNG or JPEG.") from None
+    except Image.DecompressionBombError as reason:  # an Exception of its own, of no kind below
+        raise ValueError(
+            f"{name} has more pixels than Pillow opens ({str(reason).rstrip('.')}); give a smaller copy."
+        ) from None
     except (OSError, SyntaxError) as reason:  # Pillow's two kinds for a file that breaks off or makes no sense
         raise ValueError(f"{name} is cut short or damaged ({reason}); save it again.") from reason
 

@@ -1,19 +1,29 @@
 """Load a model by its name, from a directory, or the demo that ships with the package.
 
->>> vlm = mv.load("llava-hf/llava-1.5-7b-hf")
+>>> vlm = mv.load("llava-hf/llava-1.5-7b-hf")  # doctest: +SKIP
 >>> vlm = mv.load("demo")
 """
 
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
-from mechvlm.archs import arch_of
+from mechvlm.archs import arch_of, shape_of
+from mechvlm.batch import check_kernel
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
 
 DEMO = Path(__file__).parent / "demo" / "model"
+
+# TypeError is transformers' for a setting it does not know, ImportError for a package that a setting needs, and
+# RuntimeError torch's for a device that is full or absent.
+TROUBLE = (OSError, ValueError, TypeError, ImportError, RuntimeError, SafetensorError, StrictDataclassError)
 
 
 def load(
@@ -36,36 +46,103 @@ def load(
     Raises:
         ValueError, TypeError: where there is no such model, device or type, or mechvlm does not know its kind.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor  # seconds to import
+    from transformers import AutoProcessor  # seconds to import
 
     if remote:
         raise ValueError("remote runs are not part of this version of mechvlm; leave remote=True out.")
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"{told(name)} is no name of a model; give one on the hub, a checkpoint directory or 'demo'.")
     place = place_of(device)
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(place)!r} was asked for, and this machine has no CUDA; use device='cpu'.")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there.get(place.type, True):
+        raise ValueError(
+            f"device {str(place)!r} was asked for, and this machine has no {place.type.upper()}; use device='cpu'."
+        )
     if str(name) != "demo" and Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(f"there is no directory {str(name)!r}; give a checkpoint directory, or a name on the hub.")
     path = str(DEMO if str(name) == "demo" else name)
-    origin = {key: settings[key] for key in ("revision", "token", "cache_dir", "trust_remote_code") if key in settings}
-    try:
-        config = AutoConfig.from_pretrained(path, **origin)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"there is no model {str(name)!r}: it is no checkpoint directory, and the hub did not give it "
-            f"({reason(error)})."
-        ) from None
+    known = ("revision", "token", "cache_dir", "trust_remote_code")
+    origin: dict[str, Any] = {key: settings[key] for key in known if key in settings}
+    config = configuration(path, str(name), origin)
     arch_of(config)
+    shape_of(config)  # before gigabytes are read, as all that the configuration alone can tell
+    kernels = settings.get("attn_implementation") or ()
+    for kernel in kernels.values() if isinstance(kernels, Mapping) else [kernels] if kernels else []:
+        check_kernel(kernel)
     kind = type_of(dtype) or (torch.float32 if place.type == "cpu" else "auto")
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=kind, **settings)
+    model = weighted(path, str(name), {**settings, "dtype": kind})
+    with said_in_one_sentence(str(name)):
         processor = AutoProcessor.from_pretrained(path, **origin)
-    except (OSError, ValueError, TypeError) as error:  # TypeError is transformers' for a setting it does not know
-        raise ValueError(f"the model {str(name)!r} could not be loaded ({reason(error)}).") from None
-    if "device_map" not in settings:  # which places the model itself, through accelerate
-        model = model.to(place)
+        if "device_map" not in settings:  # which places the model itself, through accelerate
+            model = model.to(place)
     return VLM(model.eval().requires_grad_(False), processor, name=str(name))
+
+
+def configuration(path: str, name: str, origin: Mapping[str, Any]) -> Any:
+    """The configuration of a checkpoint directory, or of a model on the hub.
+
+    Raises:
+        ValueError: where there is none, or none that transformers can read.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, **origin)
+    except (*TROUBLE, KeyError) as error:  # KeyError is transformers' for a part of a type it does not know
+        why = reason(error)
+    if (Path(path) / "config.json").is_file():
+        raise ValueError(f"the config.json in {name!r} could not be read ({why}).")
+    if Path(path).is_dir():
+        raise ValueError(
+            f"the directory {name!r} holds no config.json, so it is no checkpoint; give the folder that "
+            "save_pretrained wrote."
+        )
+    raise ValueError(f"there is no model {name!r}: it is no checkpoint directory, and the hub did not give it ({why}).")
+
+
+def weighted(path: str, name: str, settings: Mapping[str, Any]) -> Any:
+    """The model with all of its weights from the checkpoint; transformers would make up what is not in it.
+
+    Raises:
+        ValueError: for weights that are not there or have another shape.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    told_all = {**settings, "output_loading_info": True, "ignore_mismatched_sizes": True}  # so that we can say which
+    with said_in_one_sentence(name):
+        model, found = AutoModelForImageTextToText.from_pretrained(path, **told_all)
+    if found["mismatched_keys"]:
+        key, held, asked = min(found["mismatched_keys"], key=lambda one: in_order(one[0]))
+        raise ValueError(
+            f"the weights {key} of {name!r} are {sizes(held)} and its config.json asks for {sizes(asked)}; the two "
+            "must be of one model."
+        )
+    if found["missing_keys"]:
+        first, count = min(found["missing_keys"], key=in_order), len(found["missing_keys"])
+        raise ValueError(
+            f"the checkpoint {name!r} does not hold the weights {first}, one of {count} that its config.json asks for; "
+            "mechvlm runs no made-up weights, so correct the configuration or complete the checkpoint."
+        )
+    return model
+
+
+@contextmanager
+def said_in_one_sentence(name: str) -> Iterator[None]:
+    """Turn what transformers, torch and safetensors raise over a checkpoint into a sentence."""
+    try:
+        yield
+    except TROUBLE as error:
+        raise ValueError(f"the model {name!r} could not be loaded ({reason(error)}).") from None
+
+
+def in_order(key: str) -> list[str | int]:
+    """What sorts names of weights by their numbers, layer 8 before layer 10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", key)]
+
+
+def sizes(shape: Any) -> str:
+    """A shape as it is read out: 384 x 128."""
+    return " x ".join(map(str, shape))
 
 
 def place_of(device: Any) -> torch.device:
@@ -86,4 +163,5 @@ def type_of(dtype: Any) -> Any:
 
 def reason(error: Exception) -> str:
     """The first sentence of what transformers or the hub says, to stand within another."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    first, *more = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+    return (f"{first} {more[0]}" if first.endswith(":") and more else first).rstrip(".:")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
@@ -202,9 +203,16 @@ def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
     if processor.chat_template is None:
         return arch.template.replace("<image>\n", f"{processor.image_token}\n" * images).format(text=words)
     content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-    )
+    try:
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
+        )
+    except (TemplateError, TypeError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"the model's chat template cannot be used ({said}); pass raw=True with the whole prompt, or set "
+            "processor.chat_template."
+        ) from error
 
 
 def locate(

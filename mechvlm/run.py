@@ -2,7 +2,7 @@
 
 >>> run = vlm.run(real, read=["text.3.pattern"])
 >>> run["text.3.pattern"].shape, run.logits.shape
-(torch.Size([1, 8, 52, 52]), torch.Size([1, 87]))
+(torch.Size([1, 8, 49, 49]), torch.Size([1, 53]))
 """
 
 from collections.abc import Mapping
@@ -139,8 +139,8 @@ class Generation:
     Attributes:
         text: the generated text, one string per row (one string where one prompt was given); None without a processor.
         tokens: generated token ids, `batch step`, the prompt left out.
-        steps: the readings of each step; step 0 is the pass over the prompt. Under beam search the rows of a step are the
-            beams alive in it, before they are put in order, and not the steps of the text that won.
+        steps: the readings of each step; step 0 is the pass over the prompt. Under beam search the rows of a step are
+            the beams alive in it, before they are put in order, and not the steps of the text that won.
     """
 
     text: str | list[str] | None

@@ -1,5 +1,6 @@
 """The command line: the demo report, a model of one's own, and one sentence with exit code 2 for whatever is wrong."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -171,12 +172,31 @@ def test_a_model_that_is_not_there(command: str, tmp_path: Path, monkeypatch: py
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_checkpoint_with_something_wrong(model: Path, image: Path, tmp_path: Path) -> None:
+    own: list[str | Path] = ["--image", image, "--question", QUESTION, "--out", tmp_path / "out"]
+    for name, content, sentence in (
+        ("model.safetensors", "x" * 1000, "could not be loaded (Error while deserializing header: header too large)."),
+        ("config.json", "{broken", "is not a valid JSON file)."),
+        ("chat_template.jinja", "{{ broken", "pass raw=True with the whole prompt, or set processor.chat_template."),
+    ):
+        folder = shutil.copytree(model, tmp_path / name)
+        (folder / name).write_text(content)
+        result = run("report", "--model", folder, *own)
+        assert result.exit_code == 2, result.output
+        assert result.stderr.endswith(f"{sentence}\n")
+        assert len(result.stderr.splitlines()) == 1
+
+
 def test_devices() -> None:
     for device, count in ((None, 0), ("cpu", 0), ("cuda", 1), ("cuda:1", 2)):
         check_device(device, count)
     with pytest.raises(ValueError) as refused:
         check_device("cuda", 0)
     assert str(refused.value) == "device 'cuda' was asked for, and this machine has no CUDA; write --device cpu."
+    with pytest.raises(ValueError) as refused:
+        check_device("mps", 0, False)
+    assert str(refused.value) == "device 'mps' was asked for, and this machine has no MPS; write --device cpu."
+    check_device("mps", 0, True)
     with pytest.raises(ValueError) as refused:
         check_device("cuda:2", 2)
     assert str(refused.value) == "device 'cuda:2' was asked for, and this machine has 2 CUDA devices, counted from 0."

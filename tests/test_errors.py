@@ -14,6 +14,7 @@ import jaxtyping
 import pytest
 import tiny
 import torch
+from test_load import CASES as LOAD_CASES
 from torch import Tensor, ones, zeros
 from transformers import CLIPVisionConfig, GenerationConfig, GPT2Config, LlavaConfig, MistralConfig, SiglipVisionConfig
 
@@ -660,9 +661,18 @@ LATER: list[Case] = [
         "model in memory.",
         lambda: mv.VLM(torch.nn.Linear(2, 2)),
     ),
+    (
+        "patch_size is 0 and image_size 24; the configuration does not fit.",
+        lambda: archs.shape_of(config(vision_config=CLIPVisionConfig(image_size=24, patch_size=0))),
+    ),
+    (
+        "the model's chat template cannot be used (unexpected '}'); pass raw=True with the whole prompt, or set "
+        "processor.chat_template.",
+        lambda: tiny.vlm(with_processor=tiny.processor("{{ }")).prompt(tiny.picture(), "is"),
+    ),
 ]
 
-CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER
+CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + LOAD_CASES
 
 
 @pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])

@@ -1,10 +1,10 @@
-"""The experiments against independent references: the model's own eager attention, plain hooks, autograd, and a "
-"plant."""
+"""The experiments against independent references: eager attention, plain hooks, autograd, and what was planted."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import planted
 import pytest
@@ -335,7 +335,7 @@ def test_half_precision() -> None:
 SHORT = "is there a cat in"
 Call = Callable[[mv.VLM, mv.Prompt], object]
 WRONG: list[tuple[Call, str]] = [
-    (lambda vlm, _: attention_profile(vlm, []), "attention_profile was given no prompt."),
+    (lambda vlm, _: attention_profile(vlm, []), "the list of prompts is empty."),
     (
         lambda vlm, real: attention_profile(vlm, real, queries="first"),
         "queries='first' is not known; choose 'last', 'text' or a list of positions.",
@@ -444,3 +444,106 @@ def test_sentences(vlm: mv.VLM, real: mv.Prompt, call: Call, sentence: str) -> N
     with pytest.raises(ValueError) as refused:
         call(vlm, real)
     assert str(refused.value) == sentence
+
+
+NAMED = "prompts must have names, such as {'real': real, 'null': null}, and list was given."
+ONE = "is not one prompt; make it with vlm.prompt(image, text), and ask about several one by one."
+NO_WORDS = "words='yes' is not a list of words; write ['yes']."
+Loose = Callable[[Any, Any], object]
+MISTAKEN: list[tuple[Loose, str]] = [
+    (lambda vlm, real: answer_probabilities(vlm, [real], ["yes"]), NAMED),  # type: ignore[arg-type]
+    (lambda vlm, real: answer_probabilities(vlm, {"real": real}, "yes"), NO_WORDS),
+    (lambda vlm, real: logit_lens(vlm, real, words="yes"), NO_WORDS),
+    (lambda vlm, real: logit_lens(vlm, real, words=7), "words=7 is not a list of words; write [7]."),  # type: ignore[arg-type]
+    (lambda vlm, _: gradient_attribution(vlm, [1], YES), f"[1] {ONE}"),  # type: ignore[arg-type]
+    (lambda vlm, _: ablate_each_head(vlm, [1], YES), f"[1] {ONE}"),  # type: ignore[arg-type]
+    (lambda vlm, real: patch_spans(vlm, [1], real, YES), f"[1] {ONE}"),  # type: ignore[arg-type]
+    (lambda vlm, _: dose_response(vlm, [1], YES, [1]), f"[1] {ONE}"),  # type: ignore[arg-type]
+    (lambda vlm, _: sweep(vlm, [1], list, YES, layer=[0]), f"[1] {ONE}"),  # type: ignore[arg-type]
+    (
+        lambda vlm, real: logit_lens(vlm, real, layers=3),  # type: ignore[arg-type]
+        "layers=3 is not a list of layers; write for instance [0].",
+    ),
+    (
+        lambda vlm, real: logit_lens(vlm, real, positions=-1),  # type: ignore[arg-type]
+        "positions=-1 is not a list of positions; write for instance [0].",
+    ),
+    (
+        lambda vlm, real: attention_profile(vlm, real, queries=3),  # type: ignore[arg-type]
+        "queries=3 is not a list of queries; write for instance [0].",
+    ),
+    (lambda vlm, real: attention_map(vlm, real, 0, 1, query=0.5), "query 0.5 is not a whole number."),  # type: ignore[arg-type]
+    (lambda vlm, real: attention_map(vlm, real, 0, 1.0), "head 1.0 is not a whole number."),  # type: ignore[arg-type]
+    (
+        lambda vlm, real: ablate_each_head(vlm, real, YES, positions=-1),  # type: ignore[arg-type]
+        "positions=-1 is not a list of positions; write for instance [0].",
+    ),
+    (
+        lambda vlm, real: ablate_each_head(vlm, real, YES, to=0.0),  # type: ignore[arg-type]
+        "to=0.0 is neither a prompt nor a list of tensors, one for each of 3 layers.",
+    ),
+    (
+        lambda vlm, real: patch_spans(vlm, real, real, YES, spans=[1]),  # type: ignore[arg-type]
+        "spans=[1] does not name them; write for instance {'image': prompt.image}.",
+    ),
+    (
+        lambda vlm, real: dose_response(vlm, real, YES, 2.0),  # type: ignore[arg-type]
+        "amounts=2.0 is not a list of amounts; write for instance [-2, 0, 2].",
+    ),
+    (lambda vlm, real: dose_response(vlm, real, YES, ["a"]), "amount='a' is not a number."),  # type: ignore[list-item]
+    (
+        lambda vlm, real: sweep(vlm, real, list, YES, layer=3),  # type: ignore[arg-type]
+        "the axis 'layer' is 3, and an axis is a list of values; write layer=[...].",
+    ),
+    (
+        lambda vlm, real: sweep(vlm, real, list, YES, heads=[[0, 1]]),
+        "the axis 'heads' holds [0, 1], and its values must be numbers or names, by which results are found; give "
+        "names, and look up in point_to_edits what they stand for.",
+    ),
+    (
+        lambda vlm, real: sweep(vlm, real, lambda layer: mv.ablate_heads(layer, [0]), YES, layer=[0]),  # type: ignore
+        "point_to_edits returned one edit at layer=0; it must return a list of edits, such as [edit].",
+    ),
+    (
+        lambda vlm, real: sweep(vlm, real, lambda layer: 7 * layer, YES, layer=[1]),
+        "point_to_edits returned 7 at layer=1; it must return a list of edits, such as [edit].",
+    ),
+    (
+        lambda vlm, real: sweep(vlm, real, lambda layer: [][layer:], lambda logits: logits.mean(), layer=[0, 1]),
+        "the metric returned () for 2 rows; it must return one number a row.",
+    ),
+    (
+        lambda vlm, real: dose_response(vlm, real, lambda logits: logits[:, :2], [0, 1]),
+        "the metric returned (2, 2) for 2 rows; it must return one number a row.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "sentence"), MISTAKEN, ids=[sentence[:40] for _, sentence in MISTAKEN])
+def test_plausible_mistakes(vlm: mv.VLM, real: mv.Prompt, call: Loose, sentence: str) -> None:
+    """Without the test run's type checks, as users meet them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises((ValueError, TypeError)) as refused:
+            call(vlm, real)
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert str(refused.value) == sentence
+
+
+def test_a_gap_of_rounding_size_is_not_blown_up(vlm: mv.VLM, real: mv.Prompt, null: mv.Prompt) -> None:
+    """A difference that rounding alone can make carries nothing, and says so."""
+
+    def nearly_blind(logits: torch.Tensor) -> torch.Tensor:
+        return 5 + 1e-9 * logits[:, 0]
+
+    found = patch_spans(vlm, real, null, nearly_blind)
+    assert np.isnan(found.normalised).all()
+    assert "within the rounding of the logits" in found.attrs["note"]
+    assert "note" not in patch_spans(vlm, real, null, YES).attrs
+
+
+def test_a_prompt_that_ends_in_its_image(vlm: mv.VLM) -> None:
+    prompt = vlm.prompt(tiny.picture(1), "what is this <image>", raw=True)
+    text, last = (attention_profile(vlm, prompt, queries=queries).mass for queries in ("text", "last"))
+    assert (text == last).all()

@@ -18,8 +18,9 @@ from plotly.offline import get_plotlyjs
 
 import mechvlm as mv
 from mechvlm.report import Case, Study, report
-from mechvlm.report.causes import patching
+from mechvlm.report.causes import attribution, carried, dose, patching
 from mechvlm.report.page import Drawing, Section, Table, page
+from mechvlm.report.views import cases
 from mechvlm.report.write import made
 
 BROWSER = shutil.which("chromium")
@@ -260,12 +261,68 @@ def test_a_null_image_that_changes_nothing(vlm: mv.VLM, real: mv.Prompt) -> None
     same = made(patching, Study(vlm, real, real))
     assert same.finding == "This part could not be made."
     assert re.fullmatch(
-        r"picture and null image give the same answer \(-?\d+\.\d{3}\), so there is nothing to carry over.",
+        r"picture and null image give the same answer to within rounding \(-?\d+\.\d{3}\), so there is "
+        r"nothing to carry over\.",
         same.trouble,
     )
     written = page([same], {"model": "tiny", "made": "now"}, "?")
     assert same.trouble in written
     assert "The real run patched into the null run" in written
+
+
+def test_most_is_said_only_of_most() -> None:
+    """Layer 0: most, unopposed. Layer 1: the largest share is small. Layer 2: large, but another works against it."""
+    values = [[1.0, 0.0, 0.1], [0.4, 0.3, 0.1], [0.9, -0.8, 0.0]]
+    share = xr.DataArray(
+        values, dims=["layer", "span"], coords={"layer": [0, 1, 2], "span": ["image", "question", "last"]}
+    )
+    assert carried(share) == (
+        "Most of that enters layer 0 at “image”. The largest share, but not most or not unopposed, enters layers 1 "
+        "to 2 at “image”."
+    )
+    assert carried(share[:1]) == "Most of that enters layer 0 at “image”."
+    assert carried(share[1:2]) == (
+        "Into no layer does one span carry most of that. The largest share, but not most or not unopposed, enters "
+        "layer 0 at “image”."
+    )
+
+
+def test_the_dose_says_its_ends_and_its_peaks(vlm: mv.VLM, real: mv.Prompt) -> None:
+    section = dose(Study(vlm, real, real.with_image(mv.images.black)))
+    curve = section.numbers["dose"].metric
+    low, high = int(curve.values.argmin()), int(curve.values.argmax())
+    assert section.finding == (
+        f"With a bias of -8 the metric is {float(curve[0]):+.2f}, without one {float(curve.sel(amount=0)):+.2f}, and "
+        f"with +8 it is {float(curve[-1]):+.2f}; of the biases tried it is lowest at {float(curve.amount[low]):+g} "
+        f"({float(curve[low]):+.2f}) and highest at {float(curve.amount[high]):+g} ({float(curve[high]):+.2f})."
+    )
+
+
+def test_a_flat_metric_names_no_token(vlm: mv.VLM, real: mv.Prompt) -> None:
+    study = Study(vlm, real, real.with_image(mv.images.black))
+    object.__setattr__(study, "metric", lambda logits: 1e-9 * logits[:, 0])
+    assert attribution(study).finding == (
+        "No image token's attribution reaches 0.0005: around this answer the metric is flat, as where a probability is "
+        "all but 0 or 1, and to first order no token can be told from another."
+    )
+
+
+def test_further_questions_are_judged_among_their_own_answers(vlm: mv.VLM, real: mv.Prompt) -> None:
+    null = real.with_image(mv.images.black)
+    more = [Case(real, null, "yes"), Case(null, real, "no")]
+    section = cases(Study(vlm, real, null, ["cat", "dog"], cases=more))
+    assert section.finding.endswith("with the null image, where the likeliest of “yes” and “no” counts as the answer.")
+    one = made(cases, Study(vlm, real, null, ["cat", "dog"], cases=more[:1]))
+    assert one.trouble == (
+        "the right answers of the further questions are yes, and it takes two different answers to choose between."
+    )
+
+
+def test_a_prompt_that_ends_in_its_image(vlm: mv.VLM, tmp_path: Path) -> None:
+    prompt = vlm.prompt(tiny.picture(1), "what is this <image>", raw=True)
+    text = report(vlm, prompt, prompt.with_image(mv.images.black), tmp_path).read_text(encoding="utf-8")
+    assert text.count('<p class="trouble">') == 1  # the one for browsers without scripts
+    assert "the last position puts" in text
 
 
 def test_words_never_become_markup() -> None:

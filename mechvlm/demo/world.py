@@ -4,7 +4,7 @@ POPE's popular and adversarial questions only mean something when some things ar
 So digits and colours have unequal frequencies here, every digit has a companion that often appears beside it, and every
 digit has a favourite colour. All of it is mild: any digit occurs in any colour beside any other, thousands of times.
 
-    >>> scene = sample(random.Random(0), pool)
+    >>> scene = sample(random.Random(0), pool=[[digit] for digit in range(10)])
     >>> scene.items[0].digit, scene.items[0].colour, PLACES[scene.items[0].cell]
 """
 

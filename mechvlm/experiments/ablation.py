@@ -1,7 +1,7 @@
 """Which heads does the answer need? Every head of the language model taken out, one at a time.
 
 >>> ablate_each_head(vlm, real, mv.logit_difference("yes", "no")).stack(at=["layer", "head"]).idxmin("at").item()
-(5, 2)
+(0, 7)
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,13 @@ from dataclasses import replace
 import xarray as xr
 from torch import Tensor
 
+from mechvlm.batch import metric_values
 from mechvlm.edits import Edit, ablate_heads
-from mechvlm.experiments.record import metric_unit, record
+from mechvlm.experiments.record import metric_unit, one_prompt, record
 from mechvlm.experiments.sweep import sweep
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
+from mechvlm.sites import Site, places, told
 from mechvlm.vlm import VLM
 
 
@@ -41,7 +42,7 @@ def ablate_each_head(
         logit difference, negative means that the head argues for the first word.
 
     Raises:
-        ValueError: for positions that are not there, or a `to` that does not fit.
+        ValueError, TypeError: for positions that are not there, or a `to` that does not fit.
 
     Example:
         >>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no"), to=null))
@@ -50,17 +51,18 @@ def ablate_each_head(
         Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 3.2. Zero is a value that a head
         never says; Wang et al. (2023), "Interpretability in the Wild", appendix, prefer means or resampling.
     """
-    given = _given(vlm, prompt, to)
+    given = _given(vlm, one_prompt(prompt), to)
+    at = None if positions is None else places("positions", positions, all_by_none=True)
 
     def ablation(layer: int, head: int) -> list[Edit]:
         edit = ablate_heads(layer, [head], to=given[layer])
-        return [edit if positions is None else at_positions(edit, positions)]
+        return [edit if at is None else at_positions(edit, at)]
 
     layers, heads = range(vlm.shape.layers["text"]), range(vlm.shape.heads["text"])
     ablated = sweep(vlm, prompt, ablation, metric, batch_size, layer=layers, head=heads)
-    clean = float(vlm.metric(metric)(vlm.run(prompt).logits)[0])
+    clean = float(metric_values(vlm.metric(metric), vlm.run(prompt).logits)[0])
     how = "zero" if to is None else "another prompt's output" if isinstance(to, Prompt) else "given values"
-    where = "all" if positions is None else ", ".join(map(str, positions))
+    where = "all" if at is None else ", ".join(map(str, at))
     attrs = record(vlm, [prompt], metric, clean=clean, ablated_to=how, positions=where)
     sign = {"value": "metric with the head ablated minus metric without", "long_name": "effect of ablation"}
     return (ablated - clean).rename("effect").assign_attrs({**attrs, **sign, "units": metric_unit(metric)})
@@ -72,17 +74,15 @@ def at_positions(edit: Edit, positions: Sequence[int]) -> Edit:
     Example:
         >>> at_positions(mv.ablate_heads(3, [5]), real.last)
     """
-    chosen = [int(position) for position in positions]
-    if not chosen:
-        raise ValueError("positions is empty, so nothing would be edited; give at least one, or None for all.")
+    chosen = places("positions", positions, all_by_none=True)
 
     def held(x: Tensor) -> Tensor:  # batch pos ...
         new = edit.fn(x.clone())
-        x[:, chosen] = new[:, chosen]
+        x[:, list(chosen)] = new[:, list(chosen)]
         return x
 
     label = f"{edit.label}, at {len(chosen)} positions"
-    return replace(edit, fn=held, when="prompt", positions=tuple(chosen), label=label)
+    return replace(edit, fn=held, when="prompt", positions=chosen, label=label)
 
 
 def _given(vlm: VLM, prompt: Prompt, to: Prompt | Sequence[Tensor] | None) -> list[Tensor | None]:
@@ -94,11 +94,12 @@ def _given(vlm: VLM, prompt: Prompt, to: Prompt | Sequence[Tensor] | None) -> li
         if len(to) != len(prompt):
             raise ValueError(
                 f"to has {len(to)} positions and the prompt {len(prompt)}, so positions cannot be matched; make it "
-                f"with "
-                f"prompt.with_image, which keeps them."
+                "with prompt.with_image, which keeps them."
             )
         run = vlm.run(to, read=[Site("z", layer) for layer in range(layers)])
         return [run[Site("z", layer)] for layer in range(layers)]
+    if not isinstance(to, list | tuple | Tensor):
+        raise TypeError(f"to={told(to)} is neither a prompt nor a list of tensors, one for each of {layers} layers.")
     if len(to) != layers:
         raise ValueError(f"to holds {len(to)} tensors; give one for each of the {layers} layers.")
     return list(to)

@@ -1,7 +1,8 @@
 """What does it say? The probabilities of answers, of one prompt beside another.
 
->>> answer_probabilities(vlm, {"real": real, "null": null}, ["yes", "no"]).sel(prompt="null", word="yes").item()
-0.5
+>>> found = answer_probabilities(vlm, {"real": real, "null": null}, ["yes", "no"])
+>>> found.sel(word="yes").values.round(2)
+array([0.93, 0.  ])
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +10,8 @@ from collections.abc import Mapping, Sequence
 import torch
 import xarray as xr
 
-from mechvlm.experiments.record import record
+from mechvlm.batch import check_prompts
+from mechvlm.experiments.record import record, word_list
 from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.metrics import probability
 from mechvlm.prompt import Prompt
@@ -29,6 +31,7 @@ def answer_probabilities(vlm: VLM, prompts: Mapping[str, Prompt], words: Sequenc
 
     Raises:
         ValueError: without prompts or words, or for a word that is no single token.
+        TypeError: for prompts without names, or words that are no list.
 
     Example:
         >>> mv.answer_probabilities(vlm, {"real": real, "null": null}, ["yes", "no"])
@@ -37,10 +40,15 @@ def answer_probabilities(vlm: VLM, prompts: Mapping[str, Prompt], words: Sequenc
         Li et al. (2023), "Evaluating Object Hallucination in Large Vision-Language Models" (POPE), asks yes or no; the
         joining of spellings is the first-token scoring that later re-analyses use.
     """
-    if not prompts or not len(words):
+    if not isinstance(prompts, Mapping):
+        raise TypeError(
+            f"prompts must have names, such as {{'real': real, 'null': null}}, and {type(prompts).__name__} was given."
+        )
+    words = word_list(words)
+    if not prompts or not words:
         raise ValueError("answer_probabilities needs at least one prompt and one word.")
     measures = [vlm.metric(probability(word)) for word in words]
-    asked = list(prompts.values())
+    asked = check_prompts(list(prompts.values()), vlm.shape)
     size = min(map(rows_for, asked))
     found = []
     for start in range(0, len(asked), size):

@@ -1,13 +1,13 @@
 """On which image tokens does the answer depend? Gradient times input, where the picture enters the language model.
 
 >>> gradient_attribution(vlm, real, mv.logit_difference("yes", "no")).attribution.idxmax().item()
-23
+7.0
 """
 
 import xarray as xr
 
 from mechvlm.experiments.profile import image_coordinates
-from mechvlm.experiments.record import metric_unit, record
+from mechvlm.experiments.record import metric_unit, one_prompt, record
 from mechvlm.experiments.sweep import numbers
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
@@ -25,6 +25,7 @@ def gradient_attribution(vlm: VLM, prompt: Prompt, metric: Metric) -> xr.Dataset
 
     Raises:
         ValueError: for a prompt without an image.
+        TypeError: for several prompts.
 
     Example:
         >>> found = mv.gradient_attribution(vlm, real, mv.logit_difference("yes", "no"))
@@ -34,7 +35,7 @@ def gradient_attribution(vlm: VLM, prompt: Prompt, metric: Metric) -> xr.Dataset
         Simonyan et al. (2014), "Deep Inside Convolutional Networks", section 3; times the input: Shrikumar et al.
         (2016), "Not Just a Black Box".
     """
-    run = vlm.run(prompt, read=["image_features"], grad_of=metric)
+    run = vlm.run(one_prompt(prompt), read=["image_features"], grad_of=metric)
     features, gradient = run["image_features"].float().flatten(0, 1), run.grad["image_features"].float().flatten(0, 1)
     unit = metric_unit(metric)
     return xr.Dataset(

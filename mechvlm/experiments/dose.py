@@ -9,12 +9,13 @@ import torch
 import xarray as xr
 
 from mechvlm.attention import mass
+from mechvlm.batch import metric_values
 from mechvlm.edits import bias_attention
-from mechvlm.experiments.record import chosen_layers, metric_name, metric_unit, record
+from mechvlm.experiments.record import chosen_layers, metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sweep import numbers, runs_of
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
+from mechvlm.sites import Site, number, told, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -44,6 +45,7 @@ def dose_response(
 
     Raises:
         ValueError: without amounts, or without keys in a prompt that holds no image.
+        TypeError: for amounts, layers or keys that are no list of numbers.
 
     Example:
         >>> mv.plot.lines(mv.dose_response(vlm, real, mv.probability("yes"), [-4, -2, 0, 2, 4]).metric, x="amount")
@@ -51,20 +53,21 @@ def dose_response(
     Source:
         The bias is the intervention of VIAR, which adds a constant to the scores of image keys in a band of layers.
     """
-    looked_at = prompt.image if keys is None else [int(key) for key in keys]
+    looked_at = one_prompt(prompt).image if keys is None else list(whole_numbers("keys", keys))
     if not looked_at:
         raise ValueError(
             "the prompt holds no image, so there is nothing to look at; pass keys=, the positions to bias."
         )
-    if not len(amounts):
+    biases = _amounts(amounts)
+    if not biases:
         raise ValueError("amounts is empty; give at least one, for instance [-2, 0, 2].")
     biased = chosen_layers(vlm, layers)
-    variants = [[bias_attention(layer, looked_at, float(amount)) for layer in biased] for amount in amounts]
+    variants = [[bias_attention(layer, looked_at, amount) for layer in biased] for amount in biases]
     sites = [Site("pattern", layer) for layer in range(vlm.shape.layers["text"])]
     reading = mass({"keys": looked_at}, queries=[len(prompt) - 1])
     measure, values, masses = vlm.metric(metric), [], []
     for run in runs_of(vlm, prompt, variants, dict.fromkeys(sites, reading), batch_size):
-        values.append(measure(run.logits))
+        values.append(metric_values(measure, run.logits))
         masses.append(torch.stack([run[site][..., 0, 0].float().mean(-1) for site in sites], -1))
     by_layer, units = numbers(torch.cat(masses)), "fraction"
     return xr.Dataset(
@@ -78,10 +81,20 @@ def dose_response(
             "mass_by_layer": (["amount", "layer"], by_layer, {"long_name": "attention mass", "units": units}),
         },
         coords={
-            "amount": ("amount", [float(amount) for amount in amounts], {"long_name": "bias on the keys’ scores"}),
+            "amount": ("amount", biases, {"long_name": "bias on the keys’ scores"}),
             "layer": list(range(len(sites))),
         },
         attrs=record(
             vlm, [prompt], metric, biased_layers=", ".join(map(str, biased)), biased_keys=len(looked_at), query="last"
         ),
     )
+
+
+def _amounts(amounts: Sequence[int | float]) -> list[float]:
+    try:
+        listed = None if isinstance(amounts, str | bytes) else list(amounts)
+    except TypeError:
+        listed = None
+    if listed is None:
+        raise TypeError(f"amounts={told(amounts)} is not a list of amounts; write for instance [-2, 0, 2].")
+    return [number("amount", amount) for amount in listed]

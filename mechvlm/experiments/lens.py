@@ -10,10 +10,10 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.experiments.record import chosen_layers, record
+from mechvlm.experiments.record import chosen_layers, one_prompt, record, word_list
 from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
+from mechvlm.sites import Site, whole, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -42,6 +42,7 @@ def logit_lens(
 
     Raises:
         ValueError: for positions or layers that are not there, a word that is no single token, or no token to keep.
+        TypeError: for positions, layers or words that are no list.
 
     Example:
         >>> lens = mv.logit_lens(vlm, real, positions=real.image, words=["red"])
@@ -51,11 +52,11 @@ def logit_lens(
         nostalgebraist (2020), "interpreting GPT: the logit lens"; for image tokens Neo et al. (2024), "Towards
         Interpreting Visual Information Processing in Vision-Language Models", section 5.
     """
-    where, after = _positions(prompt, positions), chosen_layers(vlm, layers)
-    if not 1 <= top <= vlm.shape.vocabulary:
-        raise ValueError(
-            f"top={top} tokens cannot be kept; give 1 to {vlm.shape.vocabulary}, the size of the vocabulary."
-        )
+    where, after = _positions(one_prompt(prompt), positions), chosen_layers(vlm, layers)
+    words = word_list(words)
+    most = vlm.shape.vocabulary
+    if not 1 <= whole("top", top) <= most:
+        raise ValueError(f"top={top} tokens cannot be kept; give 1 to {most}, the size of the vocabulary.")
     ids = [[word] if isinstance(word, int) else vlm.token_ids(word) for word in words]
     beyond = [number for same in ids for number in same if not 0 <= number < vlm.shape.vocabulary]
     if beyond:
@@ -92,11 +93,12 @@ def logit_lens(
 def _positions(prompt: Prompt, positions: Sequence[int] | None) -> list[int]:
     if positions is None:
         return list(range(len(prompt)))
-    beyond = [position for position in positions if not -len(prompt) <= position < len(prompt)]
-    if beyond or not len(positions):
+    chosen = whole_numbers("positions", positions)
+    beyond = [position for position in chosen if not -len(prompt) <= position < len(prompt)]
+    if beyond or not chosen:
         given = f"position {beyond[0]}" if beyond else "an empty list"
         raise ValueError(f"positions holds {given}; give positions of the prompt, which has {len(prompt)}.")
-    return [int(position) % len(prompt) for position in positions]
+    return [position % len(prompt) for position in chosen]
 
 
 def _texts(vlm: VLM, tokens: Tensor) -> np.ndarray:

@@ -1,20 +1,22 @@
 """Where does what was seen pass on its way to the answer? Activation patching from one run into another.
 
 >>> patch_spans(vlm, source=real, target=null, metric=yes).normalised.sel(span="image").values.round(1)
-array([1. , 1. , 1. , 0.6, 0.1, 0. , 0. , 0. ])
+array([ 1. ,  0. , -0. , -0.1, -0.1, -0. , -0. , -0. ])
 """
 
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import torch
 import xarray as xr
 
+from mechvlm.batch import metric_values
 from mechvlm.edits import Edit, patch
-from mechvlm.experiments.record import metric_name, metric_unit, record
+from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sweep import sweep
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
+from mechvlm.sites import Site, told, whole_numbers
 from mechvlm.vlm import VLM
 
 KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -44,11 +46,13 @@ def patch_spans(
 
     Returns:
         `metric`, in its own unit, and `normalised`, `(metric - target) / (source - target)`: 0 is the target's own
-        answer, 1 the source's. Not a number where both give the same. Both over axes layer and span; `attrs` hold
-        `source_metric` and `target_metric`.
+        answer, 1 the source's. Both over axes layer and span; `attrs` hold `source_metric` and `target_metric`.
+        Where the two are the same to within the rounding of the logits, so that there is nothing to carry over,
+        `normalised` is not a number, and `attrs` hold a `note` that says so.
 
     Raises:
         ValueError: where positions cannot be matched, or for a kind without positions.
+        TypeError: for spans that are no lists of positions by name.
 
     Example:
         >>> yes = mv.logit_difference("yes", "no")
@@ -61,7 +65,10 @@ def patch_spans(
     check_matched(source, target)
     if kind not in KINDS:
         raise ValueError(f"spans of {kind!r} cannot be patched; choose from {', '.join(KINDS)}.")
-    named = {name: list(span) for name, span in (target.spans if spans is None else spans).items()}
+    given = target.spans if spans is None else spans
+    if not isinstance(given, Mapping):
+        raise TypeError(f"spans={told(given)} does not name them; write for instance {{'image': prompt.image}}.")
+    named = {name: list(whole_numbers("positions", span)) for name, span in given.items()}
     sites = [Site(kind, layer) for layer in range(vlm.shape.layers["text"])]
     run = vlm.run(source, read=sites)
 
@@ -70,13 +77,19 @@ def patch_spans(
 
     patched = sweep(vlm, target, from_source, metric, batch_size, layer=range(len(sites)), span=list(named))
     measure = vlm.metric(metric)
-    source_metric = float(measure(run.logits)[0])
-    target_metric = float(measure(vlm.run(target).logits)[0])
-    gap = source_metric - target_metric
-    result = xr.Dataset({"metric": patched, "normalised": (patched - target_metric) / (gap if gap else np.nan)})
+    other = vlm.run(target).logits
+    source_metric, target_metric = (float(metric_values(measure, logits)[0]) for logits in (run.logits, other))
+    gap, least = source_metric - target_metric, max(rounding(measure, logits) for logits in (run.logits, other))
+    same = abs(gap) <= least
+    result = xr.Dataset({"metric": patched, "normalised": (patched - target_metric) / (np.nan if same else gap)})
     result.metric.attrs = {"long_name": metric_name(metric), "units": metric_unit(metric)}
     result.normalised.attrs = {"long_name": "share carried over", "units": "1: all"}
     ends: dict[str, str | float] = {"source_metric": source_metric, "target_metric": target_metric, "site": kind}
+    if same:
+        ends["note"] = (
+            f"source and target differ by {abs(gap):.2g}, which is within the rounding of the logits ({least:.2g}), so "
+            "there is nothing to carry over"
+        )
     return result.assign_attrs(
         record(vlm, [source, target], metric, **ends, patched="into the target, from the source")
     )
@@ -88,6 +101,7 @@ def check_matched(source: Prompt, target: Prompt) -> None:
     Raises:
         ValueError: for other lengths, or image tokens elsewhere.
     """
+    one_prompt(source), one_prompt(target)
     remedy = "make one from the other with prompt.with_image, which keeps them."
     if len(source) != len(target):
         raise ValueError(
@@ -98,3 +112,19 @@ def check_matched(source: Prompt, target: Prompt) -> None:
         raise ValueError(
             f"the source's image tokens do not stand where the target's do, so positions cannot be matched; {remedy}"
         )
+
+
+def rounding(measure: Metric, logits: torch.Tensor) -> float:
+    """How far a metric moves when logits move by what their precision cannot hold: the largest of some random tries.
+
+    Example:
+        >>> rounding(vlm.metric(mv.probability("yes")), vlm.run(real).logits) < 1e-5
+        True
+    """
+    exact, eps = logits[:1].detach().double().cpu(), torch.finfo(logits.dtype).eps
+    unit = eps * exact.abs().max()
+    tries = exact + unit * torch.randn(
+        16, exact.shape[1], dtype=exact.dtype, generator=torch.Generator().manual_seed(0)
+    )
+    here, there = metric_values(measure, exact.to(logits.device)), metric_values(measure, tries.to(logits.device))
+    return max(float((there - here).abs().max()), eps * float(here.abs()[0]))

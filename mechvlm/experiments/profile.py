@@ -13,10 +13,11 @@ import xarray as xr
 from tqdm import tqdm
 
 from mechvlm.attention import mass, rows
-from mechvlm.experiments.record import record
+from mechvlm.batch import check_prompts
+from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
+from mechvlm.sites import Site, whole, whole_numbers
 from mechvlm.vlm import VLM
 
 SPANS = ("bos", "prefix", "image", "question", "last")
@@ -29,7 +30,8 @@ def attention_profile(
 
     Args:
         prompts: one, or several that run as batches.
-        queries: "last", the position that answers; "text", all positions after the image, averaged; or positions.
+        queries: "last", the position that answers; "text", all positions after the image, averaged,
+            or the last where there are none; or positions.
 
     Returns:
         `mass`, fractions that sum to 1 over the spans, which hold every position once; `lift`, mass over the share of
@@ -45,9 +47,7 @@ def attention_profile(
     Source:
         Chen et al. (2024), "An Image is Worth 1/2 Tokens After Layer 2", section 3, whose attention allocation is mass.
     """
-    asked = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    if not asked:
-        raise ValueError("attention_profile was given no prompt.")
+    asked = check_prompts(prompts, vlm.shape)
     chosen = [_queries(prompt, queries) for prompt in asked]
     names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)]
     masses = _masses(vlm, asked, chosen, names)
@@ -93,12 +93,13 @@ def attention_map(
     Example:
         >>> mv.plot.over_image(mv.attention_map(vlm, real, 3, 5), real.images[0], real.pictures[0])
     """
-    if not prompt.image:
+    if not one_prompt(prompt).image:
         raise ValueError("the prompt holds no image to look at; make it with vlm.prompt(image, text).")
     heads = vlm.shape.heads["text"]
-    if head is not None and not 0 <= head < heads:
+    if head is not None and not 0 <= whole("head", head) < heads:
         raise ValueError(f"the text tower has {heads} heads a layer, counted from 0, so there is no head {head}.")
-    site, asked = Site("pattern", layer), [query] if isinstance(query, int) else list(query)
+    alone = np.ndim(query) == 0
+    site, asked = Site("pattern", layer), [whole("query", query)] if alone else list(whole_numbers("query", query))
     seen = vlm.run(prompt, read={site: rows(asked)})[site][0].float()  # head query key
     weights = seen.mean(0) if head is None else seen[head]
     which = "mean over heads" if head is None else f"head {head}"
@@ -109,7 +110,7 @@ def attention_map(
         name="attention",
         attrs={**record(vlm, [prompt], layer=int(layer), head=which), "long_name": "attention weight"},
     )
-    return maps.isel(query=0) if isinstance(query, int) else maps
+    return maps.isel(query=0) if alone else maps
 
 
 def image_coordinates(prompt: Prompt) -> dict[str, object]:
@@ -129,12 +130,14 @@ def _queries(prompt: Prompt, queries: str | Sequence[int]) -> tuple[int, ...]:
     if isinstance(queries, str):
         if queries not in ("last", "text"):
             raise ValueError(f"queries={queries!r} is not known; choose 'last', 'text' or a list of positions.")
-        return (len(prompt) - 1,) if queries == "last" else tuple(prompt.question + prompt.last)
-    beyond = [query for query in queries if not -len(prompt) <= query < len(prompt)]
-    if beyond or not len(queries):
+        text = prompt.question + prompt.last if queries == "text" else []
+        return tuple(text or [len(prompt) - 1])  # a prompt that ends in its image answers there
+    chosen = whole_numbers("queries", queries)
+    beyond = [query for query in chosen if not -len(prompt) <= query < len(prompt)]
+    if beyond or not chosen:
         given = f"position {beyond[0]}" if beyond else "an empty list"
         raise ValueError(f"queries holds {given}; give positions of the prompt, which has {len(prompt)}.")
-    return tuple(int(query) % len(prompt) for query in queries)
+    return tuple(query % len(prompt) for query in chosen)
 
 
 def _even(prompt: Prompt, queries: Sequence[int], names: Sequence[str]) -> np.ndarray:

@@ -7,10 +7,12 @@ Rule this module guards: nothing that netCDF cannot hold goes into a result's `a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from mechvlm.edits import name_of
 from mechvlm.metrics import Metric, WordMetric
 from mechvlm.prompt import Prompt
+from mechvlm.sites import told, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -46,9 +48,38 @@ def chosen_layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:
 
     Raises:
         ValueError: for an empty list. A layer that is not there is refused by the run that reads or edits it.
+        TypeError: for what is no list of whole numbers.
     """
     if layers is None:
         return list(range(vlm.shape.layers["text"]))
-    if not len(layers):
+    chosen = whole_numbers("layers", layers)
+    if not chosen:
         raise ValueError("layers is empty; give at least one, or None for all.")
-    return [int(layer) for layer in layers]
+    return list(chosen)
+
+
+def one_prompt(prompt: Any) -> Prompt:
+    """A prompt as it is.
+
+    Raises:
+        TypeError: for anything else, a list of prompts included.
+    """
+    if not isinstance(prompt, Prompt):
+        raise TypeError(
+            f"{told(prompt)} is not one prompt; make it with vlm.prompt(image, text), and ask about several one by one."
+        )
+    return prompt
+
+
+def word_list(words: Any) -> list[str | int]:
+    """Words, or token ids, as a list.
+
+    Raises:
+        TypeError: for a single word or number.
+    """
+    try:
+        if not isinstance(words, str):
+            return list(words)
+    except TypeError:
+        pass
+    raise TypeError(f"words={told(words)} is not a list of words; write [{told(words)}].")

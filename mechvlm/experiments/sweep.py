@@ -16,12 +16,13 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
+from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
-from mechvlm.experiments.record import record
+from mechvlm.experiments.record import one_prompt, record
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
-from mechvlm.sites import Site
+from mechvlm.sites import Site, told, whole
 from mechvlm.vlm import VLM
 
 POSITIONS_AT_ONCE = 8192
@@ -50,17 +51,19 @@ def sweep(
 
     Raises:
         ValueError: without axes, for an axis without values, or for a function that takes other names.
+        TypeError: for values of an axis that are neither numbers nor names, or a function that returns no list.
 
     Example:
         >>> cut = lambda layer, span: [mv.cut_attention(layer, real.spans[span], queries=real.last)]
         >>> mv.sweep(vlm, real, cut, mv.probability("yes"), layer=range(8), span=["image", "question"])
     """
-    grid = {name: list(values) for name, values in axes.items()}
+    one_prompt(prompt)
+    grid = {name: values_of_axis(name, values) for name, values in axes.items()}
     check_grid(grid, point_to_edits)
     points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    variants = [list(point_to_edits(**point)) for point in points]
+    variants = [edits_at(point, point_to_edits(**point)) for point in points]
     measure = vlm.metric(metric)
-    values = [measure(run.logits) for run in runs_of(vlm, prompt, variants, batch_size=batch_size)]
+    values = [metric_values(measure, run.logits) for run in runs_of(vlm, prompt, variants, batch_size=batch_size)]
     return xr.DataArray(
         numbers(torch.cat(values)).reshape([len(along) for along in grid.values()]),
         dims=list(grid),
@@ -82,7 +85,7 @@ def runs_of(
     Raises:
         ValueError: for a batch size below one.
     """
-    size = rows_for(prompt) if batch_size is None else batch_size
+    size = rows_for(prompt) if batch_size is None else whole("batch_size", batch_size)
     if size < 1:
         raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
     with tqdm(total=len(variants), unit="run", leave=False, delay=1) as bar:
@@ -114,6 +117,41 @@ def check_grid(grid: Mapping[str, Sequence[Any]], point_to_edits: Callable[..., 
     except TypeError:
         taken = ", ".join(inspect.signature(point_to_edits).parameters) or "nothing"
         raise ValueError(
-            f"point_to_edits takes {taken}, and the axes are {', '.join(grid)}; its arguments must be named like "
-            f"the axes."
+            f"point_to_edits takes {taken}, and the axes are {', '.join(grid)}; its arguments must be named like the "
+            "axes."
         ) from None
+
+
+def values_of_axis(name: str, values: Any) -> list[Any]:
+    """The values of an axis, each a number or a name, so that results can be found by them.
+
+    Raises:
+        TypeError: for a single value, or one that is no coordinate.
+    """
+    try:
+        listed = None if isinstance(values, str | bytes) else list(values)
+    except TypeError:
+        listed = None
+    if listed is None:
+        raise TypeError(f"the axis {name!r} is {told(values)}, and an axis is a list of values; write {name}=[...].")
+    plain = [value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value for value in listed]
+    wrong = [value for value in plain if not isinstance(value, str | int | float | np.generic)]
+    if wrong:
+        raise TypeError(
+            f"the axis {name!r} holds {told(wrong[0])}, and its values must be numbers or names, by which results are "
+            "found; give names, and look up in point_to_edits what they stand for."
+        )
+    return plain
+
+
+def edits_at(point: Mapping[str, Any], edits: Any) -> list[Edit]:
+    """The edits of a point, as a list.
+
+    Raises:
+        TypeError: for a single edit, or what is no list.
+    """
+    if isinstance(edits, list | tuple):
+        return list(edits)
+    where = ", ".join(f"{name}={value!r}" for name, value in point.items())
+    given = "one edit" if isinstance(edits, Edit) else told(edits)
+    raise TypeError(f"point_to_edits returned {given} at {where}; it must return a list of edits, such as [edit].")

@@ -4,7 +4,7 @@ Rule this module guards: where a token looks is asked of its `ImageMap`, never c
 tiles of a picture and its overview) every layer of them gets its own copy of the picture, side by side.
 
 >>> Canvas.of(real.images[0], real.pictures[0]).panels[0][0].positions[0]
-array([3, 4, 5])
+array([3, 4, 5, 6, 7, 8])
 """
 
 import base64

@@ -2,7 +2,7 @@
 
 Rule this module guards: every dim of the array is drawn. One too many is refused, never averaged or dropped silently.
 
->>> bars(probabilities, x="answer", colour="picture").data[0].name
+>>> bars(probabilities, x="word", colour="prompt").data[0].name
 'real'
 """
 
@@ -82,7 +82,7 @@ def bars(
         ValueError: for other dims, or nothing to draw.
 
     Example:
-        >>> bars(probabilities, x="answer", colour="picture")
+        >>> bars(probabilities, x="word", colour="prompt")
     """
     _check(array, "bars", [x, colour])
     places, ticks = _axis(array[x].values.astype(str))

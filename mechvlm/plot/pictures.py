@@ -63,7 +63,7 @@ def over_image(
         ValueError: if no value belongs to the image, or the picture is another.
 
     Example:
-        >>> over_image(attention_map(vlm, real, layer=12, head=3), real.images[0], real.pictures[0])
+        >>> over_image(attention_map(vlm, real, layer=3, head=5), real.images[0], real.pictures[0])
     """
     known = _by_position(values, image_map)
     name = label(values) if isinstance(values, xr.DataArray) else "value"
@@ -90,7 +90,7 @@ def tokens_over_image(
         ValueError: for a layer that is not in the lens, or a lens without this image's positions.
 
     Example:
-        >>> tokens_over_image(logit_lens(vlm, real, positions=real.image), real, layer=20)
+        >>> tokens_over_image(logit_lens(vlm, real, positions=real.image), real, layer=6)
     """
     image_map, picture = _image(prompt, image)
     read = _readings(lens, layer, image_map)

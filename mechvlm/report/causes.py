@@ -3,10 +3,11 @@
 Rule this module guards: as in `views`; and every effect is an edited run compared with the same run unedited.
 
 >>> patching(study).finding
-'The picture moves the metric from -2.72 to +4.34. Most of that enters layer 0 at “image”, layers 1 to 7 at “question”.'
+'The picture moves the metric from -5.82 to +2.57. Most of that enters layer 0 at “image”, layers 1 to 7 at “question”.'
 """
 
 import pandas as pd
+import xarray as xr
 
 from mechvlm import plot
 from mechvlm.edits import bias_attention
@@ -18,6 +19,8 @@ from mechvlm.report.study import Study
 
 AMOUNTS = (-8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 NEW_TOKENS = 24
+LEAST = 0.0005  # an attribution below this is +0.000 as it is printed
+MOST, OPPOSING = 0.5, -0.25  # shares: above the one is most; below the other something else works against it
 
 
 def heads(study: Study) -> Section:
@@ -27,13 +30,12 @@ def heads(study: Study) -> Section:
     return Section(
         name="heads",
         title="Which heads the answer needs",
-        finding=f"Layer {int(strongest.layer)}, head {int(strongest['head'])} matters most: without it the metric "
-        f"changes by {float(strongest):+.2f}, from {effect.attrs['clean']:+.2f}.",
+        finding=f"Taking out layer {int(strongest.layer)}, head {int(strongest['head'])} changes the metric most, "
+        f"by {float(strongest):+.2f}, from {effect.attrs['clean']:+.2f}.",
         sentence=f"How much {study.measured} changes when one head’s output is set to zero at every position, one head "
         "at a time, with the picture.",
         conventions=f"Metric with the head ablated minus metric without, in {study.unit}. Negative: the head speaks "
-        f"for "
-        f"“{study.answers[0]}”; positive: against it. {COUNTED}",
+        f"for “{study.answers[0]}”; positive: against it. {COUNTED}",
         drawings=[
             Drawing(
                 f"Map of the effect of ablating each head, by layer and head, from {float(effect.min()):+.2f} to "
@@ -49,17 +51,16 @@ def patching(study: Study) -> Section:
     """The real run patched into the null run."""
     found = patch_spans(study.vlm, source=study.real, target=study.null, metric=study.metric)
     ends = [found.attrs["target_metric"], found.attrs["source_metric"]]
-    if ends[0] == ends[1]:
+    if "note" in found.attrs:
         raise ValueError(
-            f"picture and null image give the same answer ({ends[0]:.3f}), so there is nothing to carry over."
+            f"picture and null image give the same answer to within rounding ({ends[0]:.3f}), so there is nothing to "
+            "carry over."
         )
     share = found.normalised
-    carriers = [str(share.span.values[row.argmax()]) for row in share.values]
     return Section(
         name="patching",
         title="Where what was seen passes",
-        finding=f"The picture moves the metric from {ends[0]:+.2f} to {ends[1]:+.2f}. Most of that enters "
-        f"{_stretches(carriers)}.",
+        finding=f"The picture moves the metric from {ends[0]:+.2f} to {ends[1]:+.2f}. {carried(share)}",
         sentence="What enters one layer (resid_pre) at the positions of one span is taken from the run with the "
         "picture and put into the run with the null image; the map shows how far that carries the answer over.",
         conventions=f"0: the null image’s own metric ({ends[0]:+.2f}); 1: the picture’s ({ends[1]:+.2f}), of "
@@ -79,20 +80,25 @@ def attribution(study: Study) -> Section:
     """Gradient times input over the picture."""
     found = gradient_attribution(study.vlm, study.real, study.metric)
     most = found.attribution.isel(position=int(abs(found.attribution.values).argmax()))
+    where = f"row {int(most.row)}, column {int(most.column)}"
+    if abs(float(most)) < LEAST:
+        finding = f"No image token's attribution reaches {LEAST}: around this answer the metric is flat, as where a "
+        finding += "probability is all but 0 or 1, and to first order no token can be told from another."
+    else:
+        side = "for" if most > 0 else "against"
+        finding = f"The token at {where} speaks most {side} “{study.answers[0]}” ({float(most):+.3f})."
     image, drawn = study.real.images[0], study.real.pictures[0]
     return Section(
         name="attribution",
         title="Which image tokens the answer depends on",
-        finding=f"The token at row {int(most.row)}, column {int(most.column)} speaks most "
-        f"{'for' if most > 0 else 'against'} “{study.answers[0]}” ({float(most):+.3f}).",
+        finding=finding,
         sentence=f"The gradient of {study.measured} at each image token’s feature, times the feature, summed over its "
-        f"dimensions: how much the token speaks for the answer, to first order.",
+        "dimensions: how much the token speaks for the answer, to first order.",
         conventions=f"In {study.unit}. Positive: scaling the token up raises the metric. The sum over tokens is not "
-        f"the "
-        "metric, since the model is not linear.",
+        "the metric, since the model is not linear.",
         drawings=[
             Drawing(
-                f"The picture coloured by attribution, strongest at row {int(most.row)}, column {int(most.column)}.",
+                f"The picture coloured by attribution, strongest at {where}.",
                 plot.over_image(found.attribution, image, drawn),
             )
         ],
@@ -103,23 +109,26 @@ def attribution(study: Study) -> Section:
 def dose(study: Study) -> Section:
     """The metric against a bias on attention to image tokens."""
     found = dose_response(study.vlm, study.real, study.metric, AMOUNTS)
-    low, high = float(found.metric.min()), float(found.metric.max())
+    curve = found.metric
+    low, high = curve.isel(amount=int(curve.values.argmin())), curve.isel(amount=int(curve.values.argmax()))
+    ends = [float(curve.sel(amount=amount)) for amount in (AMOUNTS[0], 0.0, AMOUNTS[-1])]
     return Section(
         name="dose",
         title="What if it looked more, or less?",
-        finding=f"Between biases of {AMOUNTS[0]:+g} and {AMOUNTS[-1]:+g} the metric runs from {low:+.2f} to "
-        f"{high:+.2f}; without a bias it is {float(found.metric.sel(amount=0.0)):+.2f}.",
+        finding=f"With a bias of {AMOUNTS[0]:+g} the metric is {ends[0]:+.2f}, without one {ends[1]:+.2f}, and with "
+        f"{AMOUNTS[-1]:+g} it is {ends[2]:+.2f}; of the biases tried it is lowest at {float(low.amount):+g} "
+        f"({float(low):+.2f}) and highest at {float(high.amount):+g} ({float(high):+.2f}).",
         sentence="A number is added to the attention scores of all image tokens, in every layer, head and query; the "
         f"lines show {study.measured}, and the attention that the last position then really pays to the image.",
         conventions="A bias of b multiplies the odds of looking at the image by e to the b; 0 is the unedited model. "
         "Attention is averaged over all layers and heads, a fraction from 0 to 1.",
         drawings=[
             Drawing(
-                f"Line of the metric against the bias, from {low:+.2f} to {high:+.2f}.",
-                plot.lines(found.metric, x="amount"),
+                f"Line of the metric against the bias, at least {float(low):+.2f} and at most {float(high):+.2f}.",
+                plot.lines(curve, x="amount"),
             ),
             Drawing(
-                f"Line of attention to the image against the bias, from {float(found.mass.min()):.2f} to "
+                f"Line of attention to the image against the bias, at least {float(found.mass.min()):.2f} and at most "
                 f"{float(found.mass.max()):.2f}.",
                 plot.lines(found.mass, x="amount"),
             ),
@@ -152,12 +161,23 @@ def generation(study: Study) -> Section:
     )
 
 
-def _stretches(carriers: list[str]) -> str:
-    """Which span carries most at which layers: 'layer 0 at image, layers 1 to 7 at question'."""
+def carried(share: xr.DataArray) -> str:
+    """Which span carries what was seen into which layers, with "most" only where that is so."""
+    best = [
+        (str(row.span.values[row.values.argmax()]), float(row.max()) > MOST and float(row.min()) > OPPOSING)
+        for row in share.transpose("layer", "span")
+    ]
+    most, others = stretches(best, True), stretches(best, False)
+    said = f"Most of that enters {most}." if most else "Into no layer does one span carry most of that."
+    return f"{said} The largest share, but not most or not unopposed, enters {others}." if others else said
+
+
+def stretches(best: list[tuple[str, bool]], wanted: bool) -> str:
+    """The spans at the layers of one kind, neighbours joined: 'layer 0 at image, layers 1 to 7 at question'."""
     found, start = [], 0
-    for at in range(1, len(carriers) + 1):
-        if at == len(carriers) or carriers[at] != carriers[start]:
+    for at in range(1, len(best) + 1):
+        if at == len(best) or best[at] != best[start]:
             layers = f"layer {start}" if at - 1 == start else f"layers {start} to {at - 1}"
-            found.append(f"{layers} at “{carriers[start]}”")
+            found += [f"{layers} at “{best[start][0]}”"] if best[start][1] == wanted else []
             start = at
     return ", ".join(found)

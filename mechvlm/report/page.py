@@ -3,7 +3,8 @@
 Rule this module guards: texts of a model or a user never become markup. Tables and sentences go through the template,
 which escapes them; figures are JSON in which no tag can begin.
 
->>> page([Section("a", "Title", "Found.", "Shown.", "Units.")], {"model": "demo"}, "Is there a 7?").count("<section")
+>>> made = {"model": "demo", "made": "2026-01-01"}
+>>> page([Section("a", "Title", "Found.", "Shown.", "Units.")], made, "Is there a 7?").count("<section")
 3
 """
 

@@ -4,7 +4,7 @@ Rule this module guards: a section's sentence says what is drawn and how it was 
 units, where layers start, and what positive means.
 
 >>> answers(study).finding
-'The likeliest next token is “yes” (0.99), with the null image “no” (0.94).'
+'The likeliest next token is “yes” (0.93), with the null image “no” (1.00).'
 """
 
 import pandas as pd
@@ -87,7 +87,15 @@ def cases(study: Study) -> Section:
     """Some more questions, real against null."""
     prompts = {f"real {n}": case.real for n, case in enumerate(study.cases)}
     prompts |= {f"null {n}": case.null for n, case in enumerate(study.cases)}
-    shown = answer_probabilities(study.vlm, prompts, study.answers)
+    labels = dict.fromkeys(case.right for case in study.cases if case.right)
+    # A right answer that is none of those followed can only be compared with others of its kind, such as yes and no.
+    words = list(study.answers) if set(labels) <= set(study.answers) and len(study.answers) > 1 else list(labels)
+    if len(words) < 2:
+        raise ValueError(
+            f"the right answers of the further questions are {', '.join(labels) or 'not given'}, and it takes two "
+            "different answers to choose between."
+        )
+    shown = answer_probabilities(study.vlm, prompts, words)
     rows, held = [], {"real": 0, "null": 0}
     for number, case in enumerate(study.cases):
         cells: list[object] = [case.real.words, case.right]
@@ -97,13 +105,14 @@ def cases(study: Study) -> Section:
             held[name] += best == case.right
             cells.append(f"{best} ({float(one.max()):.2f})")
         rows.append(tuple(cells))
+    among = " and ".join(f"“{word}”" for word in words)
     columns = ("question", "right answer", "with the picture", "with the null image")
     return Section(
         name="cases",
         title="Some more questions",
         finding=f"Of {len(rows)} further questions {held['real']} are answered right with the picture and "
-        f"{held['null']} with the null image.",
-        sentence="Further questions about bundled scenes: the likelier of the answers and its probability, with the "
+        f"{held['null']} with the null image, where the likeliest of {among} counts as the answer.",
+        sentence=f"Further questions about other scenes: the likeliest of {among} and its probability, with the "
         "picture and with the null image.",
         conventions="Probabilities of the next token from 0 to 1, not renormalised among the answers.",
         tables=[
@@ -128,8 +137,8 @@ def profile(study: Study) -> Section:
     return Section(
         name="attention",
         title="Where the answer looks",
-        finding=f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average, most "
-        f"({float(by_layer[peak]):.0%}) in layer {peak}.",
+        finding=f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average over "
+        f"layers and heads, and {float(by_layer[peak]):.0%} in layer {peak}, the highest of the layers’ averages.",
         sentence="How the last position, which answers, divides its attention over the spans of the prompt: the "
         "attention weights on a span’s keys summed, averaged over the heads of a layer (lines), and for the image in "
         "every head (maps).",
@@ -141,7 +150,7 @@ def profile(study: Study) -> Section:
                 plot.lines(mass.mean("head", keep_attrs=True), x="layer", colour="span", dash="prompt"),
             ),
             Drawing(
-                f"Two maps, real and null, of attention to the image by layer and head, up to "
+                "Two maps, real and null, of attention to the image by layer and head, up to "
                 f"{float(image.max()):.2f}.",
                 plot.heatmap(image.transpose("prompt", "layer", "head"), facet="prompt", limits=(0.0, 1.0)),
             ),
@@ -153,7 +162,8 @@ def profile(study: Study) -> Section:
 def attention(study: Study) -> Section:
     """Attention over the picture, in one head."""
     layer, head, why = study.chosen
-    where = (study.real.question + study.real.last)[-MOST_QUERIES:]
+    # A prompt that ends in its image has no text after it; it answers at its last position all the same.
+    where = (study.real.question + study.real.last)[-MOST_QUERIES:] or [len(study.real) - 1]
     maps = attention_map(study.vlm, study.real, layer, head, where)
     top = float(maps.max()) or 1.0
     image, drawn = study.real.images[0], study.real.pictures[0]
@@ -163,16 +173,17 @@ def attention(study: Study) -> Section:
     }
     masses = maps.sum("position").values
     best = int(masses.argmax())
+    finding = f"In layer {layer}, head {head}, the last position puts {masses[-1]:.0%} of its attention on the image"
+    if len(where) > 1:
+        finding += f"; of the last {len(where)} positions after the picture, “{study.real.tokens[where[best]]}” "
+        finding += f"(position {where[best]}) looks there most, with {masses[best]:.0%}"
     return Section(
         name="attention_map",
         title="Attention over the picture",
-        finding=f"In layer {layer}, head {head}, the last position puts {masses[-1]:.0%} of its attention on the "
-        f"image; "
-        f"of the text it is “{study.real.tokens[where[best]]}” (position {where[best]}) that looks there most, with "
-        f"{masses[best]:.0%}.",
+        finding=f"{finding}.",
         sentence=f"The attention weights of one text position on every image token, in layer {layer}, head {head}, "
         f"{why}: the softmax row of that position as the model computed it. The slider chooses the position that "
-        f"looks.",
+        "looks.",
         conventions=f"Weights from 0 (clear) to {top:.2f} on one scale for all positions; over all keys of a row they "
         f"sum to 1. {COUNTED} It starts with the position that looks there most.",
         drawings=[

@@ -57,8 +57,8 @@ def report(
         null: the same about a null image, `real.with_image(mv.images.black)`.
         out: a folder, made where there is none. It gets report.html, and the numbers of each figure as netCDF or CSV.
         answers: the answers to follow, the first against the second.
-        layer, head: whose attention is drawn over the picture; None takes the head whose text positions look at the
-            image most.
+        layer, head: whose attention is drawn over the picture; None takes the head whose effect when ablated, times
+            its text positions' attention to the image, is largest.
         null_name: how the report calls the null image.
         more: further questions for a table.
 
