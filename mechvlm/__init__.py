@@ -4,7 +4,13 @@
 >>> vlm = mv.load("demo")
 >>> real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
 >>> null = real.with_image(mv.images.black)
->>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no")))
+>>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no")))  # doctest: +ELLIPSIS
+Figure(...)
+
+Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
+ablate_heads, scale_heads, bias_attention, cut_attention, patch, steer, replace_span. Readings: rows, mass. Metrics:
+logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
+ablate_each_head, patch_spans, gradient_attribution, dose_response, answer_probabilities, sweep. Figures: plot.
 """
 
 from importlib import import_module

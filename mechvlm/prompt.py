@@ -18,6 +18,7 @@ from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
+from mechvlm import images
 from mechvlm.archs import Arch, Shape
 from mechvlm.imagemap import ImageMap, View, view_of
 from mechvlm.images import to_picture
@@ -87,6 +88,12 @@ class Prompt:
             raise ValueError(
                 "this prompt was made from a ready encoding or without an image, so there is no picture to exchange; "
                 "make it with vlm.prompt(image, text)."
+            )
+        makers = (images.noise, images.diffusion, images.blur, images.shuffle, images.colour)
+        if any(image is maker for maker in makers):
+            raise ValueError(
+                f"mv.images.{image.__name__} makes a null image from its settings; call it, for instance "
+                "mv.images.noise(0) or mv.images.blur(8)."
             )
         if callable(image):
             pictures = [to_picture(image(picture)) for picture in self.pictures]

@@ -670,6 +670,11 @@ LATER: list[Case] = [
         "processor.chat_template.",
         lambda: tiny.vlm(with_processor=tiny.processor("{{ }")).prompt(tiny.picture(), "is"),
     ),
+    (
+        "mv.images.blur makes a null image from its settings; call it, for instance mv.images.noise(0) or "
+        "mv.images.blur(8).",
+        lambda: real().with_image(mv.images.blur),
+    ),
 ]
 
 CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + LOAD_CASES
