@@ -167,7 +167,7 @@ def rows(queries: Sequence[int]) -> Rows:
 
 
 def mass(spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = None) -> Mass:
-    """Read how much attention queries pay to spans of keys, exactly, without the map of queries by keys.
+    """Read how much attention queries pay to spans of keys, exactly, without a map for each head.
 
     Args:
         spans: named lists of positions, for instance `prompt.spans`; they may overlap.

@@ -1,7 +1,7 @@
 """The command line: `mechvlm report` looks at a question about a picture, `mechvlm check` at a model.
 
-Rule this module guards: whatever a user can get wrong is answered by one sentence on standard error and exit code 2,
-never by a traceback. The sentences are the package's own; nothing else is caught.
+Rule this module guards: what the package refuses is one sentence on standard error and exit code 2, no traceback.
+The sentences are the package's own; nothing else is caught.
 
     mechvlm report
     mechvlm report --model llava-hf/llava-1.5-7b-hf --image dog.jpg --question "Is there a dog?" --device cuda

@@ -179,13 +179,20 @@ def whole_numbers(what: str, values: Any) -> tuple[int, ...]:
     Raises:
         TypeError: for a single number, or anything in the list that is not a whole number.
     """
-    try:
-        listed = None if isinstance(values, str | bytes) else tuple(values)
-    except TypeError:
-        listed = None
-    if listed is None:
+    found = listed(values)
+    if found is None:
         raise TypeError(f"{what}={told(values)} is not a list of {what}; write for instance [0].")
-    return tuple(whole(f"{what}:", value) for value in listed)
+    return tuple(whole(f"{what}:", value) for value in found)
+
+
+def listed(values: Any) -> tuple | None:
+    """What a list, a range, an array or a tensor holds; None for a single value, a text included."""
+    if isinstance(values, str | bytes):
+        return None
+    try:
+        return tuple(values)
+    except TypeError:
+        return None
 
 
 def places(what: str, values: Any, all_by_none: bool = False) -> tuple[int, ...]:

@@ -168,7 +168,7 @@ def save(model: LlavaForConditionalGeneration, directory: Path) -> None:
 def _start(model: LlavaForConditionalGeneration, optimizer: torch.optim.Optimizer, state: Path) -> tuple[int, float]:
     if not state.exists():
         return 0, 0.0
-    kept = torch.load(state, weights_only=True)
+    kept = torch.load(state, weights_only=True)  # optimizer states are nested, which safetensors does not hold
     model.load_state_dict(kept["model"])
     optimizer.load_state_dict(kept["optimizer"])
     return kept["step"], kept["seconds"]

@@ -15,7 +15,7 @@ from mechvlm.experiments.record import chosen_layers, metric_name, metric_unit, 
 from mechvlm.experiments.sweep import numbers, runs_of
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, number, told, whole_numbers
+from mechvlm.sites import Site, listed, number, told, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -91,10 +91,7 @@ def dose_response(
 
 
 def _amounts(amounts: Sequence[int | float]) -> list[float]:
-    try:
-        listed = None if isinstance(amounts, str | bytes) else list(amounts)
-    except TypeError:
-        listed = None
-    if listed is None:
+    found = listed(amounts)
+    if found is None:
         raise TypeError(f"amounts={told(amounts)} is not a list of amounts; write for instance [-2, 0, 2].")
-    return [number("amount", amount) for amount in listed]
+    return [number("amount", amount) for amount in found]

@@ -22,7 +22,7 @@ from mechvlm.experiments.record import one_prompt, record
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
-from mechvlm.sites import Site, told, whole
+from mechvlm.sites import Site, listed, told, whole
 from mechvlm.vlm import VLM
 
 POSITIONS_AT_ONCE = 8192
@@ -128,13 +128,10 @@ def values_of_axis(name: str, values: Any) -> list[Any]:
     Raises:
         TypeError: for a single value, or one that is no coordinate.
     """
-    try:
-        listed = None if isinstance(values, str | bytes) else list(values)
-    except TypeError:
-        listed = None
-    if listed is None:
+    found = listed(values)
+    if found is None:
         raise TypeError(f"the axis {name!r} is {told(values)}, and an axis is a list of values; write {name}=[...].")
-    plain = [value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value for value in listed]
+    plain = [value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value for value in found]
     wrong = [value for value in plain if not isinstance(value, str | int | float | np.generic)]
     if wrong:
         raise TypeError(
