@@ -10,7 +10,8 @@ Figure(...)
 Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
 ablate_heads, scale_heads, bias_attention, cut_attention, patch, steer, replace_span. Readings: rows, mass. Metrics:
 logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
-ablate_each_head, patch_spans, gradient_attribution, dose_response, answer_probabilities, sweep. Figures: plot.
+ablate_each_head, patch_spans, gradient_attribution, dose_response, answer_probabilities, queries_to_patches,
+compose_queries, sweep. Figures: plot.
 """
 
 from importlib import import_module
@@ -41,6 +42,8 @@ from mechvlm.vlm import VLM as VLM
 if TYPE_CHECKING:
     from mechvlm import demo as demo
     from mechvlm import plot as plot
+    from mechvlm.bridge import bridged as bridged
+    from mechvlm.circuits import cache_sites as cache_sites
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from mechvlm.experiments.patching import patch_spans as patch_spans
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
+    from mechvlm.experiments.queries import compose_queries as compose_queries
+    from mechvlm.experiments.queries import queries_to_patches as queries_to_patches
     from mechvlm.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -65,6 +70,10 @@ _LATER = {
     "patch_spans": "mechvlm.experiments.patching",
     "attention_map": "mechvlm.experiments.profile",
     "attention_profile": "mechvlm.experiments.profile",
+    "bridged": "mechvlm.bridge",
+    "cache_sites": "mechvlm.circuits",
+    "compose_queries": "mechvlm.experiments.queries",
+    "queries_to_patches": "mechvlm.experiments.queries",
     "sweep": "mechvlm.experiments.sweep",
 }
 

@@ -1,36 +1,24 @@
 """Where each architecture keeps its parts: one row of `ARCHS` per model type.
 
-Rule this module guards: these are the only Hugging Face attribute names in the package. A row says what is true of the
-installed library and differs from the defaults; the laws (`mechvlm.laws`) prove it right. Nothing is guessed: a model
-type without a row is refused by name.
+Rule this module guards: with `mechvlm.towers` these are the only Hugging Face attribute names in the package. A row
+says where a model's towers are; what their layers are made of is a row of `TOWER_TYPES`, by the tower's own type, since
+many models share them. The laws (`mechvlm.laws`) prove both right. Nothing is guessed: a type without a row is refused
+by name.
 
->>> ARCHS["llava"].text.layers
-'model.language_model.layers'
+>>> ARCHS["llava"].text, ARCHS["qwen3_vl"].grid
+('model.language_model', 'patches')
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 
-@dataclass(frozen=True)
-class Stack:
-    """One tower: where its layers are, and what their parts are called within a layer.
-
-    Attributes:
-        layers: path of the list of layers.
-        embed: path of the module that turns words, or squares of the picture, into vectors.
-        mid_norm: the norm that reads the residual stream between attention and MLP.
-        interface: the call that every attention module makes with (module, q, k, v, mask), as nnsight names it.
-        causal: whether a query sees only what stands before it.
-    """
-
-    layers: str
-    embed: str
-    mid_norm: str
-    attention: str = "self_attn"
-    mlp: str = "mlp"
-    interface: str = "attention_interface_1"
-    causal: bool = True
+def _taken(config: Any) -> Sequence[int]:
+    settings = config.to_dict()
+    # VipLLaVA's were several, to 5.22.
+    taken = settings.get("vision_feature_layers", settings.get("vision_feature_layer"))
+    return () if taken is None else (taken,) if isinstance(taken, int) else tuple(taken)
 
 
 @dataclass(frozen=True)
@@ -38,156 +26,155 @@ class Arch:
     """One architecture.
 
     Attributes:
-        text: the language model's tower.
-        vision: the vision tower.
-        image_features: path of the module whose output takes the image placeholders' places.
-        norm: path of the final norm of the language model.
+        text, vision, qformer: paths of its towers.
+        example: a checkpoint of it on the hub.
         unembed: path of the module that makes logits.
-        template: the prompt its authors document, for processors that hold no chat template; `{text}` is the question.
-        image: how one image is written in a prompt.
+        image_features: path of the module, or of the call (as nnsight names it), that makes what takes the image
+            placeholders' places.
+        template: the prompt its authors document, for processors that hold no chat template; `{text}` is the question,
+            `{image}` one image.
+        image: how one image is written there, where `{mark}` is the image token.
+        mark: what stands for an image in a raw prompt; None for the processor's image token, empty where the processor
+            puts images before the text by itself.
+        grid: the module of `mechvlm.grids` that knows how its processor lays images out.
+        inputs: what an encoding may hold beside input_ids, attention_mask and pixel_values.
+        positions: how a padded batch is told its positions: "ids" counts from 0, "ids from 1", or "own" where the model
+            works them out from the attention mask.
+        shares: whether rows of a batch can share one computation of the image features.
+        ahead: which words see what stands behind them: "" none, "image" those of an image each other, "prompt" all of
+            the prompt.
+        deepstack: path of the modules whose outputs are added to the image tokens behind the first text layers.
+        keeps: whether its forward pass takes `logits_to_keep`.
+        words_first: whether the words are embedded before the vision tower runs.
+        caps_logits: the release of transformers from which on the configuration's `final_logit_softcapping` is applied;
+            empty where it never is.
+        taken: from the configuration to the states of the vision tower that the projector sees: 0 the embedding, 1 what
+            leaves the first layer; empty for what leaves the last one.
     """
 
-    text: Stack
-    vision: Stack
-    image_features: str
-    norm: str
-    unembed: str
-    template: str
-    image: str = "<image>"
+    text: str
+    vision: str
+    example: str = ""
+    unembed: str = "lm_head"
+    image_features: str = "model.source.self_get_image_features_0"
+    template: str = "{image}{text}"
+    image: str = "{mark}"
+    mark: str | None = None
+    grid: str = "square"
+    inputs: tuple[str, ...] = ()
+    positions: str = "ids"
+    qformer: str | None = None
+    shares: bool = True
+    ahead: str = ""
+    deepstack: str | None = None
+    keeps: bool = True
+    words_first: bool = True
+    caps_logits: str = ""
+    taken: Callable[[Any], Sequence[int]] = _taken
 
+
+_LLAVA = Arch("model.language_model", "model.vision_tower", template="USER: {image}{text} ASSISTANT:", image="{mark}\n")
+_QWEN = Arch(
+    "model.language_model",
+    "model.visual",
+    template="<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n",
+    image="<|vision_start|>{mark}<|vision_end|>",
+    grid="patches",
+    inputs=("image_grid_thw", "mm_token_type_ids"),
+    positions="own",
+    shares=False,
+)
+_BLIP = Arch(
+    "language_model.model",
+    "vision_model",
+    unembed="language_model.lm_head",
+    qformer="qformer",
+    image_features="language_projection",
+    template="{text}",
+    mark="",
+    grid="queries",
+    keeps=False,
+    words_first=False,
+)
+_IDEFICS = Arch(
+    "model.text_model",
+    "model.vision_model",
+    grid="tiled",
+    inputs=("pixel_attention_mask",),
+    template="User: {image}{text}\nAssistant:",
+)
 
 ARCHS: dict[str, Arch] = {
-    "llava": Arch(
-        text=Stack(
-            layers="model.language_model.layers",
-            embed="model.language_model.embed_tokens",
-            mid_norm="post_attention_layernorm",
-        ),
-        vision=Stack(
-            layers="model.vision_tower.encoder.layers",
-            embed="model.vision_tower.embeddings",
-            mid_norm="layer_norm2",
-            causal=False,
-        ),
+    "llava": replace(
+        _LLAVA, example="llava-hf/llava-1.5-7b-hf", inputs=("image_sizes",)
+    ),  # which only a Pixtral tower needs
+    "llava_next": replace(_LLAVA, example="llava-hf/llava-v1.6-mistral-7b-hf", grid="anyres", inputs=("image_sizes",)),
+    "llava_onevision": replace(
+        _LLAVA,
+        example="llava-hf/llava-onevision-qwen2-7b-ov-hf",
+        grid="anyres",
+        inputs=("image_sizes", "batch_num_images"),
+    ),
+    "instructblip": replace(
+        _BLIP, example="Salesforce/instructblip-vicuna-7b", inputs=("qformer_input_ids", "qformer_attention_mask")
+    ),
+    "blip-2": replace(_BLIP, example="Salesforce/blip2-opt-2.7b"),
+    "qwen2_vl": replace(_QWEN, example="Qwen/Qwen2-VL-7B-Instruct"),
+    "qwen2_5_vl": replace(_QWEN, example="Qwen/Qwen2.5-VL-7B-Instruct"),
+    "qwen3_vl": replace(_QWEN, example="Qwen/Qwen3-VL-8B-Instruct", deepstack="model.visual.deepstack_merger_list"),
+    "glm4v": replace(_QWEN, example="zai-org/GLM-4.1V-9B-Thinking", image="<|begin_of_image|>{mark}<|end_of_image|>"),
+    "internvl": replace(_LLAVA, example="OpenGVLab/InternVL3-8B-hf", grid="internvl"),
+    "idefics3": replace(_IDEFICS, example="HuggingFaceM4/Idefics3-8B-Llama3"),
+    "smolvlm": replace(_IDEFICS, example="HuggingFaceTB/SmolVLM2-2.2B-Instruct"),
+    "paligemma": Arch(
+        "model.language_model",
+        "model.vision_tower",
+        example="google/paligemma-3b-pt-224",
+        template="{image}{text}\n",
+        inputs=("token_type_ids",),
+        positions="ids from 1",
+        ahead="prompt",
+        caps_logits="5.23",
+    ),
+    "gemma3": Arch(
+        "model.language_model",
+        "model.vision_tower",
+        example="google/gemma-3-4b-it",
+        template="<start_of_turn>user\n{image}{text}<end_of_turn>\n<start_of_turn>model\n",
+        mark="<start_of_image>",
+        inputs=("token_type_ids",),
+        ahead="image",
+    ),
+    "mistral3": replace(
+        _LLAVA,
+        example="mistralai/Mistral-Small-3.1-24B-Instruct-2503",
+        template="[INST]{text}{image}[/INST]",
+        image="{mark}",
+        grid="pixtral",
+        inputs=("image_sizes",),
+    ),
+    "aya_vision": replace(_LLAVA, example="CohereForAI/aya-vision-8b", grid="tiled"),
+    "molmo2": replace(
+        _LLAVA,
+        example="allenai/Molmo2-8B",
+        grid="molmo",
+        image="{mark}",
+        inputs=("image_grids", "image_token_pooling", "image_num_crops", "mm_token_type_ids"),
+        shares=False,
+        ahead="image",
+        taken=lambda config: [n + 1 if n >= 0 else n for n in config.adapter_config.vision_feature_layer],
+    ),
+    "ovis2": replace(_LLAVA, example="thisisiron/Ovis2-2B-hf", grid="ovis"),
+    "mllama": replace(
+        _LLAVA,
+        example="meta-llama/Llama-3.2-11B-Vision-Instruct",
+        vision="model.vision_model",
         image_features="model.multi_modal_projector",
-        norm="model.language_model.norm",
-        unembed="lm_head",
-        template="USER: <image>\n{text} ASSISTANT:",
+        image="{mark}",
+        words_first=False,
+        grid="mllama",
+        inputs=("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
+        shares=False,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of one loaded model, read from its configuration.
-
-    Attributes:
-        layers, heads, kv_heads, d_head, d_model: per tower.
-        live: per tower, how many layers can still reach the answer. LLaVA takes its image features before the last
-            layer of its vision tower, which therefore changes nothing.
-        image_token: the id that stands for an image token in `input_ids`.
-        grid: rows and columns of the image tokens of one image.
-        tokens_per_image: how many positions one image takes.
-        picture: height and width, in pixels, of the picture the vision tower sees.
-        vocabulary: number of words.
-        longest: number of positions the model was built for.
-    """
-
-    layers: dict[str, int]
-    heads: dict[str, int]
-    kv_heads: dict[str, int]
-    d_head: dict[str, int]
-    d_model: dict[str, int]
-    live: dict[str, int]
-    image_token: int
-    grid: tuple[int, int]
-    tokens_per_image: int
-    picture: tuple[int, int]
-    vocabulary: int
-    longest: int
-
-
-def arch_of(config: Any) -> Arch:
-    """The row of a model's configuration.
-
-    Raises:
-        ValueError: for a model type that has none.
-    """
-    if config.model_type not in ARCHS:
-        raise ValueError(
-            f"mechvlm does not know {config.model_type!r} models yet; it knows {', '.join(sorted(ARCHS))}. Adding one "
-            "is a row in mechvlm/archs.py."
-        )
-    return ARCHS[config.model_type]
-
-
-def kernels_of(config: Any) -> dict[str, str]:
-    """The attention implementation of each tower."""
-    return {"text": config.get_text_config()._attn_implementation, "vision": config.vision_config._attn_implementation}
-
-
-def set_kernels(hf_model: Any, kernels: dict[str, str]) -> None:
-    """Set the attention implementation of each tower."""
-    hf_model.set_attn_implementation({"text_config": kernels["text"], "vision_config": kernels["vision"]})
-
-
-def check_config(config: Any) -> None:
-    """Refuse settings of a LLaVA model that mechvlm does not read right, or that no model could have.
-
-    Raises:
-        ValueError: with what is wrong and what is read.
-    """
-    text, vision = config.get_text_config(), config.vision_config
-    if config.vision_feature_select_strategy not in ("default", "full"):
-        raise ValueError(
-            f"vision_feature_select_strategy is {config.vision_feature_select_strategy!r}; it must be 'default' "
-            "(without the class token) or 'full'."
-        )
-    if not isinstance(config.vision_feature_layer, int):
-        raise ValueError(
-            f"vision_feature_layer is {config.vision_feature_layer!r}; mechvlm reads models that take one layer's "
-            "features."
-        )
-    if not -vision.num_hidden_layers <= config.vision_feature_layer <= vision.num_hidden_layers:
-        raise ValueError(
-            f"vision_feature_layer is {config.vision_feature_layer}, and the vision tower has "
-            f"{vision.num_hidden_layers} layers; the configuration does not fit."
-        )
-    if vision.model_type != "clip_vision_model":
-        raise ValueError(
-            f"this llava model has a {vision.model_type!r} vision tower; mechvlm knows llava with 'clip_vision_model'."
-        )
-    if text.model_type != "llama":
-        raise ValueError(f"this llava model decodes with {text.model_type!r}; mechvlm knows llava with 'llama'.")
-    if not 0 < vision.patch_size <= vision.image_size:
-        raise ValueError(
-            f"patch_size is {vision.patch_size} and image_size {vision.image_size}; the configuration does not fit."
-        )
-
-
-def shape_of(config: Any) -> Shape:
-    """The sizes of a LLaVA model, from its configuration.
-
-    Raises:
-        ValueError: for settings of the architecture that mechvlm does not read right yet.
-    """
-    check_config(config)
-    text, vision = config.get_text_config(), config.vision_config
-    side = vision.image_size // vision.patch_size
-    layers = {"text": text.num_hidden_layers, "vision": vision.num_hidden_layers}
-    taken = config.vision_feature_layer
-    class_token = 1 if config.vision_feature_select_strategy == "full" else 0
-    return Shape(
-        layers=layers,
-        heads={"text": text.num_attention_heads, "vision": vision.num_attention_heads},
-        kv_heads={"text": text.num_key_value_heads, "vision": vision.num_attention_heads},
-        d_head={"text": text.head_dim, "vision": vision.hidden_size // vision.num_attention_heads},
-        d_model={"text": text.hidden_size, "vision": vision.hidden_size},
-        live={"text": layers["text"], "vision": taken if taken >= 0 else layers["vision"] + 1 + taken},
-        image_token=config.image_token_id,
-        grid=(side, side),
-        tokens_per_image=side * side + class_token,
-        picture=(vision.image_size, vision.image_size),
-        vocabulary=text.vocab_size,
-        longest=text.max_position_embeddings,
-    )
+"""The architectures that mechvlm knows, by the `model_type` of their configurations."""

@@ -46,10 +46,20 @@ def scores(
     k: Float[Tensor, "batch kv_head key d_head"],
     scale: float,
     mask: Float[Tensor, "rows heads query key"],
+    cap: float | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """What goes into the softmax: scaled products of queries and keys, minus infinity where masked."""
+    """What goes into the softmax: scaled products of queries and keys, minus infinity where masked.
+
+    Args:
+        cap: the products x are made c tanh(x / c) before they are masked, as Gemma 2 does.
+    """
     grouped = q.unflatten(1, (k.shape[1], -1))
-    return (grouped @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale + mask
+    return capped((grouped @ k.unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale, cap) + mask
+
+
+def capped(x: Tensor, cap: float | None) -> Tensor:
+    """Numbers x as c tanh(x / c), as Gemma 2 makes its scores and logits; as they are where there is no c."""
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 def pattern(scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
@@ -87,12 +97,17 @@ def scores_gradient(
 
 @dataclass(frozen=True)
 class Bias:
-    """A number added to the scores of some keys, for some queries and heads; None means all of them."""
+    """A number added to the scores of some keys, for some queries and heads; None means all of them.
+
+    Attributes:
+        cross: whether keys are the image's, and not the positions that queries are among.
+    """
 
     keys: tuple[int, ...]
     amount: float
     queries: tuple[int, ...] | None = None
     heads: tuple[int, ...] | None = None
+    cross: bool = False
 
     def __call__(self, scores: Float[Tensor, "batch head query key"]) -> Float[Tensor, "batch head query key"]:
         """The biased scores. Queries are positions of the whole text; during decoding only the last one is present."""
@@ -101,11 +116,17 @@ class Bias:
     def mask(self, head: int, query: int, key: int, like: Tensor) -> Float[Tensor, "1 heads query key"]:
         """The bias as something to add to the scores; one head where all heads are treated alike."""
         heads = torch.ones(1, dtype=torch.bool) if self.heads is None else _indicator(self.heads, head)
-        queries = _indicator(self.queries, key)[key - query :]
+        queries = self.among(query, key)
         where = heads[:, None, None] & queries[:, None] & _indicator(self.keys, key)
         amount = torch.tensor(self.amount, dtype=torch.float64).to(like)  # too large a number becomes infinite
         added = torch.zeros(where.shape, dtype=like.dtype, device=like.device)
         return added.masked_fill(where.to(like.device), amount)[None]
+
+    def among(self, query: int, key: int) -> Bool[Tensor, " query"]:
+        """Which of the last positions, the queries that are there, this bias is for."""
+        if self.cross:
+            return _indicator(self.queries, query)
+        return _indicator(self.queries, key)[key - query :]
 
 
 def _indicator(positions: Sequence[int] | None, length: int) -> Bool[Tensor, " length"]:
@@ -123,7 +144,7 @@ def bias_features(
 
     For kernels that take no mask: the query's is `1 / scale` where the bias applies to it, the key's is the amount.
     """
-    heads, queries = _indicator(bias.heads, head), _indicator(bias.queries, key)[key - query :]
+    heads, queries = _indicator(bias.heads, head), bias.among(query, key)
     return (heads[:, None] & queries).double() / scale, _indicator(bias.keys, key).double() * bias.amount
 
 
@@ -197,10 +218,11 @@ def read_rows(
     scale: float,
     mask: Tensor | None,
     causal: bool,
+    cap: float | None = None,
 ) -> Tensor:
     """What `reading` would give on the whole scores or pattern, computed for its rows only."""
     queries = range(q.shape[2]) if reading.queries is None else [query % q.shape[2] for query in reading.queries]
-    if isinstance(reading, Mass) and reading.queries is None:
+    if isinstance(reading, Mass) and reading.queries is None and cap is None:
         return _mass_of_all(reading, q, k, scale, additive_mask(mask, q, k, causal))
     some = q[:, :, list(queries)]
     if mask is not None:
@@ -209,8 +231,8 @@ def read_rows(
         last = torch.tensor(queries, device=q.device)[:, None] + k.shape[2] - q.shape[2]
         seen = torch.arange(k.shape[2], device=q.device) <= last
         allowed = additive_mask(seen[None, None] if causal and q.shape[2] > 1 else None, some, k, causal=False)
-    chosen = scores(some, k, scale, allowed)
-    chosen = chosen if kind == "scores" else pattern(chosen)
+    chosen = scores(some, k, scale, allowed, cap)
+    chosen = chosen if kind.endswith("scores") else pattern(chosen)
     return Mass(reading.spans)(chosen) if isinstance(reading, Mass) else chosen
 
 

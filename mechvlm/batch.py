@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.archs import Shape
+from mechvlm.grids import grids_of
+from mechvlm.layout import Layout
 from mechvlm.metrics import Metric
-from mechvlm.plan import Layout
-from mechvlm.prompt import Prompt
+from mechvlm.prompt import Prompt, checked_pixels, locate
+from mechvlm.shapes import Parts, Shape, kernels_of, shape_of
 from mechvlm.sites import told, whole
 from mechvlm.visit import Visit
 
-KERNELS = ("sdpa", "eager")
+KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 """The attention implementations whose arguments mechvlm reads right."""
 
 
@@ -38,15 +39,18 @@ def scored(metric: Metric, logits: Tensor) -> Tensor:
     return values
 
 
-def tensors_of(encoding: Any) -> dict[str, Tensor]:
+def tensors_of(encoding: Any, more: Sequence[str] = ()) -> dict[str, Tensor]:
     """A ready encoding as tensors, whatever a processor made of it.
+
+    Args:
+        more: what this architecture's encodings hold beside input_ids, attention_mask and pixel_values.
 
     Raises:
         TypeError, ValueError: for what is no mapping, or holds what a prompt does not consist of.
     """
     if not isinstance(encoding, Mapping):
         raise TypeError(f"encoding={told(encoding)} is not what a processor returns: a mapping from names to tensors.")
-    known = ("input_ids", "attention_mask", "pixel_values")
+    known = ("input_ids", "attention_mask", "pixel_values", *more)
     unknown = sorted(set(map(str, encoding)) - set(known))
     if unknown:
         raise ValueError(
@@ -59,25 +63,72 @@ def tensors_of(encoding: Any) -> dict[str, Tensor]:
         raise ValueError(f"the encoding is not made of numbers: {str(error).splitlines()[0].rstrip('.')}.") from None
 
 
-def collate(prompts: Sequence[Prompt], layout: Layout, filler: int) -> dict[str, Tensor]:
-    """One left-padded batch of several prompts, or one prompt repeated for its variants."""
-    if len(prompts) == 1:
+def ready(encoding: Any, parts: Parts, shape: Shape, config: Any) -> Prompt:
+    """A prompt from what a processor made of it."""
+    tensors = tensors_of(encoding, parts.row.inputs)
+    checked_pixels(tensors)
+    return locate(tensors, shape, grids_of(parts.grid, config, tensors, None, None))
+
+
+TEXT_LIKE = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "cross_attention_mask")
+"""What has one entry a position of the text along its second axis; everything else is of the images."""
+
+
+def collate(prompts: Sequence[Prompt], layout: Layout, filler: int, positions: str) -> dict[str, Tensor]:
+    """One left-padded batch of several prompts, or one prompt repeated for its variants.
+
+    Args:
+        filler: the id that pads, which must not be the image token's.
+        positions: how the model is told its positions; see `Arch`.
+    """
+    if len(prompts) == 1 and (len(layout.pads) == 1 or layout.shared > 1):
         rows = len(layout.pads)
-        encoding = dict(prompts[0].encoding)
-        return {
-            name: x if name == "pixel_values" and layout.shared > 1 else x.repeat(rows, *[1] * (x.ndim - 1))
-            for name, x in encoding.items()
-        }
-    ids, masks = [], []
-    for prompt, pad in zip(prompts, layout.pads, strict=True):
-        ids.append(torch.nn.functional.pad(prompt.encoding["input_ids"], (pad, 0), value=filler))
-        masks.append(torch.nn.functional.pad(prompt.encoding["attention_mask"], (pad, 0)))
-    batch = {"input_ids": torch.cat(ids), "attention_mask": torch.cat(masks)}
-    if any(layout.pads):
+        encoding = prompts[0].encoding
+        return {n: x.repeat(rows, *[1] * (x.ndim - 1)) if n in TEXT_LIKE else x for n, x in encoding.items()}
+    prompts = prompts if len(prompts) > 1 else list(prompts) * len(layout.pads)
+    names = list(dict.fromkeys(name for prompt in prompts for name in prompt.encoding))
+    batch = {}
+    for name in names:
+        pads = layout.pads if name in TEXT_LIKE else (0,) * len(prompts)
+        held = [
+            (prompt.encoding[name], pad) for prompt, pad in zip(prompts, pads, strict=True) if name in prompt.encoding
+        ]
+        if name in INDICES:
+            held = list(zip(counted_on([x for x, _ in held], prompts, INDICES[name]), pads, strict=True))
+        batch[name] = stacked([left_padded(x, pad, filler if name == "input_ids" else 0) for x, pad in held])
+    if any(layout.pads) and positions != "own":
         # Without this the model would count positions from the padding.
-        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0)
-    pixels = [prompt.encoding["pixel_values"] for prompt in prompts if prompt.images]
-    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+        first = 1 if positions == "ids from 1" else 0
+        batch["position_ids"] = (batch["attention_mask"].cumsum(-1) - 1).clamp(min=0) + first
+    return batch
+
+
+INDICES = {"image_token_pooling": "pixel_values"}
+"""What counts the rows of another input, its first two axes as one; minus one counts nothing."""
+
+
+def counted_on(tensors: Sequence[Tensor], prompts: Sequence[Prompt], of: str) -> list[Tensor]:
+    """Indices of several prompts as indices of their batch."""
+    before, found = 0, []
+    for x, prompt in zip(tensors, prompts, strict=True):
+        found.append(torch.where(x < 0, x, x + before))
+        before += prompt.encoding[of].shape[:2].numel()
+    return found
+
+
+def left_padded(x: Tensor, pad: int, value: int) -> Tensor:
+    """A tensor `batch pos ...` with so many more positions before its own."""
+    return torch.nn.functional.pad(x, (*[0, 0] * (x.ndim - 2), pad, 0), value=value) if pad else x
+
+
+def stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors behind one another along the first axis; where others differ in length, zeros fill them up at the end."""
+    sizes = [max(lengths) for lengths in zip(*(x.shape[1:] for x in tensors), strict=True)]
+    filled = []
+    for x in tensors:
+        missing = [length for size, own in zip(sizes, x.shape[1:], strict=True) for length in (size - own, 0)]
+        filled.append(torch.nn.functional.pad(x, missing[::-1]) if any(missing) else x)
+    return torch.cat(filled)
 
 
 def check_prompts(prompt: object, shape: Shape | None = None) -> list[Prompt]:
@@ -89,8 +140,7 @@ def check_prompts(prompt: object, shape: Shape | None = None) -> list[Prompt]:
         if shape is not None and one.shape != shape:
             raise ValueError(
                 f"the prompt {one.words!r} was encoded for another model, whose words and image tokens are others; "
-                "make it "
-                "with this model's vlm.prompt."
+                "make it with this model's vlm.prompt."
             )
     if not prompts:
         raise ValueError("the list of prompts is empty.")
@@ -116,53 +166,21 @@ def check_ends(prompts: Sequence[Prompt], position: Any) -> list[int]:
     return [wanted if wanted < 0 else wanted - len(prompt) for prompt in prompts]
 
 
-REFUSED_SAMPLING = {
-    "use_cache": (True, None),
-    "cache_implementation": ("dynamic", None),
-    "guidance_scale": (1, None),
-    "negative_prompt_ids": (None,),
-    "negative_prompt_attention_mask": (None,),
-    "assistant_model": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "penalty_alpha": (0, None),
-    "dola_layers": (None,),
-    "prefill_chunk_size": (None,),
-    "custom_generate": (None,),
-    "past_key_values": (None,),
-    "streamer": (None,),
-}
-"""Settings of a generation, and the values with which each step is one pass over one new position."""
-
-
-def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any) -> None:
-    """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it.
+def check_padding(layout: Layout, kernel: str, dtype: torch.dtype, crossing: bool = False) -> None:
+    """Refuse padding where transformers cannot do it.
 
     Args:
-        sampling: what the user passed.
-        own: the model's own generation configuration, which holds where neither the user nor his configuration does.
+        crossing: whether the text tower attends to the images' features.
     """
-    if whole("max_new_tokens", max_new_tokens) < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
-    given = {"input_ids", "inputs_embeds", "attention_mask", "pixel_values", "position_ids"} & sampling.keys()
-    if given:
-        raise ValueError(f"{min(given)} comes from the prompt; change the prompt instead of passing it to generate.")
-    config = sampling.get("generation_config") or own
-    settings = {**config.to_dict(), **sampling}
-    refused = [name for name, fine in REFUSED_SAMPLING.items() if name in settings and settings[name] not in fine]
-    if refused:
+    if crossing and len(set(layout.images)) > 1:
         raise ValueError(
-            f"generate does not take {refused[0]}={told(settings[refused[0]])}: edits and readings rest on steps of "
-            "one new position, each one pass, with a cache that grows by it."
+            f"the prompts hold {' and '.join(map(str, sorted(set(layout.images))))} images, and this model pads the "
+            "fewer with empty ones that its words then look at; run such prompts apart."
         )
-
-
-def check_padding(layout: Layout, kernel: str, dtype: torch.dtype) -> None:
-    """Refuse padding where transformers cannot do it."""
     if any(layout.pads) and kernel == "eager" and dtype == torch.float64:
         raise ValueError(
-            "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = 'sdpa', "
-            "or run "
-            "the prompts one by one."
+            "transformers' eager attention answers NaN for a padded batch in float64; set vlm.attention = 'sdpa', or "
+            "run the prompts one by one."
         )
 
 
@@ -187,13 +205,26 @@ def check_finite(logits: Tensor) -> None:
 
 
 def check_model(hf_model: Any) -> None:
-    """Refuse what is no model of transformers."""
+    """Refuse what is no model of transformers.
+
+    Raises:
+        TypeError: for anything else.
+    """
     from transformers import PreTrainedModel  # seconds to import, and imported by whoever has a model
 
     if not isinstance(hf_model, PreTrainedModel):
         raise TypeError(
             f"{told(hf_model)} is not a transformers model; mv.load takes a name, mv.VLM a model in memory."
         )
+
+
+def check_state(hf_model: Any) -> None:
+    """Refuse a model in training, or with an attention implementation that mechvlm does not read right."""
+    if hf_model.training:
+        raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
+    shape = shape_of(hf_model.config)
+    for tower, kernel in kernels_of(hf_model.config).items():
+        check_kernel(kernel, *(shape.ahead, shape.score_cap) if tower == "text" else ())
 
 
 def check_processor(processor: Any) -> Any:
@@ -214,11 +245,34 @@ def check_width(h: object, width: int) -> None:
         raise ValueError(f"unembed takes residual streams, tensors whose last axis is {width} long, and got {given}.")
 
 
-def check_kernel(kernel: str) -> str:
-    """An attention implementation that mechvlm reads right."""
+def check_kernel(kernel: str, ahead: str = "", cap: float | None = None) -> str:
+    """An attention implementation that mechvlm reads right.
+
+    Args:
+        ahead: which words see what stands behind them; see `Arch`.
+        cap: what caps the scores of the text tower.
+    """
     if kernel not in KERNELS:
         raise ValueError(
-            f"the attention implementation is {kernel!r}; mechvlm reads {' and '.join(KERNELS)} exactly. Set "
-            "vlm.attention, or load with attn_implementation='sdpa'."
+            f"the attention implementation is {kernel!r}; mechvlm reads {', '.join(KERNELS[:-1])} and {KERNELS[-1]} "
+            "exactly. Set vlm.attention, or load with attn_implementation='sdpa'."
+        )
+    if kernel == "flash_attention_2" and ahead:
+        raise ValueError(
+            "flash_attention_2 takes no mask, and in this architecture image tokens see those behind them, which it "
+            "would hide from them; use 'sdpa'."
+        )
+    if kernel == "sdpa" and cap is not None:
+        raise ValueError(
+            f"sdpa does not cap attention scores, which this model does at {cap:g}; load with "
+            "attn_implementation='eager'."
         )
     return kernel
+
+
+def check_gradients(kernel: str, device: torch.device) -> None:
+    """Refuse gradients where the kernel has none."""
+    if kernel == "flex_attention" and device.type == "cpu":
+        raise ValueError(
+            "PyTorch computes no gradients of flex_attention on a CPU; set vlm.attention = 'sdpa' for this run."
+        )

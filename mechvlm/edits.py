@@ -3,10 +3,7 @@
 Composition is a list: edits of one site act in the order of the list, and sites may be listed in any order. An edit's
 function sees the prompt's own positions, whatever else is in the batch: no padding, and not the rows of other prompts.
 
->>> def blind(pattern):  # batch head query key
-...     pattern[..., real.image] = 0
-...     return pattern / pattern.sum(-1, keepdim=True)
->>> vlm.run(real, edits=[Edit(Site("pattern", 3), blind)])
+>>> vlm.run(real, edits=[Edit(Site("pattern", 3), lambda pattern: pattern * 0.5)])  # batch head query key
 """
 
 from collections.abc import Callable, Sequence
@@ -95,7 +92,7 @@ def _tensor(what: str, value: Any) -> Tensor:
     return value
 
 
-def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "text") -> Edit:
+def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "text", cross: bool = False) -> Edit:
     """Multiply what some heads of a layer add to the residual stream (their `z`) by a factor.
 
     Example:
@@ -107,10 +104,17 @@ def scale_heads(layer: int, heads: Sequence[int], factor: float, tower: str = "t
         z[:, :, list(chosen)] *= factor
         return z
 
-    return Edit(Site("z", layer, tower), scale, label=f"scale heads {list(chosen)} by {factor:g}", heads=chosen)
+    return Edit(
+        Site("cross_z" if cross else "z", layer, tower),
+        scale,
+        label=f"scale heads {list(chosen)} by {factor:g}",
+        heads=chosen,
+    )
 
 
-def ablate_heads(layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | None = None, tower: str = "text") -> Edit:
+def ablate_heads(
+    layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | None = None, tower: str = "text", cross: bool = False
+) -> Edit:
     """Take some heads of a layer out of the run: their `z` becomes zero, or what `to` says.
 
     Args:
@@ -136,12 +140,11 @@ def ablate_heads(layer: int, heads: Sequence[int], to: Float[Tensor, "..."] | No
         z[:, :, list(chosen)] = to.to(z).expand(z.shape)[:, :, list(chosen)]
         return z
 
-    by_position = to is not None and to.ndim > 2
     length = to.shape[-3] if to is not None and to.ndim > 2 else None
-    how = "" if to is None else " to given values"
-    when = "prompt" if by_position else "always"
-    label = f"ablate heads {list(chosen)}{how}"
-    return Edit(Site("z", layer, tower), ablate, when, label=label, heads=chosen, length=length)
+    when = "always" if length is None else "prompt"
+    label = f"ablate heads {list(chosen)}{'' if to is None else ' to given values'}"
+    site = Site("cross_z" if cross else "z", layer, tower)
+    return Edit(site, ablate, when, label=label, heads=chosen, length=length)
 
 
 def bias_attention(
@@ -152,6 +155,7 @@ def bias_attention(
     heads: Sequence[int] | None = None,
     tower: str = "text",
     way: str = "mask",
+    cross: bool = False,
 ) -> Edit:
     """Add a number to the attention scores of some keys: their odds are multiplied by e to that number.
 
@@ -161,6 +165,8 @@ def bias_attention(
         queries: the positions that look; None means all, generated ones included.
         heads: None means all.
         way: see `Edit`.
+        cross: bias attention to the image's features (Mllama, Q-Formers). Keys are then the `positions` of a map in
+            `prompt.images`, and its `separators`, since class tokens have seen the picture as well.
 
     Example:
         >>> vlm.generate(real, edits=[mv.bias_attention(layer, real.image, 2.0) for layer in range(2, 6)])
@@ -176,6 +182,7 @@ def bias_attention(
         amount,
         None if queries is None else places("queries", queries, all_by_none=True),
         None if heads is None else places("heads", heads, all_by_none=True),
+        cross,
     )
     if way == "feature" and amount == float("-inf"):
         raise ValueError("way='feature' multiplies numbers, and minus infinity times zero is none; use way='mask'.")
@@ -184,10 +191,9 @@ def bias_attention(
         name += f" from {len(bias.queries or ())} queries"
     if heads is not None:
         name += f" in heads {list(bias.heads or ())}"
-    positions = bias.keys + (bias.queries or ())
-    return Edit(
-        Site("scores", layer, tower), bias, label=name, positions=positions, heads=bias.heads or (), bias=bias, way=way
-    )
+    site = Site("cross_scores" if cross else "scores", layer, tower)
+    when = "prompt" if cross and bias.queries else "always"  # there a step's query has no position among the keys
+    return Edit(site, bias, when, "value", name, bias.queries or (), bias.heads or (), bias=bias, way=way)
 
 
 def cut_attention(
@@ -196,6 +202,7 @@ def cut_attention(
     queries: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     tower: str = "text",
+    cross: bool = False,
 ) -> Edit:
     """Knock out attention from some queries to some keys: exactly zero, the rest renormalised by the softmax.
 
@@ -207,7 +214,7 @@ def cut_attention(
     Source:
         Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5.
     """
-    return bias_attention(layer, keys, float("-inf"), queries, heads, tower)
+    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, cross=cross)
 
 
 def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[int] | None = None) -> Edit:

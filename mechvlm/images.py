@@ -6,7 +6,7 @@ make one.
 
 Rule this module guards: everything happens to the picture, before any processor; what the processor then does (resize,
 crop, normalise) it does to the null image too. A null image is the same at every call, and its `__name__` says how it
-was made. `to_picture` is the one door through which pictures come in.
+was made. Pictures come in through `to_picture`, of `mechvlm.pixels`.
 
 >>> black(Image.new("RGB", (4, 3), "red")).getpixel((0, 0)), blur(2).__name__
 ((0, 0, 0), 'blur(sigma=2)')
@@ -15,11 +15,12 @@ was made. `to_picture` is the one door through which pictures come in.
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFilter
+
+from mechvlm.pixels import from_levels, to_picture
 
 NullImage = Callable[[Image.Image], Image.Image]
 """A function from a picture to a picture of the same size."""
@@ -81,7 +82,7 @@ def noise(seed: int = 0) -> NullImage:
 
     def noisy(image: Image.Image) -> Image.Image:
         width, height = _given(image).size
-        return _from_levels(np.random.default_rng(seed).normal(NOISE_MEAN, NOISE_STD, (height, width, 3)))
+        return from_levels(np.random.default_rng(seed).normal(NOISE_MEAN, NOISE_STD, (height, width, 3)))
 
     return _named(f"noise(seed={seed})", noisy)
 
@@ -119,7 +120,7 @@ def diffusion(t: int = 500, seed: int = 0) -> NullImage:
         normalised = (np.asarray(_given(image)) / 255 - CLIP_MEAN) / CLIP_STD
         drawn = np.random.default_rng(seed).standard_normal(normalised.shape)
         mixed = math.sqrt(kept) * normalised + math.sqrt(1 - kept) * drawn
-        return _from_levels((mixed * CLIP_STD + CLIP_MEAN) * 255)
+        return from_levels((mixed * CLIP_STD + CLIP_MEAN) * 255)
 
     return _named(f"diffusion(t={t}, seed={seed})", diffused)
 
@@ -190,106 +191,6 @@ def swap(image: str | Path | bytes | np.ndarray | Image.Image) -> NullImage:
     return _named(name, lambda image: other.resize(_given(image).size, Image.Resampling.LANCZOS))
 
 
-def to_picture(image: str | Path | bytes | np.ndarray | Image.Image) -> Image.Image:
-    """A picture as mechvlm uses it, upright, in red, green and blue, from whatever holds one.
-
-    A rotation that the camera noted (EXIF) is carried out, what is transparent is laid on white, and 16 bits become 8.
-    Of a phone's multi-picture JPEG (MPO) the main picture is taken.
-
-    Args:
-        image: a path, a file's bytes, a PIL image, or an array of (height, width), (height, width, 3) or
-            (height, width, 4), uint8 or float from 0 to 1.
-
-    Raises:
-        ValueError: if there is no picture, or more than one.
-        TypeError: for anything else.
-
-    Example:
-        >>> to_picture(np.zeros((3, 4))).size
-        (4, 3)
-    """
-    if isinstance(image, np.ndarray):
-        return _upright(_from_array(image), "the array")
-    if isinstance(image, Image.Image):
-        return _upright(image, "the picture")
-    if isinstance(image, bytes):
-        return _decoded(image, "the file given as bytes")
-    if not isinstance(image, str | Path):
-        raise TypeError(f"{type(image).__name__} is not a picture; give a path, bytes, a PIL image or a numpy array.")
-    name, path = f"'{image}'", Path(image)
-    if str(image).lower().startswith(("http:/", "https:/")):  # of two slashes, a Path keeps one
-        raise ValueError(f"{name} is an address, and mechvlm downloads nothing; save the picture and give its path.")
-    if not path.is_file():
-        raise ValueError(f"there is no file {name}; give the path of one picture.")
-    return _decoded(path.read_bytes(), name)
-
-
-def _decoded(data: bytes, name: str) -> Image.Image:
-    if not data:
-        raise ValueError(f"{name} is empty; give a file that holds a picture.")
-    try:
-        with Image.open(BytesIO(data)) as image:
-            return _upright(image, name)
-    except UnidentifiedImageError:
-        raise ValueError(f"{name} is not a picture that Pillow can read; save it as PNG or JPEG.") from None
-    except Image.DecompressionBombError as reason:  # an Exception of its own, of no kind below
-        raise ValueError(
-            f"{name} has more pixels than Pillow opens ({str(reason).rstrip('.')}); give a smaller copy."
-        ) from None
-    except (OSError, SyntaxError) as reason:  # Pillow's two kinds for a file that breaks off or makes no sense
-        raise ValueError(f"{name} is cut short or damaged ({reason}); save it again.") from reason
-
-
-def _upright(image: Image.Image, name: str) -> Image.Image:
-    if 0 in image.size:
-        raise ValueError(f"{name} is {image.size[0]} x {image.size[1]} pixels; a picture has at least one each way.")
-    if image.format != "MPO" and _has_frames(image):
-        raise ValueError(
-            f"{name} has several frames ({image.format}); pick one: open it with PIL.Image.open, go to a frame with "
-            f"image.seek(0), and give image.copy()."
-        )
-    if image.mode in ("I", "F"):
-        raise ValueError(
-            f"{name} holds 32-bit numbers (mode {image.mode}), which have no white; give an array of floats, 0 to 1."
-        )
-    turned = ImageOps.exif_transpose(image)
-    if turned.mode.startswith("I;16"):
-        return _from_levels(np.asarray(turned) / 257).convert("RGB")
-    if turned.has_transparency_data:
-        layer = turned.convert("RGBA")
-        turned = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return turned.convert("RGB")
-
-
-def _has_frames(image: Image.Image) -> bool:
-    """Whether there is a second frame, found out by going there and back, which every PIL image can be asked."""
-    if image.tell() == 0:
-        try:
-            image.seek(1)
-        except EOFError:
-            return False
-        image.seek(0)
-    return True
-
-
-def _from_array(array: np.ndarray) -> Image.Image:
-    if array.ndim < 2 or array.shape[2:] not in ((), (3,), (4,)) or 0 in array.shape:
-        turn = "; move the channels last with array.transpose(1, 2, 0)" if array.shape[:1] in ((1,), (3,), (4,)) else ""
-        raise ValueError(
-            f"an array of shape {array.shape} is not a picture; its shape must be (height, width), (height, width, 3) "
-            f"or (height, width, 4){turn}."
-        )
-    if array.dtype == np.uint8:
-        return Image.fromarray(array)
-    if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"an array of {array.dtype} is not a picture; make it uint8, 0 to 255, or float, 0 to 1.")
-    if not (array.min() >= 0 and array.max() <= 1):  # so that a nan is refused too
-        raise ValueError(
-            f"floats of a picture go from 0 to 1, and these from {array.min():.4g} to {array.max():.4g}; rescale them."
-        )
-    return _from_levels(array * 255.0)
-
-
 def _given(image: Image.Image) -> Image.Image:
     """The picture that a null image is made from, upright and RGB."""
     if not isinstance(image, Image.Image):
@@ -300,10 +201,6 @@ def _given(image: Image.Image) -> Image.Image:
 def _filled(image: Image.Image, rgb: Sequence[int] | np.ndarray) -> Image.Image:
     red, green, blue = (round(float(value)) for value in rgb)
     return Image.new("RGB", _given(image).size, (red, green, blue))
-
-
-def _from_levels(levels: np.ndarray) -> Image.Image:
-    return Image.fromarray(levels.round().clip(0, 255).astype(np.uint8))
 
 
 def _check_seed(seed: int) -> None:

@@ -14,8 +14,8 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from mechvlm.archs import arch_of, shape_of
 from mechvlm.batch import check_kernel
+from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
 
@@ -64,7 +64,6 @@ def load(
     known = ("revision", "token", "cache_dir", "trust_remote_code")
     origin: dict[str, Any] = {key: settings[key] for key in known if key in settings}
     config = configuration(path, str(name), origin)
-    arch_of(config)
     shape_of(config)  # before gigabytes are read, as all that the configuration alone can tell
     kernels = settings.get("attn_implementation") or ()
     for kernel in kernels.values() if isinstance(kernels, Mapping) else [kernels] if kernels else []:

@@ -8,45 +8,12 @@ cannot reach the answer or could never act.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mechvlm.archs import Shape
 from mechvlm.attention import Mass, Rows
 from mechvlm.edits import Edit
+from mechvlm.layout import Layout
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, as_site, told
-
-Group = tuple[list[int] | None, int]
-"""Batch indices that are treated alike (None: all of them), and how many positions of padding they have."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How a batch is made up: padding and number of images of each row.
-
-    Attributes:
-        pads: positions of left padding per row.
-        images: images per row.
-        shared: how many rows share the images of the first one, whose features are computed once; 1 if none do.
-    """
-
-    pads: tuple[int, ...]
-    images: tuple[int, ...]
-    shared: int = 1
-
-    def groups(self, site: tuple, rows: Sequence[int] | None, batch: int) -> list[Group]:
-        """The batch indices of some rows at a site, together where their padding is the same."""
-        chosen = range(len(self.pads)) if rows is None else rows
-        if site[0] == "image_features" or site[2] == "vision":
-            if rows is None or (site[2] == "vision" and self.shared > 1):
-                return [(None, 0)]
-            starts = [sum(self.images[:row]) for row in range(len(self.images) + 1)]
-            return [([image for row in chosen for image in range(starts[row], starts[row + 1])], 0)]
-        times = batch // len(self.pads)
-        groups = []
-        for pad in sorted({self.pads[row] for row in chosen}):
-            alike = [row for row in chosen if self.pads[row] == pad]
-            every = len(alike) == len(self.pads)
-            groups.append((None if every else [row * times + i for row in alike for i in range(times)], pad))
-        return groups
+from mechvlm.shapes import Shape
+from mechvlm.sites import CROSS_KINDS, PATTERN_KINDS, Site, as_site, told
 
 
 @dataclass
@@ -58,6 +25,9 @@ class Plan:
         edits: the edits of each site, in the order they act, each with its number and its rows (None: all).
         grads: the same for the edits of gradients.
         labels: how to name each edit, by number.
+        gradient: whether gradients are taken.
+        start: where they begin in the vision tower.
+        deepstack: how many text layers image features are added behind.
     """
 
     layout: Layout
@@ -66,14 +36,17 @@ class Plan:
     grads: dict[tuple, list[tuple[int, Sequence[int] | None, Edit]]] = field(default_factory=dict)
     labels: list[str] = field(default_factory=list)
     gradient: bool = False
+    start: tuple = ("embed", None, "vision")
+    deepstack: int = 0
 
     def wanted(self) -> dict[tuple, set[str]]:
         """The kinds that have to be visited, by (tower, layer)."""
         sites = {*self.reads, *self.edits, *self.grads}
         if self.gradient:
             sites |= {("embed", None, "text"), ("image_features", None, "text")}
+            sites |= {("deepstack", layer, "text") for layer in range(self.deepstack)}
             if self.sees_vision():
-                sites.add(("embed", None, "vision"))
+                sites.add(self.start)
         if self.layout.shared > 1:
             sites.add(("image_features", None, "text"))
         found: dict[tuple, set[str]] = {}
@@ -82,8 +55,13 @@ class Plan:
         return found
 
     def sees_vision(self) -> bool:
-        """Whether anything of the vision tower is read or edited."""
-        return any(tower == "vision" for _, _, tower in (*self.reads, *self.edits, *self.grads))
+        """Whether anything before the image features is read or edited."""
+        return any(tower != "text" for _, _, tower in (*self.reads, *self.edits, *self.grads))
+
+    def pictured(self) -> bool:
+        """Whether anything on the picture's way to the language model is read or edited."""
+        kinds = {kind for kind, _, _ in (*self.reads, *self.edits)}
+        return self.sees_vision() or bool(kinds & {"image_features", "deepstack"})
 
     def active(self, site: tuple, step: int) -> list[tuple[int, Sequence[int] | None, Edit]]:
         """The edits of a site that act in this pass: 0 is the prompt's, later ones are decode steps."""
@@ -122,20 +100,16 @@ def make_plan(
         raise TypeError(f"read={told(read)} is not a list; write read=[site, ...] or read={{site: function}}.")
     edits = listed_edits("edits", edits)
     variants = None if variants is None else [listed_edits("a variant", row) for row in variants]
-    longest = max(len(prompt) for prompt in prompts)
-    images = tuple(len(prompt.images) for prompt in prompts)
-    own = [edit for edits_of_row in variants or () for edit in edits_of_row]
-    if variants is None:
-        layout = Layout(tuple(longest - len(prompt) for prompt in prompts), images)
-    else:
-        apart = any(check_edit(edit).site.tower == "vision" for edit in own)
-        shared = 1 if apart or not images[0] else len(variants)
-        layout = Layout((0,) * len(variants), images * len(variants), shared)
-    plan = Plan(layout, gradient=gradient)
-    for site, reading in read.items() if isinstance(read, Mapping) else ((site, None) for site in read):
+    read = dict(read.items()) if isinstance(read, Mapping) else dict.fromkeys(read)
+    # The gradient of what rows share would be the sum of theirs.
+    alone = gradient and any(as_site(site).tower != "text" for site in read)
+    layout = layout_of(prompts, shape, variants, alone)
+    start = ("embed", None, "vision") if shape.embeds_vision else ("resid_pre", 0, "vision")
+    plan = Plan(layout, gradient=gradient, start=start, deepstack=shape.deepstack)
+    for site, reading in read.items():
         where = as_site(site)
         check_site(where, prompts, shape, "read")
-        check_reading(where, reading, prompts, shape, steps)
+        check_reading(where, reading, prompts, steps)
         plan.reads[key_of(where)] = reading
     listed: list[tuple[Sequence[int] | None, Edit]] = [(None, edit) for edit in edits]
     listed += [([row], edit) for row, edits_of_row in enumerate(variants or ()) for edit in edits_of_row]
@@ -145,6 +119,31 @@ def make_plan(
         sorted_by_site.setdefault(key_of(edit.site), []).append((number, rows, edit))
         plan.labels.append(str(edit))
     return plan
+
+
+def layout_of(
+    prompts: Sequence[Prompt], shape: Shape, variants: Sequence[Sequence[Edit]] | None, alone: bool = False
+) -> Layout:
+    """How the batch of a run is made up.
+
+    Args:
+        alone: whether each row needs its own computation of the image features.
+    """
+    longest, packed = max(len(prompt) for prompt in prompts), "vision" in shape.packed
+    chosen = list(prompts) if variants is None else [prompts[0]] * len(variants)
+    shared = 1
+    if variants is not None:
+        apart = any(check_edit(edit).site.tower != "text" for edits in variants for edit in edits)
+        shared = 1 if alone or apart or not shape.shares or not prompts[0].images else len(variants)
+    return Layout(
+        tuple(longest - len(prompt) for prompt in chosen),
+        tuple(prompt.features for prompt in chosen),
+        tuple(sum(positions if packed else rows for rows, positions in prompt.vision) for prompt in chosen),
+        tuple(prompt.queries for prompt in chosen),
+        packed,
+        shared,
+        longest,
+    )
 
 
 def listed_edits(what: str, edits: object) -> list:
@@ -166,32 +165,54 @@ def check_edit(edit: object) -> Edit:
 
 def check_site(site: Site, prompts: Sequence[Prompt], shape: Shape, verb: str) -> None:
     """Refuse a layer that the model has not, or an image site in a run without an image."""
+    if site.tower not in shape.layers:
+        raise ValueError(f"this model has no {site.tower} tower, so there is no {site} to {verb}.")
     if site.layer is not None and site.layer >= shape.layers[site.tower]:
         raise ValueError(
             f"the {site.tower} tower has {shape.layers[site.tower]} layers, counted from 0, so there is no {site} to "
             f"{verb}."
         )
-    if (site.tower == "vision" or site.kind == "image_features") and not all(prompt.images for prompt in prompts):
+    if site.layer is not None and site.kind not in shape.kinds[site.tower][site.layer]:
+        raise ValueError(
+            f"there is no {site}: layer {site.layer} of this model's {site.tower} tower has "
+            f"{', '.join(shape.kinds[site.tower][site.layer])}."
+        )
+    if site == Site("embed", tower="vision") and not shape.embeds_vision:
+        raise ValueError(f"no module of this model makes one vector a square, so there is no {site} to {verb}.")
+    # A layer that attends to the image is left out of a run without one.
+    crossing = site.layer is not None and bool(set(CROSS_KINDS) & set(shape.kinds[site.tower][site.layer]))
+    of_image = site.tower != "text" or site.kind in ("image_features", "deepstack") or crossing
+    if of_image and not all(prompt.images for prompt in prompts):
         raise ValueError(
             f"the prompt holds no image, so there is no {site} to {verb}; make it with vlm.prompt(image, text)."
         )
 
 
-def length_at(site: Site, prompt: Prompt, shape: Shape, steps: int = 1) -> int:
+def length_at(site: Site, prompt: Prompt, steps: int = 1) -> int:
     """How many positions a prompt has at a site; a generation makes the last position's logits only."""
     if site.kind == "logits" and steps > 1:
         return 1
     if site.tower == "vision":
-        return shape.grid[0] * shape.grid[1] + 1
-    return shape.tokens_per_image if site.kind == "image_features" else len(prompt)
+        lengths = [positions for _, positions in prompt.vision]
+        return sum(lengths) if prompt.shape and "vision" in prompt.shape.packed else max(lengths, default=0)
+    if site.tower == "qformer":
+        return len(prompt.image) if site.kind in CROSS_KINDS else prompt.queries
+    if site.kind in ("image_features", "deepstack"):
+        # Images of different lengths stand in one sequence.
+        return sum(prompt.features) if len(set(prompt.features)) > 1 else max(prompt.features, default=0)
+    return len(prompt)
 
 
-def check_range(
-    what: str, site: Site, positions: Iterable[int], prompts: Sequence[Prompt], shape: Shape, steps: int = 1
-) -> None:
-    """Refuse a position that one of the prompts has not."""
-    for prompt in prompts:
-        length = length_at(site, prompt, shape, steps)
+def keys_at(site: Site, prompt: Prompt) -> int:
+    """How many keys a prompt has at a site of attention."""
+    if site.kind not in CROSS_KINDS:
+        return length_at(site, prompt)
+    return sum(prompt.features) if site.tower == "text" else sum(positions for _, positions in prompt.vision)
+
+
+def check_range(what: str, site: Site, positions: Iterable[int], lengths: Iterable[int]) -> None:
+    """Refuse a position that one of the prompts has not, by how many each of them has."""
+    for length in lengths:
         beyond = [position for position in positions if not -length <= position < length]
         if beyond:
             raise ValueError(
@@ -200,7 +221,7 @@ def check_range(
             )
 
 
-def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], shape: Shape, steps: int) -> None:
+def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], steps: int) -> None:
     """Refuse a reading that is no function, or asks for rows that are not there."""
     if reading is not None and not callable(reading):
         raise TypeError(
@@ -208,22 +229,26 @@ def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], shape:
         )
     if not isinstance(reading, Rows | Mass):
         return
-    if site.kind not in ("scores", "pattern") or (isinstance(reading, Mass) and site.kind != "pattern"):
+    if site.kind not in PATTERN_KINDS or (isinstance(reading, Mass) and not site.kind.endswith("pattern")):
         fitting = "pattern" if isinstance(reading, Mass) else "scores or pattern"
         raise ValueError(f"{type(reading).__name__.lower()}() reads {fitting}, not {site}.")
     if steps > 1 and reading.queries not in (None, (-1,)):
         raise ValueError("a step of a generation has one query, the newest position; read rows([-1]) there.")
-    check_range("a query to read", site, reading.queries or (), prompts, shape)
+    queries, all_keys = ([one(site, prompt) for prompt in prompts] for one in (length_at, keys_at))
+    check_range("a query to read", site, reading.queries or (), queries)
     for name, keys in reading.spans if isinstance(reading, Mass) else ():
-        check_range(f"a key of span {name!r}", site, keys, prompts, shape)
+        check_range(f"a key of span {name!r}", site, keys, all_keys)
 
 
 def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: bool, steps: int) -> None:
     """Refuse an edit that is out of range, cannot reach the answer, or could never act."""
     site = edit.site
     check_site(site, prompts, shape, "edit")
-    check_range(str(edit), site, edit.positions, prompts, shape, steps)
-    check_sight(edit)
+    lengths = [length_at(site, prompt, steps) for prompt in prompts]
+    check_range(str(edit), site, edit.positions, lengths)
+    if edit.bias is not None:
+        check_range(str(edit), site, edit.bias.keys, [keys_at(site, prompt) for prompt in prompts])
+    check_sight(edit, shape)
     for head in edit.heads:
         count = shape.kv_heads[site.tower] if site.kind in ("k", "v") else shape.heads[site.tower]
         if not -count <= head < count:
@@ -233,10 +258,9 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
             f"an edit of {site} cannot reach the answer: this model takes its image features before layer {site.layer} "
             "of the vision tower."
         )
-    lengths = {length_at(site, prompt, shape, steps) for prompt in prompts}
-    if edit.length is not None and lengths != {edit.length}:
+    if edit.length is not None and set(lengths) != {edit.length}:
         raise ValueError(
-            f"{edit} holds {edit.length} positions and this run has {sorted(lengths)[0]} there, so positions cannot be "
+            f"{edit} holds {edit.length} positions and this run has {min(lengths)} there, so positions cannot be "
             "matched; make the second prompt with prompt.with_image, which keeps them."
         )
     if edit.on == "grad" and not gradient:
@@ -254,10 +278,10 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
         )
 
 
-def check_sight(edit: Edit) -> None:
+def check_sight(edit: Edit, shape: Shape) -> None:
     """Refuse a bias from queries that stand before all its keys: a causal model does not look ahead."""
     bias = edit.bias
-    if bias is None or edit.site.tower != "text" or bias.queries is None:
+    if bias is None or bias.cross or shape.ahead or edit.site.tower != "text" or bias.queries is None:
         return
     if min(bias.keys) > max(bias.queries):
         raise ValueError(

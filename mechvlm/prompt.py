@@ -14,14 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from PIL import Image
 from torch import Tensor
 
 from mechvlm import images
-from mechvlm.archs import Arch, Shape
-from mechvlm.imagemap import ImageMap, View, view_of
-from mechvlm.images import to_picture
+from mechvlm.imagemap import Grid, ImageMap, placed
+from mechvlm.pixels import to_picture
+from mechvlm.shapes import Shape
 from mechvlm.sites import told
 
 
@@ -34,10 +33,12 @@ class Prompt:
         text: the whole prompt, verbatim, as the processor was given it.
         encoding: what the model is called with, a batch of one.
         tokens: the text of each position.
-        bos, prefix, image, question, last: lists of positions that together are all positions, each once. `prefix` is
-            what stands before the first image token, `question` everything after it that is neither an image token nor
-            the last position; without an image everything but `bos` and `last` is `question`.
+        bos, prefix, image, separators, question, last: lists of positions that together are all positions, each once.
+            `prefix` is what stands before the first image token, `separators` what stands within an image and is no
+            image token (the ends of rows, the names of tiles), `question` everything else after the first image token
+            but the last position; without an image everything but `bos` and `last` is `question`.
         images: an `ImageMap` for each image.
+        grids: how the model takes each image.
         pictures: the original pictures, empty for a ready encoding.
         shape: the sizes of the model it was encoded for.
     """
@@ -52,21 +53,40 @@ class Prompt:
     question: list[int]
     last: list[int]
     images: list[ImageMap]
+    separators: list[int] = field(default_factory=list)
+    grids: list[Grid] = field(default_factory=list)
     pictures: list[Image.Image] = field(default_factory=list)
     again: Callable[[list[Image.Image], str], "Prompt"] | None = None
     shape: Shape | None = None
 
     @property
     def spans(self) -> dict[str, list[int]]:
-        """The named spans that are not empty, in the order bos, prefix, image, question, last."""
+        """The named spans that are not empty, in the order bos, prefix, image, separators, question, last."""
         named = {
             "bos": self.bos,
             "prefix": self.prefix,
             "image": self.image,
+            "separators": self.separators,
             "question": self.question,
             "last": self.last,
         }
         return {name: positions for name, positions in named.items() if positions}
+
+    @property
+    def features(self) -> tuple[int, ...]:
+        """How many vectors each image gives the language model."""
+        return tuple(len(grid.places) if grid.of == "keys" else grid.tokens for grid in self.grids)
+
+    @property
+    def vision(self) -> tuple[tuple[int, int], ...]:
+        """For each image, how many rows it takes in the vision tower's tensors, and how many positions each has."""
+        return tuple(grid.vision for grid in self.grids)
+
+    @property
+    def queries(self) -> int:
+        """How many positions a Q-Former has: its queries, and the words it is given."""
+        words = self.encoding.get("qformer_input_ids")
+        return sum(grid.tokens for grid in self.grids[:1]) + (0 if words is None else words.shape[1])
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -104,6 +124,12 @@ class Prompt:
         if len(pictures) != len(self.pictures):
             raise ValueError(f"the prompt holds {len(self.pictures)} images and {len(pictures)} were given.")
         other = self.again(pictures, self.words)
+        if len(other) == len(self) and [laid(one) for one in other.images] != [laid(one) for one in self.images]:
+            raise ValueError(
+                "with this picture the prompt has as many positions as before, but other squares of the picture at "
+                f"them, so positions cannot be matched; give a picture of {self.pictures[0].size[0]} x "
+                f"{self.pictures[0].size[1]} pixels."
+            )
         if len(other) != len(self):
             raise ValueError(
                 f"with this picture the prompt has {len(other)} positions and before {len(self)}, so positions cannot "
@@ -170,65 +196,22 @@ def _ranges(positions: list[int]) -> str:
     return f"{len(positions)} positions"
 
 
-def encode(processor: Any, arch: Arch, shape: Shape, pictures: list[Image.Image], words: str, raw: bool) -> Prompt:
-    """A prompt from pictures and words, through the model's own processor.
-
-    Raises:
-        ValueError: for a text without room for the images, or with room for others.
-    """
-    text = words if raw else _dress(processor, arch, len(pictures), words)
-    mark = processor.image_token
-    if text.count(mark) != len(pictures):
-        raise ValueError(
-            f"the text has {text.count(mark)} {mark} and {len(pictures)} images were given; with raw=True each image "
-            f"needs one {mark} in the text, where it is to stand."
-        )
-    views = [view_of(processor.image_processor, picture.size, shape.picture) for picture in pictures]
-    # A text that starts with the start token already, as some templates write it, must not get a second one.
-    start = processor.tokenizer.bos_token
-    special = start is None or not text.startswith(start)
-    encoding = processor(text=[text], images=pictures or None, return_tensors="pt", add_special_tokens=special)
-    kept = {name: value for name, value in encoding.items() if isinstance(value, Tensor)}
-    sizes = [picture.size for picture in pictures]
-    tokens = processor.tokenizer.convert_ids_to_tokens(kept["input_ids"][0].tolist())
-
-    def again(other: list[Image.Image], others: str) -> Prompt:
-        return encode(processor, arch, shape, other, others, raw)
-
-    return locate(kept, shape, tokens, processor.tokenizer.bos_token_id, sizes, views, words, text, pictures, again)
-
-
-def _dress(processor: Any, arch: Arch, images: int, words: str) -> str:
-    """The words in the model's chat template, or in its family's documented prompt where it has none."""
-    if not words.strip():
-        raise ValueError("the question is empty; write one, or pass raw=True with the whole prompt.")
-    if processor.image_token in words:
-        raise ValueError(
-            f"the question holds {processor.image_token} itself, whose place the template decides; pass raw=True to "
-            "give the whole prompt verbatim."
-        )
-    if processor.chat_template is None:
-        return arch.template.replace("<image>\n", f"{processor.image_token}\n" * images).format(text=words)
-    content = [{"type": "image"}] * images + [{"type": "text", "text": words}]
-    try:
-        return processor.apply_chat_template(
-            [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False
-        )
-    except (TemplateError, TypeError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"the model's chat template cannot be used ({said}); pass raw=True with the whole prompt, or set "
-            "processor.chat_template."
-        ) from error
+def laid(image: ImageMap) -> tuple:
+    """How an image's tokens are laid out, whatever the size of the picture."""
+    lefts, tops = (sorted({round(tile.view[axis], 6) for tile in image.tiles}) for axis in (0, 1))
+    tiles = tuple(
+        (tile.rows, tile.columns, lefts.index(round(tile.view[0], 6)), tops.index(round(tile.view[1], 6)))
+        for tile in image.tiles
+    )
+    return image.positions, image.places, image.separators, tiles
 
 
 def locate(
     encoding: dict[str, Tensor],
     shape: Shape,
+    grids: Sequence[Grid],
     tokens: list[str] | None = None,
     bos: int | None = None,
-    sizes: Sequence[tuple[int, int]] | None = None,
-    views: Sequence[View] | None = None,
     words: str = "",
     text: str = "",
     pictures: Sequence[Image.Image] = (),
@@ -236,17 +219,20 @@ def locate(
 ) -> Prompt:
     """Say of each position of an encoding what it is.
 
+    Args:
+        grids: how the model takes each image, in the order of the text.
+
     Raises:
         ValueError: for an encoding that no model could run, or whose image tokens and pictures do not agree.
     """
     ids = _checked_ids(encoding, shape)
-    images = _split_images(ids, encoding.get("pixel_values"), shape)
+    images = _split_images(ids, grids, shape)
     everywhere = [position for positions in images for position in positions]
     first, end = (everywhere[0] if everywhere else 0), len(ids) - 1
     start = [0] if bos is not None and ids[0] == bos else []
-    sizes = sizes or [(shape.picture[1], shape.picture[0])] * len(images)
-    views = views or [(0.0, 0.0, 1.0, 1.0)] * len(images)
     inside = set(everywhere)
+    within = [at for one in images if one for at in range(one[0], one[-1]) if at not in inside]
+    taken = inside | set(within)
     return Prompt(
         words=words,
         text=text,
@@ -255,13 +241,25 @@ def locate(
         bos=start,
         prefix=list(range(len(start), first)),
         image=everywhere,
-        question=[at for at in range(max(first, len(start)), end) if at not in inside],
+        separators=within,
+        question=[at for at in range(max(first, len(start)), end) if at not in taken],
         last=[end] if end not in inside and [end] != start else [],
-        images=[_map(positions, size, view, shape) for positions, size, view in zip(images, sizes, views, strict=True)],
+        images=_maps(images, grids),
+        grids=list(grids),
         shape=shape,
         pictures=list(pictures),
         again=again,
     )
+
+
+def _maps(images: Sequence[list[int]], laid: Sequence[Grid]) -> list[ImageMap]:
+    """A map for each image; keys and patches are counted through all images of the prompt."""
+    found, before = [], 0
+    for positions, grid in zip(images, laid, strict=True):
+        inner = range(before, before + len(grid.places))
+        found.append(placed(grid, positions if grid.of == "tokens" else inner))
+        before += len(grid.places)
+    return found
 
 
 def _checked_ids(encoding: dict[str, Tensor], shape: Shape) -> list[int]:
@@ -284,36 +282,26 @@ def _checked_ids(encoding: dict[str, Tensor], shape: Shape) -> list[int]:
     return ids[0].tolist()
 
 
-def _split_images(ids: list[int], pixels: Tensor | None, shape: Shape) -> list[list[int]]:
+def _split_images(ids: list[int], laid: Sequence[Grid], shape: Shape) -> list[list[int]]:
     """Positions per image, split by the number each takes: two images side by side make one run of image tokens."""
     marked = [position for position, number in enumerate(ids) if number == shape.image_token]
-    count, each = (0 if pixels is None else pixels.shape[0]), shape.tokens_per_image
-    if pixels is not None and pixels.shape[1:] != (3, *shape.picture):
+    takes = [grid.tokens for grid in laid]
+    if len(marked) != sum(takes):
+        each = f"{takes[0]} each" if len(set(takes)) == 1 else " and ".join(map(str, takes)) or "none"
         raise ValueError(
-            f"pixel_values are {tuple(pixels.shape)}; this model sees (images, 3, {shape.picture[0]}, "
-            f"{shape.picture[1]})."
-        )
-    if pixels is not None and not (pixels.is_floating_point() and bool(pixels.isfinite().all())):
-        raise ValueError("pixel_values must be finite floats, as the image processor makes them from a picture.")
-    if pixels is not None and not count:
-        raise ValueError("pixel_values hold no image; leave them out of the encoding.")
-    if len(marked) != count * each:
-        raise ValueError(
-            f"the prompt holds {len(marked)} image tokens and {count} images, which take {each} each; every image "
+            f"the prompt holds {len(marked)} image tokens and {len(laid)} images, which take {each}; every image "
             "needs its tokens and every image token its image."
         )
-    return [marked[start : start + each] for start in range(0, len(marked), each)]
+    starts = [sum(takes[:number]) for number in range(len(takes))]
+    return [marked[start : start + length] for start, length in zip(starts, takes, strict=True)]
 
 
-def _map(positions: list[int], size: tuple[int, int], view: View, shape: Shape) -> ImageMap:
-    rows, columns = shape.grid
-    spare = len(positions) - rows * columns
-    return ImageMap(
-        positions=tuple(positions[spare:]),
-        rows=rows,
-        columns=columns,
-        size=size,
-        view=view,
-        token=(shape.picture[0] // rows, shape.picture[1] // columns),
-        separators=tuple(positions[:spare]),
-    )
+def checked_pixels(encoding: dict[str, Tensor]) -> None:
+    """Refuse pixel values that no image processor makes."""
+    pixels = encoding.get("pixel_values")
+    if pixels is None:
+        return
+    if not (pixels.is_floating_point() and bool(pixels.isfinite().all())):
+        raise ValueError("pixel_values must be finite floats, as the image processor makes them from a picture.")
+    if not pixels.numel():
+        raise ValueError("pixel_values hold no image; leave them out of the encoding.")

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.plan import Group, Layout, key_of
+from mechvlm.layout import Group, Layout
+from mechvlm.plan import key_of
 from mechvlm.sites import Site, as_site
 
 Kept = list[tuple[Group, Any]]
@@ -34,6 +35,9 @@ class Readings(Mapping):
             raise ValueError(f"{where} {self.what.format(site=repr(str(where)))}.")
         return joined(where, self.kept[key_of(where)], self.layout)
 
+    def __contains__(self, site: object) -> bool:
+        return isinstance(site, Site | str) and key_of(as_site(site)) in self.kept
+
     def __iter__(self) -> Any:
         return (Site(*key) for key in self.kept)
 
@@ -46,9 +50,17 @@ class Readings(Mapping):
     def row(self, row: int) -> "Readings":
         """The readings of one row of the batch, as if it had run alone."""
         kept: dict[tuple, Kept] = {
-            key: [((None, 0), of_row(key, groups, row, self.layout))] for key, groups in self.kept.items()
+            key: [((None, 0, None), of_row(key, groups, row, self.layout))] for key, groups in self.kept.items()
         }
-        return Readings(kept, Layout((0,), (self.layout.images[row],)), self.what)
+        return Readings(kept, self.layout.of_row(row), self.what)
+
+
+def by_step(saved: Mapping[tuple, list[Kept]], layout: Layout) -> list[Readings]:
+    """What was kept in each step of a generation; a site that only the pass over the prompt has is in the first one."""
+    return [
+        Readings({site: steps[step] for site, steps in saved.items() if step < len(steps)}, layout)
+        for step in range(max(map(len, saved.values()), default=0))
+    ]
 
 
 def joined(site: Site, groups: Kept, layout: Layout) -> Any:
@@ -57,7 +69,7 @@ def joined(site: Site, groups: Kept, layout: Layout) -> Any:
     Raises:
         ValueError: where rows differ in length, so that no tensor holds them all.
     """
-    if len(groups) == 1 and groups[0][0][0] is None:
+    if len(groups) == 1 and groups[0][0] == (None, 0, None):
         return groups[0][1]
     rows = [of_row(key_of(site), groups, row, layout) for row in range(len(layout.pads))]
     if all(isinstance(row, Tensor) and row.shape[1:] == rows[0].shape[1:] for row in rows):
@@ -70,28 +82,27 @@ def joined(site: Site, groups: Kept, layout: Layout) -> Any:
 
 def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
     """One row's part of a reading, with a batch axis of one."""
-    for (indices, pad), value in groups:
-        vision = key[2] == "vision"
+    for group, value in groups:
         if not isinstance(value, Tensor):
             if len(layout.pads) == 1:
                 return value
             raise ValueError(f"the reading of {Site(*key)} is no tensor, so it cannot be split into rows.")
-        if vision and layout.shared > 1:
+        if key[2] != "text" and layout.shared > 1:
             return value
-        if vision or key[0] == "image_features":
-            start = sum(layout.images[:row])
-            return value[start : start + layout.images[row]]
-        rows = len(layout.pads) if indices is None else max(1, layout.pads.count(pad))
-        if not value.ndim or value.shape[0] % rows:
+        rows = layout.rows_of(key, group)
+        if row not in rows:
+            continue
+        lengths, sequence = layout.extent(key) if layout.by_images(key) else ((1,) * len(layout.pads), False)
+        if sequence:
+            return value  # a stretch of one sequence is one row's
+        counts = [lengths[one] for one in rows]
+        if not value.ndim or value.shape[0] % sum(counts):
             raise ValueError(
-                f"the reading of {Site(*key)} is {tuple(value.shape)} for {rows} rows, so it cannot be split; keep the "
-                "batch axis first."
+                f"the reading of {Site(*key)} is {tuple(value.shape)} for {sum(counts)} rows, so it cannot be split; "
+                "keep the batch axis first."
             )
-        times = value.shape[0] // rows
-        alike = [other for other in range(len(layout.pads)) if layout.pads[other] == pad]
-        if row in alike:
-            place = alike.index(row) * times
-            return value[place : place + times]
+        times, place = value.shape[0] // sum(counts), rows.index(row)
+        return value[sum(counts[:place]) * times : sum(counts[: place + 1]) * times]
     raise ValueError(f"there is no row {row}; the batch has {len(layout.pads)}.")
 
 
@@ -104,12 +115,14 @@ class Run:
         grad: gradients of the metric's sum over rows, for each site read, where `grad_of` was given.
         values: all readings, as a mapping.
         metric: the metric of each row, where `grad_of` was given.
+        origin: the VLM that was run.
     """
 
     logits: Float[Tensor, "batch vocab"]
     values: Readings
     grad: Readings
     metric: Float[Tensor, " batch"] | None = None
+    origin: Any = None
 
     def __getitem__(self, site: Site | str) -> Any:
         return self.values[site]
@@ -123,9 +136,21 @@ class Run:
                 self.values.row(row),
                 self.grad.row(row),
                 None if self.metric is None else self.metric[row : row + 1],
+                self.origin,
             )
             for row in range(len(self.values.layout.pads))
         ]
+
+    def to_activation_cache(self) -> Any:
+        """This run as a `transformer_lens.ActivationCache`; `mechvlm.circuits.cache_sites(vlm)` says what to read.
+
+        Raises:
+            ValueError: for a reading that is not the whole tensor.
+            ModuleNotFoundError: where TransformerLens is not installed.
+        """
+        from mechvlm.circuits import to_activation_cache  # circuits stand above: they take a run apart
+
+        return to_activation_cache(self, self.origin)
 
     def __repr__(self) -> str:
         read = ", ".join(str(site) for site in self.values) or "nothing read"
@@ -157,3 +182,15 @@ class Generation:
 
     def __repr__(self) -> str:
         return f"Generation({self.text!r}, {self.tokens.shape[-1]} tokens)"
+
+
+def texts_of(processor: Any, tokens: Tensor, alone: bool) -> str | list[str] | None:
+    """The words of generated tokens, where there is a processor to tell them.
+
+    Args:
+        alone: whether one prompt was given, and not a list; one text then comes as it is.
+    """
+    if processor is None:
+        return None
+    said = [text.strip() for text in processor.batch_decode(tokens, skip_special_tokens=True)]
+    return said[0] if alone and len(said) == 1 else said

@@ -7,6 +7,9 @@ arguments and writing its result is all that is needed, without reloading a mode
 * a bias on keys is added to the mask handed to the kernel, or is one more feature of queries and keys;
 * rows, masses and whole patterns are computed from q, k and the mask, and nothing is written back;
 * only an edit of the scores or the pattern computes this layer's attention anew, and only for the edited rows.
+
+Some vision towers make the call once for every image or window; there q, k, v and z are taken around it
+(`mechvlm.calls`), and a bias computes the layer anew.
 """
 
 from collections.abc import Callable
@@ -17,107 +20,81 @@ from torch import Tensor
 from torch.nn.functional import pad as widen
 
 from mechvlm import attention
-from mechvlm.archs import Arch
 from mechvlm.attention import Mass, Rows
-from mechvlm.plan import Group
-from mechvlm.visit import Visit, parts, put
+from mechvlm.calls import Call, Chunked, call_of
+from mechvlm.layout import Group
+from mechvlm.sites import CROSS_KINDS
+from mechvlm.towers import Block
+from mechvlm.visit import Visit, narrow, parts, put
+
+Place = tuple[str, int, str]
+"""Tower, layer, and what the names of the attention's sites begin with: nothing, or `cross_`."""
 
 
-class Call:
-    """The arguments of one attention call, by name, and how to write them back."""
-
-    def __init__(self, op: Any, stack_causal: bool) -> None:
-        self.op = op
-        args, self.named = op.inputs
-        self.args = list(args)
-        self.in_args = len(self.args) > 4
-        self.q, self.k, self.v = self.args[1:4]
-        self.mask: Tensor | None = self.args[4] if self.in_args else self.named.get("attention_mask")
-        flag = self.named.get("is_causal")
-        self.causal = self.mask is None and (stack_causal if flag is None else bool(flag))
-        scale = self.named.get("scaling")
-        self.scale: float = self.q.shape[-1] ** -0.5 if scale is None else scale
-        if self.named.get("softcap") is not None:
-            raise ValueError("this model caps its attention scores, which mechvlm does not compute yet.")
-
-    def write(self) -> None:
-        """Hand the changed arguments to the kernel."""
-        self.args[1:4] = [self.q, self.k, self.v]
-        if self.in_args:
-            self.args[4] = self.mask
-        elif self.mask is not None:
-            self.named = {**self.named, "attention_mask": self.mask}
-        self.op.inputs = (tuple(self.args), self.named)
-
-    def allowed(self) -> Tensor:
-        """The mask as what is added to the scores."""
-        return attention.additive_mask(self.mask, self.q, self.k, self.causal)
-
-
-def attend(visit: Visit, place: tuple, op: Any, kinds: set[str], causal: bool) -> None:
+def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str]) -> None:
     """Read and edit one layer's attention.
 
     Args:
-        place: (tower, layer).
-        op: the attention call, inside a trace.
+        module: the attention module, inside a trace.
+        block: what the layer's parts are called.
         kinds: what is wanted of q, k, v, scores, pattern and z.
-        causal: whether this tower is, where the call does not say so itself.
     """
-    tower, layer = place
-    call = Call(op, causal)
-    changed = [touch_projection(visit, call, (kind, layer, tower)) for kind in ("q", "k", "v") if kind in kinds]
+    tower, layer, _ = place
+
+    def offer(kind: str, old: Tensor) -> Tensor:
+        """Offer q, k or v as `batch pos head d_head`."""
+        if kind not in kinds:
+            return old
+        shown = old.transpose(1, 2)
+        new = visit.touch((kind, layer, tower), shown)
+        # A gradient is that of a tensor in the graph: the view that was offered has to be the one that is used.
+        return old if new is shown and not visit.plan.gradient else new.transpose(1, 2)
+
+    growing = visit.step and tower == "text" and not place[2]
+    call = call_of(module, block, offer, visit.plan.layout.length + visit.step if growing else None)
+    changed = call.offer(offer)
     width = call.v.shape[-1]
-    anew = must_recompute(visit, place)
+    anew = must_recompute(visit, place, call)
     if not anew:
         anew, biased = bias_call(visit, place, call)
-        changed.append(biased)
-    if any(changed):
+        changed = changed or biased
+    if changed:
         call.write()
     new = recompute(visit, place, call) if anew else None
     if not anew:
         read_attention(visit, place, call)
-    if new is None and "z" not in kinds and call.v.shape[-1] == width and not graph_needs_z(visit, place):
+    wants_z = f"{place[2]}z" in kinds
+    if new is None and not wants_z and call.v.shape[-1] == width and not graph_needs_z(visit, place):
         return
-    finish(visit, place, op, kinds, new, width)
+    finish(visit, place, call, wants_z, new, width)
 
 
-def attending(visit: Visit, arch: Arch) -> Callable:
-    """The callback for a layer's attention, which knows whether its tower is causal."""
-    causal = {"text": arch.text.causal, "vision": arch.vision.causal}
-    return lambda place, op, kinds: attend(visit, place, op, kinds, causal[place[0]])
+def attending(visit: Visit) -> Callable:
+    """The callback for a layer's attention."""
+
+    def callback(place: tuple, module: Any, block: Block, kinds: set[str]) -> None:
+        attend(visit, (*place, "cross_" if kinds & set(CROSS_KINDS) else ""), module, block, kinds)
+
+    return callback
 
 
-def touch_projection(visit: Visit, call: Call, site: tuple) -> bool:
-    """Offer q, k or v as `batch pos head d_head`; whether the call has to be written back."""
-    old = {"q": call.q, "k": call.k, "v": call.v}[site[0]].transpose(1, 2)
-    new = visit.touch(site, old)
-    # A gradient is that of a tensor in the graph: the view that was offered has to be the one that is used.
-    if new is old and not visit.plan.gradient:
-        return False
-    if site[0] == "q":
-        call.q = new.transpose(1, 2)
-    elif site[0] == "k":
-        call.k = new.transpose(1, 2)
-    else:
-        call.v = new.transpose(1, 2)
-    return True
-
-
-def sites(place: tuple) -> tuple[tuple, tuple]:
+def sites(place: Place) -> tuple[tuple, tuple]:
     """The sites of a layer's scores and pattern."""
-    return ("scores", place[1], place[0]), ("pattern", place[1], place[0])
+    tower, layer, kind = place
+    return (f"{kind}scores", layer, tower), (f"{kind}pattern", layer, tower)
 
 
-def must_recompute(visit: Visit, place: tuple) -> bool:
+def must_recompute(visit: Visit, place: Place, call: Call | Chunked) -> bool:
     """Whether this pass edits the scores or the pattern in a way that no kernel can be asked for."""
     scores, pattern = sites(place)
     plan = visit.plan
     if plan.active(pattern, visit.step) or plan.grads.get(scores) or plan.grads.get(pattern):
         return True
-    return any(edit.bias is None or edit.way == "recompute" for _, _, edit in plan.active(scores, visit.step))
+    ways = {edit.way if edit.bias is not None else "recompute" for _, _, edit in plan.active(scores, visit.step)}
+    return bool(ways - set(call.ways))
 
 
-def bias_call(visit: Visit, place: tuple, call: Call) -> tuple[bool, bool]:
+def bias_call(visit: Visit, place: Place, call: Call | Chunked) -> tuple[bool, bool]:
     """Add the biases of a layer to its call; whether it must be recomputed after all, and whether the call changed."""
     scores, _ = sites(place)
     entries = visit.plan.active(scores, visit.step)
@@ -135,14 +112,14 @@ def bias_call(visit: Visit, place: tuple, call: Call) -> tuple[bool, bool]:
     return False, bool(by_mask or by_feature)
 
 
-def biased_mask(visit: Visit, site: tuple, call: Call, entries: list) -> Tensor | None:
+def biased_mask(visit: Visit, site: tuple, call: Call | Chunked, entries: list) -> Tensor | None:
     """The mask with biases added; None where a query would see nothing any more, which kernels answer differently."""
     base = call.allowed()
     heads, query, key = call.q.shape[1], call.q.shape[2], call.k.shape[2]
     total = base
     for _, rows, edit in entries:
         groups = visit.plan.layout.groups(site, rows, call.q.shape[0])
-        if groups == [(None, 0)]:
+        if groups == [(None, 0, None)]:
             total = total + edit.bias.mask(heads, query, key, base)
             continue
         total = total.expand(call.q.shape[0], heads if edit.bias.heads else total.shape[1], query, key).clone()
@@ -156,24 +133,23 @@ def biased_mask(visit: Visit, site: tuple, call: Call, entries: list) -> Tensor 
     return total.masked_fill(blind, 0.0)
 
 
-def add_features(visit: Visit, site: tuple, call: Call, entries: list) -> None:
+def add_features(visit: Visit, site: tuple, call: Call | Chunked, entries: list) -> None:
     """Widen queries, keys and values so that the products of the new features are the biases."""
     width = -(-len(entries) // 8) * 8
     q, k = widen(call.q, (0, width)), widen(call.k, (0, width))
     for number, (_, rows, edit) in enumerate(entries):
-        for group in visit.plan.layout.groups(site, rows, call.q.shape[0]):
-            indices = slice(None) if group[0] is None else group[0]
-            start = group[1]
-            query = call.q.shape[2] - (start if call.q.shape[2] > 1 else 0)
-            key = call.k.shape[2] - start
+        for indices, start, stop in visit.plan.layout.groups(site, rows, call.q.shape[0]):
+            chosen = slice(None) if indices is None else indices
+            here, there = (slice(start if x.shape[2] > 1 else 0, stop) for x in (call.q, call.k))
+            query, key = call.q[:, :, here].shape[2], call.k[:, :, there].shape[2]
             to_query, to_key = attention.bias_features(edit.bias, call.q.shape[1], query, key, call.scale)
             feature = call.q.shape[-1] + number
-            q[indices, :, call.q.shape[2] - query :, feature] = to_query.to(q)
-            k[indices, :, start:, feature] = to_key.to(k)
+            q[chosen, :, here, feature] = to_query.to(q)
+            k[chosen, :, there, feature] = to_key.to(k)
     call.q, call.k, call.v = q, k, widen(call.v, (0, width))
 
 
-def read_attention(visit: Visit, place: tuple, call: Call) -> None:
+def read_attention(visit: Visit, place: Place, call: Call | Chunked) -> None:
     """Read scores and pattern of a layer that is not computed anew; nothing is written back."""
     scores, pattern = sites(place)
     whole = None
@@ -185,32 +161,32 @@ def read_attention(visit: Visit, place: tuple, call: Call) -> None:
             keep_rows(visit, site, call, read)
             continue
         if whole is None:
-            whole = attention.scores(call.q, call.k, call.scale, call.allowed())
+            whole = call.scores()
         visit.keep(site, whole if site is scores else attention.pattern(whole))
         if visit.plan.gradient:
             visit.graph[site] = ("by formula", attention.pattern(whole).detach(), call.v)
 
 
-def keep_rows(visit: Visit, site: tuple, call: Call, read: Rows | Mass) -> None:
+def keep_rows(visit: Visit, site: tuple, call: Call | Chunked, read: Rows | Mass) -> None:
     """Compute and keep only the rows or masses that were asked for, of each group of rows with the same padding."""
     kept: list[tuple[Group, object]] = []
-    for indices, start in visit.plan.layout.groups(site, None, call.q.shape[0]):
-        rows = slice(None) if indices is None else indices
-        q = call.q[rows][:, :, (start if call.q.shape[2] > 1 else 0) :]
-        k = call.k[rows][:, :, start:]
-        mask = call.mask
+    for group in visit.plan.layout.groups(site, None, call.q.shape[0]):
+        indices, start, stop = group
+        chosen = slice(None) if indices is None else indices
+        here = slice(start if call.q.shape[2] > 1 else 0, stop)
+        there = slice(None) if site[0].startswith("cross") else slice(start, stop)
+        q, k, mask = call.q[chosen][:, :, here], call.k[chosen][:, :, there], call.mask
         if mask is not None:
-            mask = mask[rows] if mask.shape[0] > 1 else mask
-            mask = mask[..., -q.shape[2] :, start : call.k.shape[2]]
-        value = attention.read_rows(read, site[0], q, k, call.scale, mask, call.causal)
-        kept.append(((indices, start), value.detach()))
+            mask = (mask[chosen] if mask.shape[0] > 1 else mask)[..., here, there]
+        value = attention.read_rows(read, site[0], q, k, call.scale, mask, call.causal, call.cap)
+        kept.append((group, value.detach()))
     visit.saved.setdefault(site, []).append(kept)
 
 
-def recompute(visit: Visit, place: tuple, call: Call) -> Tensor | None:
+def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Tensor | None:
     """This layer's z from edited scores and pattern; None where the edits changed nothing."""
     scores, pattern = sites(place)
-    old = attention.scores(call.q, call.k, call.scale, call.allowed())
+    old = call.scores()
     new = visit.touch(scores, old)
     before = attention.pattern(new)
     after = visit.touch(pattern, before)
@@ -219,29 +195,26 @@ def recompute(visit: Visit, place: tuple, call: Call) -> Tensor | None:
     return attention.attend(after, call.v)
 
 
-def graph_needs_z(visit: Visit, place: tuple) -> bool:
+def graph_needs_z(visit: Visit, place: Place) -> bool:
     """Whether a gradient of this layer's scores or pattern is to be computed from that of z."""
     return any(isinstance(visit.graph.get(site), tuple) for site in sites(place))
 
 
-def finish(visit: Visit, place: tuple, op: Any, kinds: set[str], new: Tensor | None, width: int) -> None:
+def finish(visit: Visit, place: Place, call: Call | Chunked, wants_z: bool, new: Tensor | None, width: int) -> None:
     """Put the computed z in place, offer it, and write the result back where it changed."""
-    out = op.output
-    z = out[0][..., :width]
+    own = call.result()
+    z = own if own.shape[-1] == width else own[..., :width]
     if new is not None:
         z = only_edited(visit, place, z, new)
-    elif out[0].shape[-1] == width:
-        z = out[0]
-    site = ("z", place[1], place[0])
-    final = visit.touch(site, z) if "z" in kinds else z
+    final = visit.touch((f"{place[2]}z", place[1], place[0]), z) if wants_z else z
     for attended in sites(place):
         if isinstance(visit.graph.get(attended), tuple):
             visit.graph[attended] = (z, *visit.graph[attended][1:])  # before the edits of z
-    if final is not out[0]:
-        op.output = (final, *out[1:])
+    if final is not own or (call.shown_anew and final.requires_grad):
+        call.put(final)
 
 
-def only_edited(visit: Visit, place: tuple, old: Tensor, new: Tensor) -> Tensor:
+def only_edited(visit: Visit, place: Place, old: Tensor, new: Tensor) -> Tensor:
     """The computed z in the rows whose scores or pattern were edited, the kernel's in the others.
 
     Where gradients are taken it is the computed one in all rows, since those of the pattern are taken through it.
@@ -249,13 +222,13 @@ def only_edited(visit: Visit, place: tuple, old: Tensor, new: Tensor) -> Tensor:
     plan, z = visit.plan, old
     if plan.gradient:
         return new
+    where = (f"{place[2]}z", place[1], place[0])
     for site in sites(place):
         for _, rows, _ in plan.active(site, visit.step) + plan.grads.get(site, []):
             if rows is None:
                 return new
-            for indices, _ in plan.layout.groups(site, rows, old.shape[0]):
-                if indices is None:
-                    return new
-                index = torch.tensor(indices, device=z.device)
-                z = z.index_copy(0, index, new.index_select(0, index))
+            for group in plan.layout.groups(site, rows, old.shape[0]):
+                indices = group[0]
+                part = narrow(new if indices is None else new[indices], where, group)
+                z = put(z, where, group, part)
     return z

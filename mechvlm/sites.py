@@ -22,16 +22,25 @@ LAYER_KINDS = (
     "scores",
     "pattern",
     "z",
+    "cross_scores",
+    "cross_pattern",
+    "cross_z",
     "attn_out",
     "resid_mid",
     "mlp_out",
     "resid_post",
+    "deepstack",
 )
-"""What every layer of a tower has, in forward order."""
+"""What a layer of a tower may have, in forward order. Which of them a model's layer has stands in `vlm.shape.kinds`."""
 
-ATTENTION_KINDS = ("q", "k", "v", "scores", "pattern", "z")
+SELF_KINDS = ("q", "k", "v", "scores", "pattern", "z")
+CROSS_KINDS = ("cross_scores", "cross_pattern", "cross_z")
+ATTENTION_KINDS = SELF_KINDS + CROSS_KINDS
+PATTERN_KINDS = ("scores", "pattern", "cross_scores", "cross_pattern")
+"""Those with axes `batch head query key`."""
+
 MODEL_KINDS = ("embed", "image_features", "logits")
-TOWERS = ("text", "vision")
+TOWERS = ("text", "vision", "qformer")
 
 _AXES = {
     "q": ("batch", "pos", "head", "d_head"),
@@ -40,6 +49,10 @@ _AXES = {
     "z": ("batch", "pos", "head", "d_head"),
     "scores": ("batch", "head", "query", "key"),
     "pattern": ("batch", "head", "query", "key"),
+    "cross_z": ("batch", "pos", "head", "d_head"),
+    "cross_scores": ("batch", "head", "query", "key"),
+    "cross_pattern": ("batch", "head", "query", "key"),
+    "deepstack": ("image", "pos", "d_model"),
     "logits": ("batch", "pos", "vocab"),
     "image_features": ("image", "pos", "d_model"),
 }
@@ -58,6 +71,15 @@ _TRANSFORMER_LENS = {
     "attn.hook_z": "z",
     "attn.hook_attn_scores": "scores",
     "attn.hook_pattern": "pattern",
+    "ln2.hook_in": "resid_mid",
+    "norm2.hook_in": "resid_mid",
+}
+_LENS_LAYER = re.compile(r"(blocks|vision_encoder\.(?:encoder_layers|blocks))\.(\d+)\.(\S+)")
+_LENS_WHOLE = {
+    "hook_embed": ("embed", "text"),
+    "vision_encoder.hook_vision_embed": ("embed", "vision"),
+    "vision_projector.hook_out": ("image_features", "text"),
+    "unembed.hook_out": ("logits", "text"),
 }
 
 
@@ -74,10 +96,13 @@ class Site:
     `scores` are scaled and masked (minus infinity where a query may not look). `attn_out` and `mlp_out` are what is
     *added to the residual stream*.
 
+    Some architectures have more: `cross_scores, cross_pattern, cross_z` in layers that attend to the image's features
+    (Mllama's text tower, the Q-Former), and `deepstack`, what Qwen3-VL adds to the image tokens behind a text layer.
+
     Args:
         kind: one of the words above.
         layer: counted from 0 in its tower; None for `embed`, `image_features` and `logits`.
-        tower: "text" or "vision".
+        tower: "text", "vision" or "qformer".
 
     Raises:
         ValueError: for a word, tower or layer that cannot be.
@@ -93,16 +118,18 @@ class Site:
 
     def __post_init__(self) -> None:
         if self.tower not in TOWERS:
-            raise ValueError(f"no tower is called {self.tower!r}; there are {' and '.join(TOWERS)}.")
+            raise ValueError(f"no tower is called {self.tower!r}; there are {', '.join(TOWERS)}.")
         if self.kind not in LAYER_KINDS + MODEL_KINDS:
             raise ValueError(
                 f"no activation is called {self.kind!r}. In forward order they are: {', '.join(LAYER_KINDS)}; and, "
                 f"without a layer, {', '.join(MODEL_KINDS)}."
             )
+        if self.kind == "deepstack" and self.tower != "text":
+            raise ValueError(f"deepstack is added to the text tower; leave tower={self.tower!r} out.")
         if self.kind in MODEL_KINDS:
             if self.layer is not None:
                 raise ValueError(f"{self.kind} has no layer, and layer={self.layer} was given; leave it out.")
-            if self.tower != "text" and self.kind != "embed":
+            if self.tower != "text" and (self.kind != "embed" or self.tower == "qformer"):
                 raise ValueError(f"{self.kind} belongs to the whole model; leave tower={self.tower!r} out.")
         elif self.layer is None:
             raise ValueError(f"{self.kind} needs a layer, for instance Site({self.kind!r}, 0).")
@@ -129,16 +156,22 @@ class Site:
             >>> Site.parse("blocks.3.hook_resid_post"), Site.parse("vision.0.z")
             (Site(kind='resid_post', layer=3, tower='text'), Site(kind='z', layer=0, tower='vision'))
         """
-        lens = re.fullmatch(r"(vision_encoder\.)?blocks\.(\d+)\.(\S+)", name)
-        if lens and not lens[1] and lens[3] in ("attn.hook_q", "attn.hook_k"):
+        lens = _LENS_LAYER.fullmatch(name)
+        if lens and lens[1] == "blocks" and lens[3] in ("attn.hook_q", "attn.hook_k"):
             raise ValueError(
                 f"{name!r} is before rotary embedding in TransformerLens, and mechvlm's q and k are after it; write "
                 f"'blocks.{lens[2]}.attn.hook_rot_{lens[3][-1]}' or 'text.{lens[2]}.{lens[3][-1]}'."
             )
         if lens and lens[3] in _TRANSFORMER_LENS:
-            return cls(_TRANSFORMER_LENS[lens[3]], int(lens[2]), "vision" if lens[1] else "text")
-        if name == "hook_embed":
-            return cls("embed")
+            return cls(_TRANSFORMER_LENS[lens[3]], int(lens[2]), "text" if lens[1] == "blocks" else "vision")
+        if lens:
+            raise ValueError(
+                f"{name!r} is a hook of TransformerLens that no site stands for; a layer's are "
+                f"{', '.join(dict.fromkeys(_TRANSFORMER_LENS.values()))}."
+            )
+        if name in _LENS_WHOLE:
+            kind, tower = _LENS_WHOLE[name]
+            return cls(kind, tower=tower)
         own = re.fullmatch(rf"({'|'.join(TOWERS)})\.(\d+)\.(\w+)", name)
         if own and own[3] in LAYER_KINDS:
             return cls(own[3], int(own[2]), own[1])

@@ -15,47 +15,49 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm import attention
-from mechvlm.plan import Group, Layout, Plan, name_of
+from mechvlm.layout import Group, Layout
+from mechvlm.plan import Plan, name_of
 from mechvlm.sites import ATTENTION_KINDS
 
-QUERY_AXIS = {"scores": 2, "pattern": 2}
-RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "q")
-KEY_AXIS = {"scores": 3, "pattern": 3, "k": 1, "v": 1}
+RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "cross_z", "q")
+QUERY_AXES = {"scores": 2, "pattern": 2, "cross_scores": 2, "cross_pattern": 2, "k": None, "v": None}
+KEY_AXES = {"scores": 3, "pattern": 3, "k": 1, "v": 1}
+FEATURES = ("image_features", "deepstack")
 
 
-def trim(x: Tensor, site: tuple, pad: int) -> Tensor:
-    """A tensor without its first `pad` positions.
+def narrow(x: Tensor, site: tuple, group: Group) -> Tensor:
+    """A tensor with one group's own positions only: without padding, and without other images packed beside them.
 
     Where a tensor has one query only (a decode step's, or the last logits) that is the newest position, and no padding.
     """
-    if not pad:
+    _, start, stop = group
+    if not start and stop is None:
         return x
-    key = KEY_AXIS.get(site[0])
-    if key is not None:
-        x = x.narrow(key, pad, x.shape[key] - pad)
-    query = QUERY_AXIS.get(site[0], 1 if key is None else None)
-    if query is not None and x.shape[query] > 1:
-        x = x.narrow(query, pad, x.shape[query] - pad)
+    for axis, is_query in ((KEY_AXES.get(site[0]), False), (QUERY_AXES.get(site[0], 1), True)):
+        if axis is not None and (x.shape[axis] > 1 or not is_query):
+            x = x.narrow(axis, start, (x.shape[axis] if stop is None else stop) - start)
     return x
 
 
 def parts(x: Tensor, site: tuple, rows: Sequence[int] | None, layout: Layout) -> list[tuple[Group, Tensor]]:
-    """A tensor as its rows' own: one part for each group of rows that have the same padding."""
+    """A tensor as its rows' own: one part for each group of rows that stand at the same positions."""
     found = []
-    for indices, pad in layout.groups(site, rows, x.shape[0]):
-        part = x if indices is None else x[indices]
-        found.append(((indices, pad), trim(part, site, pad)))
+    for group in layout.groups(site, rows, x.shape[0]):
+        part = narrow(x if group[0] is None else x[group[0]], site, group)
+        found.append((group, layout.own_shape(site, group, part)))
     return found
 
 
 def put(x: Tensor, site: tuple, group: Group, new: Tensor) -> Tensor:
     """The tensor with one part replaced."""
-    indices, pad = group
-    if indices is None and not pad:
-        return new
+    indices, start, stop = group
+    if indices is None and not start and stop is None:
+        # Kernels round by how a tensor lies in memory, so it goes on lying as it did.
+        return new if new.stride() == x.stride() else torch.empty_like(x).copy_(new)
     rows = x if indices is None else x[indices]
     rows = rows.clone()
-    trim(rows, site, pad).copy_(new)
+    place = narrow(rows, site, group)
+    place.copy_(new.reshape(place.shape))
     if indices is None:
         return rows
     return x.index_copy(0, torch.tensor(indices, device=x.device), rows)
@@ -135,14 +137,21 @@ class Visit:
 
     def touch(self, site: tuple, x: Tensor) -> Tensor:
         """Edit a site's tensor, keep what is read of it, and return what the model goes on with."""
+        if site[0] not in FEATURES:
+            return self.offer(site, x)
+        shown = self.plan.layout.by_image(x)
+        new = self.offer(site, shown)
+        same = new is shown and self.plan.layout.shared == 1 and not new.requires_grad
+        return x if same else new.reshape(-1, x.shape[-1])
+
+    def offer(self, site: tuple, x: Tensor) -> Tensor:
+        """The same for a tensor with the axes of its site."""
         plan = self.plan
         if self.step and site[2] == "text" and site[0] in RESIDUAL_KINDS and x.shape[1] != 1:
             raise ValueError(
                 f"step {self.step} of this generation has {x.shape[1]} positions at {name_of(site)}, where one new "
                 "position is due; generate with a cache that grows by one, and one pass a step."
             )
-        if site[0] == "image_features" and plan.layout.shared > 1:
-            x = x.repeat(plan.layout.shared, *[1] * (x.ndim - 1))
         for entry in plan.active(site, self.step):
             x = apply_edit(x, site, entry, plan.layout, plan.gradient)
             self.fired.add(entry[0])
@@ -154,13 +163,18 @@ class Visit:
             self.last = x
         return x
 
-    def logits(self, unembed: Any, ends: Sequence[int]) -> Float[Tensor, "batch vocab"]:
-        """The logits of one position of each row, counted from the end, as the walk left them."""
+    def logits(self, unembed: Any, ends: Sequence[int], cap: float | None = None) -> Float[Tensor, "batch vocab"]:
+        """The logits of one position of each row, counted from the end, as the walk left them.
+
+        Args:
+            cap: the model's logits are c tanh(x / c) of the unembedding's x.
+        """
         found = unembed.output if self.last is None else self.last
         self.last = None
-        if len(set(ends)) == 1:
-            return found[:, ends[0]]
-        return torch.stack([found[row, end] for row, end in enumerate(ends)])
+        chosen = (
+            found[:, ends[0]] if len(set(ends)) == 1 else torch.stack([found[r, end] for r, end in enumerate(ends)])
+        )
+        return attention.capped(chosen, cap)
 
     def gradients(self, metric: Float[Tensor, " batch"]) -> None:
         """Take the gradient of a metric's sum at every site that was read, and keep what the readings say of it."""
@@ -183,10 +197,12 @@ class Visit:
 
     def track(self, site: tuple, x: Tensor) -> Tensor:
         """Make gradients start at the embeddings, remember the tensor, and hang the gradient's edits on it."""
-        if site[0] == "embed" or (site[0] == "image_features" and not self.plan.sees_vision()):
+        if site == self.plan.start or site[0] == "embed" or (site[0] in FEATURES and not self.plan.sees_vision()):
             x = x.detach().requires_grad_(True)
+        if not x.requires_grad:
+            x = x.detach().requires_grad_(True)  # a Q-Former's queries, which nothing of the picture has reached yet
         entries = self.plan.grads.get(site, ())
-        if entries:
+        if entries or site[0] == "resid_pre":
             # The residual stream that leaves one layer enters the next: a node of its own keeps the two sites apart.
             x = x.view_as(x)
         for entry in entries:
@@ -237,4 +253,4 @@ def gradient_at(site: tuple, held: object, gradient: Tensor) -> Tensor:
         return gradient
     _, pattern, v = held
     of_pattern = attention.pattern_gradient(gradient, v[..., : gradient.shape[-1]].detach())  # without bias features
-    return of_pattern if site[0] == "pattern" else attention.scores_gradient(pattern, of_pattern)
+    return of_pattern if site[0].endswith("pattern") else attention.scores_gradient(pattern, of_pattern)

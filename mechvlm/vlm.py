@@ -19,17 +19,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm import batch as batches
-from mechvlm.archs import arch_of, kernels_of, shape_of
+from mechvlm.attention import capped
 from mechvlm.edits import Edit
-from mechvlm.images import to_picture
+from mechvlm.encode import encode
+from mechvlm.generating import answered, check_copies, check_sampling
 from mechvlm.metrics import Metric, WordMetric, spellings
+from mechvlm.pixels import to_picture
 from mechvlm.plan import Plan, make_plan
-from mechvlm.prompt import Prompt, encode, locate
-from mechvlm.run import Generation, Readings, Run
+from mechvlm.prompt import Prompt
+from mechvlm.run import Generation, Readings, Run, by_step, texts_of
 from mechvlm.seam import attending
+from mechvlm.shapes import kernels_of, parts_of, shape_of
 from mechvlm.sites import Site, told, whole
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
+from mechvlm.weights import Weights
 
 Read = Iterable[Site | str] | Mapping[Site | str, Callable[[Tensor], Any] | None]
 
@@ -53,26 +57,28 @@ class VLM:
     def __init__(self, hf_model: torch.nn.Module, processor: Any = None, name: str | None = None) -> None:
         batches.check_model(hf_model)
         config: Any = hf_model.config
-        self.arch = arch_of(config)
+        self.arch = parts_of(config)
         self.shape = shape_of(config)
-        if hf_model.training:
-            raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
+        batches.check_state(hf_model)
         self.hf: Any = hf_model
         self.processor = batches.check_processor(processor)
         self.name = name or config.name_or_path or config.model_type
-        self.model = nnsight.NNsight(hf_model)
-        for kernel in kernels_of(config).values():
-            batches.check_kernel(kernel)
+        with warnings.catch_warnings():
+            # Q-Formers have submodules called `output`; mechvlm never asks for those.
+            warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
+            self.model = nnsight.NNsight(hf_model)
+        # A call within a forward pass is known to nnsight only if it was named before that pass began.
+        at(self.model, self.arch.row.image_features)
 
     @property
     def device(self) -> torch.device:
         """Where the embeddings are, and so where encodings have to be."""
-        return at(self.hf, self.arch.text.embed).weight.device
+        return at(self.hf, str(self.arch.text.embed)).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
-        return at(self.hf, self.arch.text.embed).weight.dtype
+        return at(self.hf, str(self.arch.text.embed)).weight.dtype
 
     @property
     def attention(self) -> str:
@@ -81,14 +87,18 @@ class VLM:
 
     @attention.setter
     def attention(self, kernel: str) -> None:
-        self.hf.set_attn_implementation(batches.check_kernel(kernel))
+        self.hf.set_attn_implementation(batches.check_kernel(kernel, self.shape.ahead, self.shape.score_cap))
+
+    @property
+    def weights(self) -> Weights:
+        """The matrices of each head: `vlm.weights.OV(layer, head)`, `QK`, `W_Q`, `W_K`, `W_V`, `W_O`; `W_E`, `W_U`."""
+        return Weights(self)
 
     def __repr__(self) -> str:
-        text, vision = (f"{self.shape.layers[t]} layers x {self.shape.heads[t]} heads" for t in ("text", "vision"))
-        kind = (
-            f"{self.hf.config.model_type}, {str(self.dtype).removeprefix('torch.')} on {self.device}, {self.attention}"
-        )
-        return f"VLM({self.name}: {kind}; text {text}; vision {vision}; {self.shape.tokens_per_image} tokens an image)"
+        towers = (f"{t} {n} layers x {self.shape.heads[t]} heads" for t, n in self.shape.layers.items())
+        dtype = str(self.dtype).removeprefix("torch.")
+        kind = f"{self.hf.config.model_type}, {dtype} on {self.device}, {self.attention}"
+        return f"VLM({self.name}: {kind}; {'; '.join(towers)})"
 
     # -- questions in ------------------------------------------------------------------------------------------------
 
@@ -102,7 +112,7 @@ class VLM:
                 PIL image or a numpy array.
             text: the question. It is put into the model's chat template, or into the prompt its authors document.
             raw: take the text verbatim, as the whole prompt, with `<image>` where each image is to stand.
-            encoding: instead of all that, what a processor made of one prompt.
+            encoding: instead of all that, what a processor made of one prompt. Boxes are then in the pixels it saw.
 
         Raises:
             ValueError, TypeError: for a text without room for its images, a picture that cannot be read, and the like.
@@ -113,7 +123,7 @@ class VLM:
         if encoding is not None:
             if image is not None or text is not None:
                 raise ValueError("encoding= is a whole prompt; leave image and text out.")
-            return locate(batches.tensors_of(encoding), self.shape)
+            return batches.ready(encoding, self.arch, self.shape, self.hf.config)
         if not isinstance(text, str):
             raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
         if self.processor is None:
@@ -121,7 +131,8 @@ class VLM:
                 "this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...)."
             )
         images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        return encode(self.processor, self.arch, self.shape, [to_picture(one) for one in images], text, raw)
+        pictures = list(map(to_picture, images))
+        return encode(self.processor, self.arch, self.shape, self.hf.config, pictures, text, raw)
 
     def token_ids(self, word: str) -> list[int]:
         """The ids of a word's single-token spellings: as given and capitalised or not, with and without a space before.
@@ -187,19 +198,21 @@ class VLM:
         prompts = batches.check_prompts(prompt, self.shape)
         ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
         plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
-        batches.check_padding(plan.layout, self.attention, self.dtype)
         metric = None if grad_of is None else self.metric(grad_of)
+        if metric is not None:
+            batches.check_gradients(self.attention, self.device)
         return self._forward(plan, self._batch(prompts, plan), metric, ends)
 
     def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
         visit, model, arch = Visit(plan), self.model, self.arch
         wanted, pictures = plan.wanted(), "pixel_values" in batch
-        keep = 0 if ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads} else -min(ends)
+        whole = ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads}
+        keep = {"logits_to_keep": 0 if whole else -min(ends)} if arch.row.keeps else {}
         shown: dict[str, Tensor] = {}
         with torch.set_grad_enabled(metric is not None):
-            with model.trace(**batch, use_cache=False, logits_to_keep=keep):
-                walk(model, arch, wanted, visit.touch, attending(visit, arch), pictures)
-                shown["logits"] = visit.logits(at(model, arch.unembed), ends)
+            with model.trace(**batch, use_cache=False, **keep):
+                walk(model, arch, wanted, visit.touch, attending(visit), pictures)
+                shown["logits"] = visit.logits(at(model, arch.unembed), ends, self.shape.logit_cap)
             if metric is not None:
                 values = batches.scored(metric, shown["logits"])
                 visit.gradients(values)
@@ -212,6 +225,7 @@ class VLM:
                 visit.grads, plan.layout, "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"
             ),
             None if metric is None else values.detach(),
+            self,
         )
 
     def generate(
@@ -233,31 +247,28 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        batches.check_sampling(max_new_tokens, sampling, self.hf.generation_config)
+        check_sampling(max_new_tokens, sampling, self.hf.generation_config)
         prompts = batches.check_prompts(prompt, self.shape)
         plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
+        check_copies(plan.pictured(), sampling, self.hf.generation_config)
         batch = self._batch(prompts, plan)
         start = batch.pop("input_ids")
         batch.pop("position_ids", None)
         visit, said = Visit(plan), []
 
         def answer(**given: Any) -> Tensor:
-            said.append(self.hf.generate(**given))
+            said.append(answered(self.hf, given, plan.pictured()))
             return said[-1]
 
         self._steps(visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
         batches.check_fired(visit)
         ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
-        tokens = ids[:, start.shape[1] :]
-        steps = [
-            Readings({site: kept[step] for site, kept in visit.saved.items() if step < len(kept)}, plan.layout)
-            for step in range(max(map(len, visit.saved.values()), default=0))
-        ]
-        return Generation(self._text(tokens, isinstance(prompt, Prompt)), tokens, steps)
+        tokens, alone = ids[:, start.shape[1] :], isinstance(prompt, Prompt)
+        return Generation(texts_of(self.processor, tokens, alone), tokens, by_step(visit.saved, plan.layout))
 
     def _steps(self, visit: Visit, answer: Callable, batch: dict[str, Tensor], **settings: Any) -> None:
         model, arch, wanted = self.model, self.arch, visit.plan.wanted()
-        pictures, callback = "pixel_values" in batch, attending(visit, self.arch)
+        pictures, callback = "pixel_values" in batch, attending(visit)
         with warnings.catch_warnings(), torch.no_grad():
             # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
             warnings.filterwarnings("ignore", message="(?s).*was never reached")
@@ -279,7 +290,7 @@ class VLM:
         # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
         norm, head = at(self.model, self.arch.norm), at(self.model, self.arch.unembed)
         with torch.no_grad():
-            return head(norm(h.to(self.device, self.dtype)))
+            return capped(head(norm(h.to(self.device, self.dtype))), self.shape.logit_cap)
 
     def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
         """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""
@@ -304,12 +315,6 @@ class VLM:
         return check(self, prompt)
 
     def _batch(self, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Tensor]:
-        batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0)
-        moved = {name: tensor.to(self.device) for name, tensor in batch.items()}
-        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in moved.items()}
-
-    def _text(self, tokens: Tensor, alone: bool) -> str | list[str] | None:
-        if self.processor is None:
-            return None
-        said = [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)]
-        return said[0] if alone and len(said) == 1 else said
+        batches.check_padding(plan.layout, self.attention, self.dtype, self.shape.crosses)
+        batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0, self.arch.row.positions)
+        return {n: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for n, x in batch.items()}

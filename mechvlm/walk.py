@@ -16,15 +16,18 @@ A site travels as the tuple (kind, layer, tower).
 """
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from mechvlm.archs import Arch, Stack
+from mechvlm.shapes import Parts, Stack
+from mechvlm.sites import CROSS_KINDS, SELF_KINDS
+from mechvlm.towers import Block
 
 Touch = Callable[[tuple, Tensor], Tensor]
-Attend = Callable[[tuple, Any, set[str]], None]
+Attend = Callable[[tuple, Any, Block, set[str]], None]
 Wanted = Mapping[tuple, set[str]]
 
 
@@ -33,81 +36,181 @@ def at(model: Any, path: str) -> Any:
     return operator.attrgetter(path)(model)
 
 
-def walk(model: Any, arch: Arch, wanted: Wanted, touch: Touch, attend: Attend, pictures: bool = True) -> None:
+def walk(model: Any, parts: Parts, wanted: Wanted, touch: Touch, attend: Attend, pictures: bool = True) -> None:
     """Go through one forward pass and offer each wanted site to `touch`, and each layer's attention to `attend`.
 
     Args:
         model: the nnsight model, inside a trace.
         wanted: the kinds wanted of each (tower, layer), and of (tower, None) for those without a layer.
         touch: given a site and its tensor, returns the tensor to go on with.
-        attend: given a layer's (tower, layer), its attention call and the kinds wanted; see `mechvlm.seam`.
+        attend: given a layer's (tower, layer), its attention module, its parts and the kinds wanted; see
+            `mechvlm.seam`.
         pictures: whether this pass sees the images; the steps of a generation do not.
     """
-    if "embed" in wanted.get(("text", None), ()):
-        part = at(model, arch.text.embed)
-        _offer(part, ("embed", None, "text"), touch)
+    whole = wanted.get(("text", None), set())
+    if "embed" in whole and parts.row.words_first:
+        _offer_output(at(model, str(parts.text.embed)), ("embed", None, "text"), touch)
     if pictures:
-        if "embed" in wanted.get(("vision", None), ()):
-            _offer(at(model, arch.vision.embed), ("embed", None, "vision"), touch)
-        _walk_tower(model, arch.vision, "vision", wanted, touch, attend)
-        if "image_features" in wanted.get(("text", None), ()):
-            _offer(at(model, arch.image_features), ("image_features", None, "text"), touch)
-    _walk_tower(model, arch.text, "text", wanted, touch, attend)
-    if "logits" in wanted.get(("text", None), ()):
-        _offer(at(model, arch.unembed), ("logits", None, "text"), touch)
+        _walk_pictures(model, parts, wanted, touch, attend)
+    if "embed" in whole and not parts.row.words_first:
+        _offer_output(at(model, str(parts.text.embed)), ("embed", None, "text"), touch)
+    _walk_tower(model, parts, "text", wanted, touch, attend)
+    if "logits" in whole:
+        _offer_output(at(model, parts.unembed), ("logits", None, "text"), touch)
 
 
-def _offer(part: Any, site: tuple, touch: Touch) -> None:
+def _walk_pictures(model: Any, parts: Parts, wanted: Wanted, touch: Touch, attend: Attend) -> None:
+    if "embed" in wanted.get(("vision", None), ()):
+        _offer_output(at(model, str(parts.vision.embed)), ("embed", None, "vision"), touch, parts.vision.flat)
+    _walk_tower(model, parts, "vision", wanted, touch, attend)
+    if "qformer" in parts.stacks:
+        _walk_tower(model, parts, "qformer", wanted, touch, attend)
+    if "image_features" in wanted.get(("text", None), ()):
+        _offer_features(at(model, parts.row.image_features), ("image_features", None, "text"), touch)
+
+
+def _offer_output(part: Any, site: tuple, touch: Touch, flat: bool = False) -> None:
     old = part.output
-    new = touch(site, old)
+    new = offered(touch, site, old, (1, *old.shape) if flat else None)
     if new is not old:
         part.output = new
 
 
-def _walk_tower(model: Any, stack: Stack, tower: str, wanted: Wanted, touch: Touch, attend: Attend) -> None:
-    layers = at(model, stack.layers)
-    for index in sorted(layer for name, layer in wanted if name == tower and layer is not None):
-        walk_layer(layers[index], stack, tower, index, wanted[(tower, index)], touch, attend)
+def offered(touch: Touch, site: tuple, old: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """What the model goes on with: the very same tensor where nothing changed.
+
+    Args:
+        shape: in which the site's tensor is shown, where the model's own is another.
+    """
+    if shape is None or tuple(shape) == tuple(old.shape):
+        return touch(site, old)
+    shown = old.reshape(shape)
+    new = touch(site, shown)
+    # In the graph of gradients it is what was shown that the model has to go on with.
+    return old if new is shown and not new.requires_grad else new.reshape(old.shape)
 
 
-def walk_layer(layer: Any, stack: Stack, tower: str, index: int, kinds: set[str], touch: Touch, attend: Attend) -> None:
-    """Offer the wanted sites of one layer, top to bottom in forward order."""
+def _offer_features(part: Any, site: tuple, touch: Touch) -> None:
+    """Offer the image features as one sequence `all tokens, d_model`, whatever holds them, and put back what is new."""
+    whole = part.output
+    held = whole if isinstance(whole, Tensor) else whole.pooler_output
+    pieces = [held] if isinstance(held, Tensor) else list(held)
+    lengths = [piece.numel() // piece.shape[-1] for piece in pieces]
+    old = torch.cat([piece.reshape(-1, piece.shape[-1]) for piece in pieces])
+    new = touch(site, old)
+    if new is old and not new.requires_grad:
+        return
+    times = new.shape[0] // old.shape[0]  # more than once where rows of the batch share the images
+    if isinstance(held, Tensor):
+        made: Any = new.reshape(-1, *held.shape[1:])
+    else:
+        parts = new.split(lengths * times)
+        made = type(held)(part.reshape(piece.shape) for part, piece in zip(parts, pieces * times, strict=True))
+    if isinstance(whole, Tensor):
+        part.output = made
+    else:
+        whole.pooler_output = made
+        part.output = whole
+
+
+def _walk_tower(model: Any, parts: Parts, tower: str, wanted: Wanted, touch: Touch, attend: Attend) -> None:
+    stack = parts.stacks[tower]
+    for index in range(len(stack.layers)):
+        kinds = wanted.get((tower, index), set()) - {"deepstack"}
+        if kinds:
+            path, number = stack.layers[index]
+            walk_layer(at(model, path)[number], stack, (tower, index), kinds, touch, attend)
+        if tower == "vision" and index in parts.deepstack:
+            tap = parts.deepstack.index(index)
+            if "deepstack" in wanted.get(("text", tap), ()):
+                _offer_features(at(model, str(parts.row.deepstack))[tap], ("deepstack", tap, "text"), touch)
+
+
+def walk_layer(layer: Any, stack: Stack, place: tuple, kinds: set[str], touch: Touch, attend: Attend) -> None:
+    """Offer the wanted sites of one layer, top to bottom in forward order.
+
+    Args:
+        place: (tower, layer).
+        kinds: what is wanted of it.
+    """
+    (tower, index), block = place, stack.blocks[place[1]]
+    stream = pre = layer.input
+    shape = (1, *stream.shape) if stack.flat else tuple(stream.shape)
     if "resid_pre" in kinds:
-        old = layer.input
-        new = touch(("resid_pre", index, tower), old)
-        if new is not old:
-            layer.input = new
-
-    attention = at(layer, stack.attention)
-    if kinds & {"q", "k", "v", "scores", "pattern", "z"}:
-        attend((tower, index), at(attention.source, stack.interface), kinds)
-
+        pre = offered(touch, ("resid_pre", index, tower), stream, shape)
+        if pre is not stream:
+            layer.input = pre
+    scales = {
+        "attn_out": block.attn_scale and "attn_out" in kinds and block.attn_scale(layer),
+        "mlp_out": block.mlp_scale and kinds & {"attn_out", "resid_mid", "mlp_out"} and block.mlp_scale(layer),
+    }
+    if block.attention and kinds & set(SELF_KINDS):
+        attend(place, at(layer, block.attention), block, kinds & set(SELF_KINDS))
+    if block.cross and kinds & set(CROSS_KINDS):
+        attend(place, at(layer, block.cross), block, kinds & set(CROSS_KINDS))
+    mid: Tensor | None = None
     if "attn_out" in kinds:
-        old = attention.output
-        new = touch(("attn_out", index, tower), old[0])
-        if new is not old[0]:
-            attention.output = (new, *old[1:])
+        part = at(layer, block.attn_out or block.attention or str(block.cross))
+        added = _added(part, ("attn_out", index, tower), touch, shape, scales["attn_out"])
+        mid = None if added is None else pre + added.reshape(pre.shape)
+    _walk_rest(layer, block, place, kinds, touch, shape, scales["mlp_out"], mid)
 
-    mid: Any = None
-    if "resid_mid" in kinds:
-        norm = at(layer, stack.mid_norm)
-        old = norm.input
-        new = touch(("resid_mid", index, tower), old)
+
+def _added(part: Any, site: tuple, touch: Touch, shape: Sequence[int], scale: Any) -> Tensor | None:
+    """Offer what attention or MLP adds; what is to be added instead where that cannot be written into the part."""
+    whole = part.output
+    old = whole[0] if isinstance(whole, tuple) else whole
+    if scale is None or scale is False:
+        new = offered(touch, site, old, shape)
         if new is not old:
-            norm.input = mid = new
+            part.output = (new, *whole[1:]) if isinstance(whole, tuple) else new
+        return None
+    # What multiplies it may be zero, so it is not the part's output that is changed, but the sum.
+    scaled = (old * scale).reshape(shape)
+    new = touch(site, scaled)
+    return None if new is scaled and not new.requires_grad else new
 
+
+def _walk_rest(
+    layer: Any,
+    block: Block,
+    place: tuple,
+    kinds: set[str],
+    touch: Touch,
+    shape: Sequence[int],
+    scale: Any,
+    mid: Tensor | None,
+) -> None:
+    """The second half of a layer: the stream between, the MLP, and what leaves.
+
+    Args:
+        mid: the residual stream between attention and MLP, where it is to be another than the layer's own.
+    """
+    tower, index = place
+    scaled = scale is not None and scale is not False
+    stream = mid
+    if "resid_mid" in kinds or mid is not None or (scaled and "mlp_out" in kinds):
+        norm = at(layer, str(block.mid))
+        old = norm.input
+        stream = old if mid is None else mid.reshape(old.shape)
+        if "resid_mid" in kinds:
+            stream = offered(touch, ("resid_mid", index, tower), stream, shape)
+        if stream is not old:
+            norm.input = mid = stream
     added: Any = None
     if "mlp_out" in kinds or mid is not None:
-        mlp = at(layer, stack.mlp)
-        old = added = mlp.output
+        part = at(layer, block.mlp_out or block.mlp)
         if "mlp_out" in kinds:
-            added = touch(("mlp_out", index, tower), old)
-            if added is not old:
-                mlp.output = added
-
+            added = _added(part, ("mlp_out", index, tower), touch, shape, scale)
+            if added is not None:
+                mid = stream
+        if mid is not None and added is None:
+            added = part.output * scale if scaled else part.output
     if mid is not None or "resid_post" in kinds:
         # The layer adds the MLP to the residual stream it had before an edit of resid_mid; add it to the edited one.
-        old = layer.output if mid is None else mid + added
-        new = touch(("resid_post", index, tower), old) if "resid_post" in kinds else old
-        if new is not old or mid is not None:
-            layer.output = new
+        whole = layer.output
+        own = whole[0] if isinstance(whole, tuple) else whole
+        old = own if mid is None else (mid + added.reshape(mid.shape)).reshape(own.shape)
+        new = offered(touch, ("resid_post", index, tower), old, shape) if "resid_post" in kinds else old
+        if new is not own:
+            layer.output = (new, *whole[1:]) if isinstance(whole, tuple) else new

@@ -5,6 +5,7 @@ import beartype  # noqa: F401  (first of all: nnsight mounts `.save` on `object`
 
 import os
 import random
+from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; one that tries fails with a sentence instead of waiting
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -14,6 +15,16 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+
+if find_spec("torchvision"):
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        # The wheel of PyPI is built for CUDA, and a CPU build of torch misses two of its operators. No processor uses
+        # them.
+        SHIM = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            SHIM.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for one another
 

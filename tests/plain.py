@@ -39,6 +39,8 @@ class Plain:
                 x = function(x.clone())
         if self.gradients and not x.requires_grad:
             x = x.detach().requires_grad_(True)
+        if self.gradients and place[0] == "resid_pre":
+            x = x.view_as(x)  # what enters a layer, and not what else the layer below may have given it to
         self.seen[place] = x
         for where, function, on in self.edits:
             if where == place and on == "grad" and x.requires_grad:

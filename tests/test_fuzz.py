@@ -21,7 +21,7 @@ from plain import Place, Plain
 from torch import Tensor
 
 import mechvlm as mv
-from mechvlm.sites import LAYER_KINDS
+from mechvlm.towers import Block
 
 # The test run's type checks look at a random item of each list, which is no choice of hypothesis's.
 pytestmark = pytest.mark.filterwarnings("ignore:Do not use the `random` module")
@@ -33,6 +33,9 @@ ATTENTION = ("scores", "pattern")
 LENGTH = {"vision": tiny.TOKENS + 1, "image_features": tiny.TOKENS}
 fuzz = settings(max_examples=EXAMPLES, suppress_health_check=list(HealthCheck), report_multiple_bugs=False)
 MADE: dict[Any, Any] = {}
+
+KINDS = Block().kinds
+"""What every layer of a LLaVA has."""
 
 
 def model(kv_heads: int, attention: str) -> Any:
@@ -80,10 +83,10 @@ def length_at(site: mv.Site, positions: int) -> int:
 
 
 @st.composite
-def sites(draw: Callable, pictures: bool, live: bool, kinds: tuple[str, ...] = LAYER_KINDS) -> mv.Site:
+def sites(draw: Callable, pictures: bool, live: bool, kinds: tuple[str, ...] = KINDS) -> mv.Site:
     """A site of the model; with `live` one whose edit reaches the answer."""
     tower = draw(st.sampled_from(["text", "text", "vision"])) if pictures else "text"
-    if kinds is LAYER_KINDS and draw(st.integers(0, 6)) == 6:
+    if kinds is KINDS and draw(st.integers(0, 6)) == 6:
         whole = [mv.Site("embed"), mv.Site("logits")]
         whole += [mv.Site("image_features"), mv.Site("embed", tower="vision")] if pictures else []
         return draw(st.sampled_from(whole))

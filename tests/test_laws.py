@@ -9,6 +9,7 @@ import torch
 
 import mechvlm as mv
 from mechvlm import laws
+from mechvlm.shapes import Parts
 
 MODELS = [(kv, attention) for kv in (2, 4) for attention in ("sdpa", "eager")]
 EXACT = (laws.law_1_reading, laws.law_2_writing_back, laws.law_3_residuals, laws.law_5_patching)
@@ -34,39 +35,44 @@ def test_float64(law: Any, attention: str) -> None:
     assert broken(law, tiny.vlm(2, attention, torch.float64)) == []
 
 
+@pytest.mark.parametrize("law", laws.LAWS, ids=lambda law: law.__name__)
+def test_features_of_several_layers(law: Any) -> None:
+    """A projector that takes the states behind two layers of the vision tower; every layer of it matters then."""
+    assert broken(law, tiny.vlm(feature_layer=[-3, -1])) == []
+
+
 @pytest.mark.parametrize("law", EXACT, ids=lambda law: law.__name__)
 @pytest.mark.parametrize(("kv_heads", "attention"), MODELS)
 def test_bfloat16(law: Any, kv_heads: int, attention: str) -> None:
     assert broken(law, tiny.vlm(kv_heads, attention, torch.bfloat16)) == []
 
 
+def with_blocks(parts: Parts, tower: str, **changes: Any) -> Parts:
+    """A model's parts, with something else said of every layer of one tower."""
+    stack = parts.stacks[tower]
+    blocks = tuple(replace(block, **changes) for block in stack.blocks)
+    return replace(parts, stacks={**parts.stacks, tower: replace(stack, blocks=blocks)})
+
+
 @pytest.mark.parametrize(
     ("wrong", "law", "found"),
     [
-        (
-            lambda arch: replace(arch, text=replace(arch.text, causal=False)),
-            laws.law_4_patterns,
-            "eager attention, text",
-        ),
-        (
-            lambda arch: replace(arch, vision=replace(arch.vision, causal=True)),
-            laws.law_4_patterns,
-            "eager attention, vision",
-        ),
+        (lambda arch: with_blocks(arch, "text", causal=False), laws.law_4_patterns, "eager attention, text"),
+        (lambda arch: with_blocks(arch, "vision", causal=True), laws.law_4_patterns, "eager attention, vision"),
         (
             lambda arch: replace(arch, norm="model.language_model.layers.0.input_layernorm"),
             laws.law_7_lens,
             "the last layer's lens",
         ),
         (
-            lambda arch: replace(arch, text=replace(arch.text, mlp="post_attention_layernorm")),
+            lambda arch: with_blocks(arch, "text", mlp="post_attention_layernorm"),
             laws.law_3_residuals,
             "residual sums, text",
         ),
     ],
 )
 def test_a_wrong_row_of_the_table_breaks_a_law(wrong: Any, law: Any, found: str) -> None:
-    """The laws can fail: a row of `ARCHS` that says something false of the model is found out."""
+    """The laws can fail: a row of the tables that says something false of the model is found out."""
     vlm = tiny.vlm()
     with torch.no_grad():
         vlm.hf.model.language_model.norm.weight.mul_(1.5)

@@ -88,14 +88,15 @@ CASES: list[Case] = [
         "wrote.",
         load(broken(config_json=None)),
     ),
-    (  # the sentence of mechvlm.archs, before any weights are read
-        "this llava model decodes with 'mistral'; mechvlm knows llava with 'llama'.",
-        load(broken(text(model_type="mistral"), weights=None)),
+    (  # the sentence of mechvlm.shapes, before any weights are read
+        "this llava model has a 'gpt2' as its text tower, which mechvlm does not know yet; adding one is a row of "
+        "TOWER_TYPES in mechvlm/towers.py.",
+        load(broken(text(model_type="gpt2"), weights=None)),
     ),
     (
-        "the attention implementation is 'flash_attention_2'; mechvlm reads sdpa and eager exactly. Set vlm.attention, "
-        "or load with attn_implementation='sdpa'.",
-        lambda: mv.load("demo", attn_implementation="flash_attention_2"),
+        "the attention implementation is 'flash_attention_3'; mechvlm reads sdpa, eager, flex_attention and "
+        "flash_attention_2 exactly. Set vlm.attention, or load with attn_implementation='sdpa'.",
+        lambda: mv.load("demo", attn_implementation="flash_attention_3"),
     ),
 ]
 """Sentences, and what they are said of; tests/test_errors.py knows by them that every raise is reached."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mechvlm import plot
-from mechvlm.imagemap import ImageMap
+from mechvlm.imagemap import Grid, ImageMap, Tile, View, placed
 from mechvlm.plot.look import tick_step
 from mechvlm.prompt import Prompt
 
@@ -42,8 +42,15 @@ def shares() -> xr.DataArray:
     )
 
 
+def one_tile(
+    positions: range, rows: int, columns: int, size: tuple[int, int], view: View, token: tuple[int, int]
+) -> ImageMap:
+    places = tuple((0, row, column) for row in range(rows) for column in range(columns))
+    return placed(Grid(size, (Tile(rows, columns, view, token),), places, len(places), (1, len(places))), positions)
+
+
 def image_map(rows: int = 2, columns: int = 3, view: Any = (0.0, 0.0, 1.0, 1.0), size: Any = (30, 20)) -> ImageMap:
-    return ImageMap(tuple(range(5, 5 + rows * columns)), rows, columns, size, view, (10, 10))
+    return one_tile(range(5, 5 + rows * columns), rows, columns, size, view, (10, 10))
 
 
 def picture(width: int = 30, height: int = 20) -> Image.Image:
@@ -353,7 +360,7 @@ def test_words_fit_and_are_seen(token: str, shown: str) -> None:
 
 def test_token_grid_numbers_the_squares() -> None:
     figure = plot.token_grid(
-        prompt_about(image_map(), ImageMap(tuple(range(20, 24)), 2, 2, (8, 8), (0.0, 0.0, 1.0, 1.0), (4, 4)))
+        prompt_about(image_map(), one_tile(range(20, 24), 2, 2, (8, 8), (0.0, 0.0, 1.0, 1.0), (4, 4)))
     )
     assert figure.data[0].hovertext[1][2] == "position 10<br>row 1, column 2"
     assert list(figure.layout.xaxis.tickvals) == [5, 15, 25]
@@ -361,21 +368,15 @@ def test_token_grid_numbers_the_squares() -> None:
     assert len(figure.data) == 3
 
 
-class Tiled(ImageMap):
-    """An overview of one token and two tiles of two tokens each, which together cover the same picture."""
-
-    def cell(self, position: int) -> tuple[int, int, int] | None:
-        return {1: (0, 0, 0), 2: (1, 0, 0), 3: (1, 1, 0), 4: (2, 0, 0), 5: (2, 1, 0)}.get(position)
-
-    def box(self, position: int) -> tuple[float, float, float, float] | None:
-        boxes = {1: (0, 0, 20, 20), 2: (0, 0, 10, 10), 3: (0, 10, 10, 20), 4: (10, 0, 20, 10), 5: (10, 10, 20, 20)}
-        left, top, right, bottom = boxes[position]
-        return float(left), float(top), float(right), float(bottom)
-
-
 def test_overlapping_squares_get_a_panel_each() -> None:
-    tiled = Tiled((1, 2, 3, 4, 5, 6), 2, 2, (20, 20), (0.0, 0.0, 1.0, 1.0), (10, 10))  # 6 stands for no place
-    figure = plot.over_image([1, 2, 3, 4, 5, 6], tiled, picture(20, 20))
+    """An overview of one token and two tiles of two tokens each, which together cover the same picture."""
+    whole = Tile(1, 1, (0.0, 0.0, 1.0, 1.0), (20, 20))
+    left, right = (Tile(2, 1, (x, 0.0, 1.0, 1.0), (10, 10)) for x in (0.0, 10.0))
+    places = ((0, 0, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0), None)
+    tiled = placed(Grid((20, 20), (whole, left, right), places, 6, (3, 2)), range(1, 7))
+    assert (tiled.positions, tiled.separators) == ((1, 2, 3, 4, 5), (6,))
+    values = xr.DataArray([1, 2, 3, 4, 5, 6], dims="position", coords={"position": range(1, 7)})
+    figure = plot.over_image(values, tiled, picture(20, 20))
     assert [np.ravel(heat.z).tolist() for heat in figure.data] == [[1], [2, 3], [4, 5]]
     assert [heat.xaxis for heat in figure.data] == ["x", "x2", "x2"]
     assert figure.data[2].hovertext[1][0] == "position 5<br>tile 2, row 1, column 0<br><b>value 5</b>"

@@ -1,8 +1,10 @@
 """What the README promises is what happens: CI runs its commands, its code runs, its table is the package's."""
 
+import json
 import re
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -33,7 +35,7 @@ def test_ci_runs_the_test_command() -> None:
 @pytest.mark.skipif(not DEMO.exists(), reason="runs once mechvlm/demo/model, the trained demo model, is in the package")
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first block, with the demo model for the published one and some picture for the dog's."""
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     published = 'mv.load("llava-hf/llava-1.5-7b-hf")'
     assert published in code
     monkeypatch.chdir(tmp_path)
@@ -45,16 +47,46 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_code_is_short() -> None:
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
 
 
-@pytest.mark.skipif(find_spec("mechvlm.archs") is None, reason="runs once mechvlm/archs.py exists")
-def test_the_table_of_models_is_the_packages() -> None:
+@pytest.mark.transformer_lens
+@pytest.mark.skipif(find_spec("transformer_lens") is None, reason="TransformerLens is not installed")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what TransformerLens imports
+def test_the_code_for_transformer_lens_runs() -> None:
+    import mechvlm as mv
+
+    _, code = blocks("python")
+    vlm = mv.load("demo")
+    names: dict[str, Any] = {
+        "mv": mv,
+        "vlm": vlm,
+        "real": vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?"),
+    }
+    exec(compile(code, "README.md", "exec"), names)
+    assert len(names["copies"]) == vlm.shape.d_head["text"]
+
+
+def script() -> Any:
+    """scripts/architectures.py, which writes the tables."""
+    spec = spec_from_file_location("architectures", ROOT / "scripts" / "architectures.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_architectures_is_what_the_laws_found() -> None:
+    """tests/test_architectures.py compares what was written down with what they find now."""
     from mechvlm.archs import ARCHS
 
-    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert rows == sorted(ARCHS)
+    architectures = script()
+    found = json.loads(architectures.FILE.read_text())
+    assert architectures.readme_table(found["models"]) in README, "stale: python scripts/architectures.py --tables"
+    assert architectures.page(found["models"], found["made"]) == (ROOT / "docs" / "architectures.md").read_text()
+    assert {one["architecture"] for one in found["models"].values()} == set(ARCHS)
+    assert "**no**" not in README
 
 
 def test_links_lead_somewhere() -> None:

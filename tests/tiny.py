@@ -72,7 +72,7 @@ def model(
     vision_layers: int = 3,
     heads: int = 4,
     width: int = 32,
-    feature_layer: int = -2,
+    feature_layer: int | list[int] = -2,
     strategy: str = "default",
     vocabulary: int = VOCABULARY,
     spread: float = 0.2,

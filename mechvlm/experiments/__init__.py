@@ -5,5 +5,6 @@ where the numbers came from. `to_netcdf` writes all of it.
 
 `answers` what does it say? `profile` where does it look? `lens` what does it hold at each position? `ablation` which
 heads does the answer need? `patching` where does what was seen pass? `attribution` on which image tokens does the
-answer depend? `dose` what if it looked more? `sweep` any other edits, one run for each point of a grid.
+answer depend? `queries` where does a Q-Former look? `dose` what if it looked more? `sweep` any other edits, one run for
+each point of a grid.
 """

@@ -13,10 +13,11 @@ from torch import Tensor
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit, ablate_heads
 from mechvlm.experiments.record import metric_unit, one_prompt, record
+from mechvlm.experiments.sight import check_layers_run, head_site
 from mechvlm.experiments.sweep import sweep
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, places, told
+from mechvlm.sites import places, told
 from mechvlm.vlm import VLM
 
 
@@ -29,6 +30,9 @@ def ablate_each_head(
     batch_size: int | None = None,
 ) -> xr.DataArray:
     """How a metric changes when each head alone is taken out of the run.
+
+    In layers that attend to the picture instead of the text (Mllama's) it is the heads of their cross-attention
+    (`cross_z`) that are taken out.
 
     Args:
         positions: where heads are taken out; None means everywhere, `prompt.last` only where the answer is made.
@@ -51,11 +55,12 @@ def ablate_each_head(
         Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 3.2. Zero is a value that a head
         never says; Wang et al. (2023), "Interpretability in the Wild", appendix, prefer means or resampling.
     """
-    given = _given(vlm, one_prompt(prompt), to)
+    check_layers_run(vlm, one_prompt(prompt), range(vlm.shape.layers["text"]))
+    given = _given(vlm, prompt, to)
     at = None if positions is None else places("positions", positions, all_by_none=True)
 
     def ablation(layer: int, head: int) -> list[Edit]:
-        edit = ablate_heads(layer, [head], to=given[layer])
+        edit = replace(ablate_heads(layer, [head], to=given[layer]), site=head_site(vlm, layer))
         return [edit if at is None else at_positions(edit, at)]
 
     layers, heads = range(vlm.shape.layers["text"]), range(vlm.shape.heads["text"])
@@ -96,8 +101,10 @@ def _given(vlm: VLM, prompt: Prompt, to: Prompt | Sequence[Tensor] | None) -> li
                 f"to has {len(to)} positions and the prompt {len(prompt)}, so positions cannot be matched; make it "
                 "with prompt.with_image, which keeps them."
             )
-        run = vlm.run(to, read=[Site("z", layer) for layer in range(layers)])
-        return [run[Site("z", layer)] for layer in range(layers)]
+        check_layers_run(vlm, to, range(layers))
+        sites = [head_site(vlm, layer) for layer in range(layers)]
+        run = vlm.run(to, read=sites)
+        return [run[site] for site in sites]
     if not isinstance(to, list | tuple | Tensor):
         raise TypeError(f"to={told(to)} is neither a prompt nor a list of tensors, one for each of {layers} layers.")
     if len(to) != layers:

@@ -11,6 +11,7 @@ import xarray as xr
 from torch import Tensor
 
 from mechvlm.experiments.record import chosen_layers, one_prompt, record, word_list
+from mechvlm.experiments.sight import check_layers_run
 from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, whole, whole_numbers
@@ -52,7 +53,7 @@ def logit_lens(
         nostalgebraist (2020), "interpreting GPT: the logit lens"; for image tokens Neo et al. (2024), "Towards
         Interpreting Visual Information Processing in Vision-Language Models", section 5.
     """
-    where, after = _positions(one_prompt(prompt), positions), chosen_layers(vlm, layers)
+    where, after = _positions(one_prompt(prompt), positions), check_layers_run(vlm, prompt, chosen_layers(vlm, layers))
     words = word_list(words)
     most = vlm.shape.vocabulary
     if not 1 <= whole("top", top) <= most:

@@ -22,6 +22,8 @@ from mechvlm.imagemap import ImageMap
 SIDE = 520  # pixels on the screen of a picture's longer side, where nothing asks for more
 LARGEST = 1200  # pixels of the longer side that are embedded
 SMALL = 300  # a picture below this is enlarged square by square; browsers would blur it
+COUNTED_BY = {"tokens": "position", "keys": "key", "patches": "patch"}
+"""The dim of values over an image, by what its squares are of."""
 GAP = 0.03  # between panels, as a share of the width
 
 
@@ -117,7 +119,9 @@ class Canvas:
         if cell is None:
             return ""
         tiled = f"tile {cell[0]}, " if sum(map(len, self.panels)) > 1 else ""
-        return f"position {position}<br>{tiled}row {cell[1]}, column {cell[2]}" + (f"<br>{text}" if text else "")
+        return f"{COUNTED_BY[self.image_map.of]} {position}<br>{tiled}row {cell[1]}, column {cell[2]}" + (
+            f"<br>{text}" if text else ""
+        )
 
 
 def _tiles(image_map: ImageMap) -> list[Tile]:

@@ -15,7 +15,7 @@ import xarray as xr
 from PIL import Image
 
 from mechvlm.imagemap import ImageMap
-from mechvlm.plot.canvas import Canvas
+from mechvlm.plot.canvas import COUNTED_BY, Canvas
 from mechvlm.plot.look import INK, colours, finished, label, plain, tick_step
 from mechvlm.prompt import Prompt
 
@@ -39,6 +39,13 @@ _UNDER_WORDS = [
     [0.5, "rgba(170, 210, 245, 0.45)"],
     [1.0, "rgba(90, 165, 240, 0.6)"],
 ]
+ELSEWHERE = {
+    "keys": "this picture is seen by cross-attention, whose keys are its squares, and no position of the text stands "
+    "for one; mv.attention_map in a layer of cross-attention and mv.gradient_attribution give values by key.",
+    "patches": "this picture is seen through a Q-Former, whose queries stand for no place in it; mv.queries_to_patches "
+    "says where they look, and mv.compose_queries carries values on them over to the patches.",
+}
+"""Why values by position have no place in a picture, and what has."""
 _RIM = ", ".join(f"{x}px {y}px 2px white" for x in (-1, 0, 1) for y in (-1, 0, 1))
 
 
@@ -54,13 +61,16 @@ def over_image(
 
     Args:
         values: dim `position`, whose coordinates are positions and may hold others than the image's; or one value for
-            each of the image's tokens, in their order. A token without a value, or with nan, stays clear.
+            each of the image's tokens, in their order. A token without a value, or with nan, stays clear. Where the
+            picture's squares are keys of cross-attention the dim is `key`, and `patch` where a Q-Former stands
+            between them and the text.
         image_map: which token looks where, `prompt.images[0]`.
         picture: the original, `prompt.pictures[0]`.
         limits: lowest and highest value of the colours, for figures that are to be compared.
 
     Raises:
-        ValueError: if no value belongs to the image, or the picture is another.
+        ValueError: if no value belongs to the image, or the picture is another, or values by position are given where
+            no position stands for a place in it.
 
     Example:
         >>> over_image(attention_map(vlm, real, layer=3, head=5), real.images[0], real.pictures[0])
@@ -87,12 +97,15 @@ def tokens_over_image(
         image: which of the prompt's images.
 
     Raises:
-        ValueError: for a layer that is not in the lens, or a lens without this image's positions.
+        ValueError: for a layer that is not in the lens, a lens without this image's positions, or an image of which no
+            position stands for a place.
 
     Example:
         >>> tokens_over_image(logit_lens(vlm, real, positions=real.image), real, layer=6)
     """
     image_map, picture = _image(prompt, image)
+    if image_map.of != "tokens":
+        raise ValueError(f"what the lens reads at positions cannot be drawn: {ELSEWHERE[image_map.of]}")
     read = _readings(lens, layer, image_map)
     known = {position: ranked[0][1] for position, ranked in read.items()}
     texts = {
@@ -139,7 +152,9 @@ def token_grid(prompt: Prompt, image: int = 0, title: str = "", caption: str = "
                 figure.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", row=1, col=number)
         if len(tiles) == 1:
             figure.update_xaxes(title_text="column", **_numbers(tiles[0].x), col=number)
-            figure.update_yaxes(title_text="row", **_numbers(tiles[0].y), col=number)
+            if number in (1, len(canvas.panels)):  # between panels there is no room for numbers
+                side = "left" if number == 1 else "right"
+                figure.update_yaxes(title_text="row", side=side, **_numbers(tiles[0].y), col=number)
     return finished(figure.update_layout(showlegend=False), title, caption, canvas.width, canvas.height)
 
 
@@ -185,27 +200,32 @@ def _image(prompt: Prompt, image: int) -> tuple[ImageMap, Image.Image]:
 
 def _by_position(values: xr.DataArray | Sequence[int | float] | np.ndarray, image_map: ImageMap) -> dict[int, float]:
     """The finite values of the image's tokens by position."""
-    if isinstance(values, xr.DataArray) and values.dims != ("position",):
+    dim = COUNTED_BY[image_map.of]
+    if isinstance(values, xr.DataArray) and values.dims != (dim,):
+        if dim != "position" and "position" in values.dims:
+            raise ValueError(f"values by position cannot be drawn: {ELSEWHERE[image_map.of]}")
         given = ", ".join(map(str, values.dims)) or "none"
         raise ValueError(
-            f"over_image draws one dim, position, and the array has {given}; choose or average the others first."
+            f"over_image draws one dim, {dim}, and the array has {given}; choose or average the others first."
         )
     numbers = np.asarray(values, dtype=float)
-    if isinstance(values, xr.DataArray) and "position" in values.coords:
-        given_at = values.position.values.tolist()
+    if isinstance(values, xr.DataArray) and dim in values.coords:
+        given_at = values[dim].values.tolist()
     elif numbers.shape == (len(image_map.positions),):
         given_at = list(image_map.positions)
     else:
+        how = f"give one each, or a DataArray whose dim {dim} says which is whose."
         raise ValueError(
-            f"the image has {len(image_map.positions)} tokens, and values of shape {numbers.shape} were given; give "
-            f"one each, or a DataArray whose dim position says which is whose."
+            f"the image has {len(image_map.positions)} {image_map.of}, and values of shape {numbers.shape} were given; "
+            f"{ELSEWHERE.get(image_map.of, how)}"
         )
     wanted = set(image_map.positions)
     pairs = zip(given_at, numbers.tolist(), strict=True)
     known = {position: value for position, value in pairs if position in wanted and np.isfinite(value)}
     if not known:
+        said = "positions" if dim == "position" else image_map.of
         raise ValueError(
-            f"there is nothing to draw: no finite value belongs to the image's tokens, which are positions "
+            f"there is nothing to draw: no finite value belongs to the image's {image_map.of}, which are {said} "
             f"{image_map.positions[0]} to {image_map.positions[-1]}."
         )
     return known

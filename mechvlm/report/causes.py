@@ -6,6 +6,8 @@ Rule this module guards: as in `views`; and every effect is an edited run compar
 'The picture moves the metric from -5.82 to +2.57. Most of that enters layer 0 at “image”, layers 1 to 7 at “question”.'
 """
 
+from collections.abc import Sequence
+
 import pandas as pd
 import xarray as xr
 
@@ -14,12 +16,15 @@ from mechvlm.edits import bias_attention
 from mechvlm.experiments.attribution import gradient_attribution
 from mechvlm.experiments.dose import dose_response
 from mechvlm.experiments.patching import patch_spans
+from mechvlm.experiments.sight import cross_layers, named, own_layers
+from mechvlm.report.drawn import NO_PLACE, best_place, joined, kind, values_over
 from mechvlm.report.page import COUNTED, Drawing, Section, Table, listed
 from mechvlm.report.study import Study
 
 AMOUNTS = (-8.0, -6.0, -4.0, -3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 NEW_TOKENS = 24
 LEAST = 0.0005  # an attribution below this is +0.000 as it is printed
+NOTHING = 0.0005  # so is a share
 MOST, OPPOSING = 0.5, -0.25  # shares: above the one is most; below the other something else works against it
 
 
@@ -57,6 +62,9 @@ def patching(study: Study) -> Section:
             "carry over."
         )
     share = found.normalised
+    enters = "Layer 0 patches the embeddings, so there the image must give 1."
+    if cross_layers(study.vlm):
+        enters = f"{named(cross_layers(study.vlm)).capitalize()} go on looking at the null image, whatever is patched."
     return Section(
         name="patching",
         title="Where what was seen passes",
@@ -64,8 +72,7 @@ def patching(study: Study) -> Section:
         sentence="What enters one layer (resid_pre) at the positions of one span is taken from the run with the "
         "picture and put into the run with the null image; the map shows how far that carries the answer over.",
         conventions=f"0: the null image’s own metric ({ends[0]:+.2f}); 1: the picture’s ({ends[1]:+.2f}), of "
-        f"{study.measured}. Below 0 and above 1 are possible. Layer 0 patches the embeddings, so there the image must "
-        f"give 1. {COUNTED}",
+        f"{study.measured}. Below 0 and above 1 are possible. {enters} {COUNTED}",
         drawings=[
             Drawing(
                 f"Map of the patches’ effect by layer and span. Image span: {listed(share.sel(span='image'))}.",
@@ -79,29 +86,25 @@ def patching(study: Study) -> Section:
 def attribution(study: Study) -> Section:
     """Gradient times input over the picture."""
     found = gradient_attribution(study.vlm, study.real, study.metric)
-    most = found.attribution.isel(position=int(abs(found.attribution.values).argmax()))
-    where = f"row {int(most.row)}, column {int(most.column)}"
+    most = found.attribution[int(abs(found.attribution.values).argmax())]
+    where, token = best_place(found.attribution, study.real), "key" if kind(study.real) == "keys" else "token"
     if abs(float(most)) < LEAST:
-        finding = f"No image token's attribution reaches {LEAST}: around this answer the metric is flat, as where a "
-        finding += "probability is all but 0 or 1, and to first order no token can be told from another."
+        finding = f"No image {token}'s attribution reaches {LEAST}: around this answer the metric is flat, as where a "
+        finding += f"probability is all but 0 or 1, and to first order no {token} can be told from another."
     else:
         side = "for" if most > 0 else "against"
-        finding = f"The token at {where} speaks most {side} “{study.answers[0]}” ({float(most):+.3f})."
-    image, drawn = study.real.images[0], study.real.pictures[0]
+        finding = f"The {token} at {where} speaks most {side} “{study.answers[0]}” ({float(most):+.3f})."
+    drawings = values_over(found.attribution, study.real, f"The picture coloured by attribution, strongest at {where}.")
+    sentence = f"The gradient of {study.measured} at each image {token}’s feature, times the feature, summed over its "
+    sentence += "dimensions: how much the token speaks for the answer, to first order."
     return Section(
         name="attribution",
         title="Which image tokens the answer depends on",
         finding=finding,
-        sentence=f"The gradient of {study.measured} at each image token’s feature, times the feature, summed over its "
-        "dimensions: how much the token speaks for the answer, to first order.",
+        sentence=joined([sentence, "" if drawings else NO_PLACE]),
         conventions=f"In {study.unit}. Positive: scaling the token up raises the metric. The sum over tokens is not "
         "the metric, since the model is not linear.",
-        drawings=[
-            Drawing(
-                f"The picture coloured by attribution, strongest at {where}.",
-                plot.over_image(found.attribution, image, drawn),
-            )
-        ],
+        drawings=drawings,
         numbers={"attribution": found},
     )
 
@@ -139,14 +142,16 @@ def dose(study: Study) -> Section:
 
 def generation(study: Study) -> Section:
     """What the model says, with and without a bias."""
-    everywhere = range(study.vlm.shape.layers["text"])
+    own, across = own_layers(study.vlm), cross_layers(study.vlm)
     rows = []
     for prompt, name in ((study.real, "picture"), (study.null, "null image")):
-        for amount in (0.0, study.bias, -study.bias):
-            edits = [bias_attention(layer, prompt.image, amount) for layer in everywhere] if amount else []
+        for amount in (0.0,) if across else (0.0, study.bias, -study.bias):
+            edits = [bias_attention(layer, prompt.image, amount) for layer in own] if amount else []
             said = study.vlm.generate(prompt, edits, max_new_tokens=NEW_TOKENS, do_sample=False)
             text = said.text if said.text is not None else " ".join(map(str, said.tokens[0].tolist()))
             rows.append((name, f"{amount:+g}" if amount else "none", text or "(nothing: it ended at once)"))
+    if across:
+        return _said(rows, f"{named(across)} look at the picture alone, so no bias makes them look at it more.")
     changed = sum(row[2] != rows[0][2] for row in rows[1:3])
     return Section(
         name="generation",
@@ -161,23 +166,48 @@ def generation(study: Study) -> Section:
     )
 
 
+def _said(rows: Sequence[tuple], why: str) -> Section:
+    """What the model says without a bias, where none can be."""
+    same = rows[0][2] == rows[1][2]
+    return Section(
+        name="generation",
+        title="What it says",
+        finding=f"With the picture and with the null image it says {'the same' if same else 'something else'}.",
+        sentence=f"The text generated after the prompt, token by token and always the likeliest, at most {NEW_TOKENS} "
+        "tokens.",
+        conventions=f"Left out is what it says with a bias on attention to the image: {why}",
+        tables=[Table("Generated text", ("image", "bias on image tokens", "text"), rows)],
+        numbers={"generation": pd.DataFrame(rows, columns=["image", "bias", "text"])},
+    )
+
+
 def carried(share: xr.DataArray) -> str:
     """Which span carries what was seen into which layers, with "most" only where that is so."""
     best = [
-        (str(row.span.values[row.values.argmax()]), float(row.max()) > MOST and float(row.min()) > OPPOSING)
+        (str(row.span.values[row.values.argmax()]), how_much(row.values.tolist()))
         for row in share.transpose("layer", "span")
     ]
-    most, others = stretches(best, True), stretches(best, False)
+    most, others, none = (stretches(best, wanted) for wanted in ("most", "some", "none"))
     said = f"Most of that enters {most}." if most else "Into no layer does one span carry most of that."
-    return f"{said} The largest share, but not most or not unopposed, enters {others}." if others else said
+    said += f" The largest share, but not most or not unopposed, enters {others}." if others else ""
+    return f"{said} Nothing of it enters {none}." if none else said
 
 
-def stretches(best: list[tuple[str, bool]], wanted: bool) -> str:
+def how_much(shares: Sequence[float]) -> str:
+    """Whether one span carries "most", "some" or "none" of what was seen."""
+    if max(map(abs, shares)) < NOTHING:
+        return "none"
+    return "most" if max(shares) > MOST and min(shares) > OPPOSING else "some"
+
+
+def stretches(best: list[tuple[str, str]], wanted: str) -> str:
     """The spans at the layers of one kind, neighbours joined: 'layer 0 at image, layers 1 to 7 at question'."""
     found, start = [], 0
-    for at in range(1, len(best) + 1):
-        if at == len(best) or best[at] != best[start]:
+    alike = [("", much) if much == "none" else (span, much) for span, much in best]
+    for at in range(1, len(alike) + 1):
+        if at == len(alike) or alike[at] != alike[start]:
             layers = f"layer {start}" if at - 1 == start else f"layers {start} to {at - 1}"
-            found += [f"{layers} at “{best[start][0]}”"] if best[start][1] == wanted else []
+            span, much = alike[start]
+            found += [f"{layers} at “{span}”" if span else layers] if much == wanted else []
             start = at
     return ", ".join(found)

@@ -12,6 +12,7 @@ import xarray as xr
 
 from mechvlm.experiments.ablation import ablate_each_head
 from mechvlm.experiments.profile import attention_profile
+from mechvlm.experiments.sight import cross_layers, image_dim
 from mechvlm.metrics import Metric, log_probability, logit_difference
 from mechvlm.prompt import Prompt
 from mechvlm.vlm import VLM
@@ -79,12 +80,22 @@ class Study:
         """Layer and head whose attention is drawn, and how they were chosen."""
         if self.layer is not None and self.head is not None:
             return self.layer, self.head, "as was asked for"
+        if image_dim(self.real) == "key":
+            return self._chosen_across()
         looks = attention_profile(self.vlm, self.real, queries="text").mass.sel(span="image").isel(example=0)
         score = looks * abs(self.effect)
         score = score if self.layer is None else score.sel(layer=[self.layer])
         score = score if self.head is None else score.sel(head=[self.head])
         best = score.isel(score.argmax(...))
         how = "the one whose effect when ablated, times its text positions’ attention to the image, is largest"
+        return int(best.layer), int(best["head"]), how
+
+    def _chosen_across(self) -> tuple[int, int, str]:
+        """The same among the layers of cross-attention, all of whose attention is to the picture."""
+        score = abs(self.effect).sel(layer=cross_layers(self.vlm) if self.layer is None else [self.layer])
+        score = score if self.head is None else score.sel(head=[self.head])
+        best = score.isel(score.argmax(...))
+        how = "the one of cross-attention whose effect when ablated is largest"
         return int(best.layer), int(best["head"]), how
 
     @property

@@ -8,40 +8,67 @@ units, where layers start, and what positive means.
 """
 
 import pandas as pd
+import plotly.graph_objects as go
 import xarray as xr
+from PIL import Image
 
 from mechvlm import plot
 from mechvlm.experiments.answers import answer_probabilities
 from mechvlm.experiments.lens import logit_lens
 from mechvlm.experiments.profile import attention_map, attention_profile
+from mechvlm.experiments.sight import cross_layers, image_dim, named
+from mechvlm.imagemap import ImageMap
 from mechvlm.prompt import Prompt
+from mechvlm.report.drawn import (
+    NO_PLACE,
+    NOT_DRAWN,
+    best_place,
+    gaps,
+    grids,
+    joined,
+    kind,
+    names,
+    over_pictures,
+    seen,
+    square,
+    squares,
+    stretches_of,
+)
 from mechvlm.report.page import COUNTED, Drawing, Section, Table, listed
 from mechvlm.report.study import Study
 
 MOST_QUERIES = 24
+BLUER = "Bluer is more likely, by the probability of the likeliest token; hovering shows five."
 
 
 def picture(study: Study) -> Section:
     """The picture and its image tokens."""
-    image = study.real.images[0]
-    height, width = image.token
-    spans = [(name, len(where), _range(where)) for name, where in study.real.spans.items()]
+    real, null = study.real, study.null
+    spans = [(name, len(where), stretches_of(where)) for name, where in real.spans.items()]
+    overlapping = "Where squares overlap, the picture is drawn once for each layer of them."
+    tiled = any(len(image.tiles) > 1 for image in real.images)
+    shown = dict(zip(names(real, "picture"), real.pictures, strict=True))
     return Section(
         name="picture",
         title="The picture, as tokens",
-        finding=f"The picture takes {len(study.real.image)} of the prompt’s {len(study.real)} positions.",
-        sentence=f"The picture with the {image.rows} × {image.columns} squares that the vision tower turns into one "
-        "image token each; the squares are computed by undoing what the processor did to the picture.",
-        conventions=f"Rows and columns count from 0; a square is {width} × {height} pixels of what the model sees. The "
-        f"null image is “{study.null_name}”. A span is a named list of positions; together they hold every position "
-        "once.",
+        finding=seen(study),
+        sentence=f"The picture with the {squares(study)}; the squares are computed by undoing what the processor did "
+        "to the picture.",
+        conventions=joined(
+            [
+                f"Rows and columns count from 0; a square is {square(real)} pixels of what the model sees.",
+                overlapping if tiled else "",
+                gaps(real),
+                f"The null image is “{study.null_name}”. A span is a named list of positions; together they hold every "
+                "position once.",
+            ]
+        ),
         drawings=[
-            Drawing(
-                f"The picture with a grid of {image.rows} by {image.columns} image tokens.", plot.token_grid(study.real)
-            ),
+            Drawing(f"{name} with a grid of {grids(image)}.", plot.token_grid(real, number))
+            for number, (name, image) in enumerate(zip(names(real, "picture"), real.images, strict=True))
         ],
         tables=[Table("What the positions of the prompt are", ("span", "positions", "which"), spans)],
-        pictures={"The picture": study.real.pictures[0], "The null image": study.null.pictures[0]},
+        pictures={**shown, **dict(zip(names(null, "null image"), null.pictures, strict=True))},
     )
 
 
@@ -132,18 +159,30 @@ def profile(study: Study) -> Section:
     found = attention_profile(study.vlm, [study.real, study.null])
     mass = found.mass.assign_coords(example=["real", "null"]).rename(example="prompt").drop_vars("question")
     image = mass.sel(span="image", drop=True)
-    by_layer = image.mean("head").sel(prompt="real")
-    peak = int(by_layer.values.argmax())
+    by_layer = image.mean("head").sel(prompt="real").dropna("layer")
+    peak = by_layer[int(by_layer.values.argmax())]
+    across = named(cross_layers(study.vlm))
+    finding = (
+        f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average over "
+        f"layers and heads, and {float(peak):.0%} in layer {int(peak.layer)}, the highest of the layers’ averages."
+    )
+    if kind(study.real) == "keys":
+        finding = f"In {across} the last position looks at the picture alone; in the others it divides its attention "
+        finding += f"over the words, of which the image’s one token gets {float(by_layer.mean()):.0%} on average."
     return Section(
         name="attention",
         title="Where the answer looks",
-        finding=f"The last position pays {float(by_layer.mean()):.0%} of its attention to the image on average over "
-        f"layers and heads, and {float(by_layer[peak]):.0%} in layer {peak}, the highest of the layers’ averages.",
+        finding=finding,
         sentence="How the last position, which answers, divides its attention over the spans of the prompt: the "
         "attention weights on a span’s keys summed, averaged over the heads of a layer (lines), and for the image in "
         "every head (maps).",
-        conventions=f"Fractions from 0 to 1 that sum to 1 over the spans, not divided by their lengths. {COUNTED} "
-        "Solid: with the picture. Dashed: with the null image.",
+        conventions=joined(
+            [
+                f"Fractions from 0 to 1 that sum to 1 over the spans, not divided by their lengths. {COUNTED} "
+                "Solid: with the picture. Dashed: with the null image.",
+                f"Left out are {across}, which attend to the picture’s keys and not to the text." if across else "",
+            ]
+        ),
         drawings=[
             Drawing(
                 f"Lines of attention by layer, one for each span. On the image, real: {listed(by_layer)}.",
@@ -165,70 +204,82 @@ def attention(study: Study) -> Section:
     # A prompt that ends in its image has no text after it; it answers at its last position all the same.
     where = (study.real.question + study.real.last)[-MOST_QUERIES:] or [len(study.real) - 1]
     maps = attention_map(study.vlm, study.real, layer, head, where)
-    top = float(maps.max()) or 1.0
-    image, drawn = study.real.images[0], study.real.pictures[0]
-    figures = {
-        f"{query}: {study.real.tokens[query]}": plot.over_image(maps.isel(query=at), image, drawn, limits=(0.0, top))
-        for at, query in enumerate(where)
-    }
-    masses = maps.sum("position").values
+    top, masses = float(maps.max()) or 1.0, maps.sum(image_dim(study.real)).values
     best = int(masses.argmax())
     finding = f"In layer {layer}, head {head}, the last position puts {masses[-1]:.0%} of its attention on the image"
-    if len(where) > 1:
+    if kind(study.real) == "keys":
+        best, last = len(where) - 1, maps.isel(query=-1)
+        finding = (
+            f"In layer {layer}, head {head}, where all attention is to the picture, the last position’s goes most "
+        )
+        finding += f"to {best_place(last, study.real)}, with {float(last.max()):.0%}"
+    elif len(where) > 1:
         finding += f"; of the last {len(where)} positions after the picture, “{study.real.tokens[where[best]]}” "
         finding += f"(position {where[best]}) looks there most, with {masses[best]:.0%}"
+
+    def draw(image: ImageMap, drawn: Image.Image) -> dict[str, go.Figure]:
+        rows = {f"{query}: {study.real.tokens[query]}": maps.isel(query=at) for at, query in enumerate(where)}
+        return {said: plot.over_image(row, image, drawn, limits=(0.0, top)) for said, row in rows.items()}
+
+    alt = f"The picture coloured by attention weights of the chosen position, up to {top:.2f}."
+    drawings = over_pictures(study.real, alt, draw, chooser="position that looks", start=best)
+    looked_at = "key of the picture" if kind(study.real) == "keys" else "image token"
+    starts = "the last position" if kind(study.real) == "keys" else "the position that looks there most"
     return Section(
         name="attention_map",
         title="Attention over the picture",
         finding=f"{finding}.",
-        sentence=f"The attention weights of one text position on every image token, in layer {layer}, head {head}, "
-        f"{why}: the softmax row of that position as the model computed it. The slider chooses the position that "
-        "looks.",
+        sentence=f"The attention weights of one text position on every {looked_at}, in layer {layer}, head {head}, "
+        f"{why}: the softmax row of that position as the model computed it. "
+        + ("The slider chooses the position that looks." if drawings else NO_PLACE),
         conventions=f"Weights from 0 (clear) to {top:.2f} on one scale for all positions; over all keys of a row they "
-        f"sum to 1. {COUNTED} It starts with the position that looks there most.",
-        drawings=[
-            Drawing(
-                f"The picture coloured by attention weights of the chosen position, up to {top:.2f}.",
-                figures,
-                chooser="position that looks",
-                start=best,
-            )
-        ],
+        f"sum to 1. {COUNTED}" + (f" It starts with {starts}." if drawings else ""),
+        drawings=drawings,
         numbers={"attention_map": maps},
     )
 
 
 def lens(study: Study) -> Section:
     """The logit lens on image tokens."""
-    words = list(study.answers)
-    found = logit_lens(study.vlm, study.real, positions=study.real.image, words=words)
+    found = logit_lens(study.vlm, study.real, positions=study.real.image, words=list(study.answers))
     layers = found.layer.values.tolist()
-    figures = {str(layer): plot.tokens_over_image(found, study.real, layer=layer) for layer in layers}
-    for figure in figures.values():
-        # One scale for all layers; the slider says which it is, so the title's room goes too.
-        figure.update_layout(
-            coloraxis={"cmin": 0, "cmax": 1}, title_text=None, margin_t=30, height=figure.layout.height - 36
-        )
     start = len(layers) * 3 // 4
-    read = pd.Series(found.token.isel(layer=start).sel(rank=1).values.tolist()).value_counts()
+    one = found.isel(layer=start).sel(rank=1)
+    read = pd.Series(one.token.values.tolist()).value_counts()
     most = ", ".join(f"“{word}” ({count})" for word, count in read.head(5).items())
+    on_picture = kind(study.real) == "tokens"
+    rows = list(zip(one.position.values.tolist(), one.token.values.tolist(), strict=True))
+    table = Table(f"The word each image token reads as after layer {layers[start]}", ("position", "word"), rows)
     return Section(
         name="lens",
         title="What the image tokens hold: the logit lens",
         finding=f"After layer {layers[start]} the {len(study.real.image)} image tokens read most often {most}.",
         sentence="The word each image token stands for after the chosen layer: what the layer leaves there "
-        "(resid_post), through the model’s own final norm and unembedding. The slider chooses the layer.",
-        conventions=f"Bluer is more likely, by the probability of the likeliest token; hovering shows five. {COUNTED}",
-        drawings=[
-            Drawing(
-                "The picture with a word in each image token’s square, for the chosen layer.",
-                figures,
-                chooser="after layer",
-                start=start,
-            )
-        ],
+        "(resid_post), through the model’s own final norm and unembedding. "
+        + ("The slider chooses the layer." if on_picture else NOT_DRAWN[kind(study.real)]),
+        conventions=joined([BLUER if on_picture else "", COUNTED]),
+        drawings=_lens_drawings(study, found, start) if on_picture else [],
+        tables=[] if on_picture else [table],
         numbers={"lens": found},
     )
+
+
+def _lens_drawings(study: Study, found: xr.Dataset, start: int) -> list[Drawing]:
+    """The lens's words over each image, layer by layer."""
+    drawings = []
+    for number, name in enumerate(names(study.real, "picture")):
+        figures = {
+            str(layer): plot.tokens_over_image(found, study.real, layer=layer, image=number)
+            for layer in found.layer.values.tolist()
+        }
+        for figure in figures.values():
+            # One scale for all layers; the slider says which it is, so the title's room goes too.
+            figure.update_layout(
+                coloraxis={"cmin": 0, "cmax": 1}, title_text=None, margin_t=30, height=figure.layout.height - 36
+            )
+        alt = f"{name} with a word in each image token’s square, for the chosen layer."
+        drawings.append(Drawing(alt, figures, chooser="after layer", start=start))
+    return drawings
 
 
 def _next_tokens(study: Study, prompt: Prompt) -> list[tuple[str, float]]:
@@ -244,7 +295,3 @@ def _ids(study: Study, word: str | int) -> list[int]:
 def _pairs(shown: xr.DataArray, name: str) -> list[tuple[str, float]]:
     one = shown.sel(prompt=name)
     return list(zip(one.word.values.tolist(), one.values.tolist(), strict=True))
-
-
-def _range(where: list[int]) -> str:
-    return f"{where[0]} to {where[-1]}" if len(where) > 1 else str(where[0])

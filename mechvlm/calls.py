@@ -1,0 +1,195 @@
+"""What attention modules hand to their kernels, in one form: q, k, v, mask, scale, and how to write them back.
+
+Shapes: `q` is `batch head query d_head`, `k` and `v` are `batch kv_head key d_head`, `z` is `batch pos head d_head`.
+"""
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from mechvlm import attention
+from mechvlm.towers import Block
+
+Offer = Callable[[str, Tensor], Tensor]
+
+
+def call_of(module: Any, block: Block, offer: Offer, length: int | None = None) -> "Call | Chunked":
+    """The attention call of a module, inside a trace.
+
+    Args:
+        length: how many positions the text has by now; None where the keys are not those of the text.
+    """
+    return Chunked(module, offer) if block.interface is None else Call(module, block.interface, block.causal, length)
+
+
+MASKED = ("sdpa", "eager")
+"""The kernels that take a mask to add to the scores."""
+
+
+def kernel_of(module: Any) -> str:
+    """The attention implementation of a module."""
+    return module._module.config._attn_implementation
+
+
+def takes_mask(handed: Any) -> bool:
+    """Whether what a kernel is handed says of each query and key whether they may meet."""
+    return handed is not None and (not isinstance(handed, Tensor) or handed.ndim > 2)
+
+
+def readable(handed: Any, q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tensor | None:
+    """The mask of a call as a tensor `rows heads query key`; None where its kernel is causal or not, and nothing more.
+
+    Args:
+        handed: such a tensor; a `BlockMask`, which FlexAttention takes; the padding `batch key`, which flash attention
+            takes; or None.
+        window: how many keys a query sees at most, for kernels that are told so and not by a mask.
+    """
+    if isinstance(handed, Tensor) and handed.ndim > 2:
+        return handed
+    query, key = q.shape[2], k.shape[2]
+    if handed is not None and not isinstance(handed, Tensor):
+        from torch.nn.attention.flex_attention import create_mask
+
+        return create_mask(handed.mask_mod, q.shape[0], 1, query, key, device=str(q.device))
+    if handed is None and (not causal or window is None or window >= key):
+        return None
+    last = torch.arange(key - query, key, device=q.device)[:, None]
+    place = torch.arange(key, device=q.device)
+    allowed = place <= last if causal else torch.ones(query, key, dtype=torch.bool, device=q.device)
+    if window is not None and causal:
+        allowed = allowed & (place > last - window)
+    padding = torch.ones(1, key, dtype=torch.bool, device=q.device) if handed is None else handed[:, -key:].bool()
+    return allowed[None, None] & padding[:, None, None]
+
+
+class Call:
+    """The arguments of one attention call, by name, and how to write them back.
+
+    Attributes:
+        ways: how its kernel can be asked for a bias; any other computes the layer anew.
+        shown_anew: whether `result` is a view that the model itself does not go on with.
+        cap: scores are c tanh(x / c); None where they are x.
+    """
+
+    shown_anew = False
+
+    def __init__(self, module: Any, interface: str, causal: bool, length: int | None) -> None:
+        self.op = attrgetter(interface)(module.source)
+        args, self.named = self.op.inputs
+        self.args = list(args)
+        self.in_args = len(self.args) > 4
+        self.q, self.k, self.v = self.args[1:4]
+        self.handed = self.args[4] if self.in_args else self.named.get("attention_mask")
+        flag, scale = self.named.get("is_causal"), self.named.get("scaling")
+        self.causal = not takes_mask(self.handed) and (causal if flag is None else bool(flag))
+        self.mask = self.seen = readable(self.handed, self.q, self.k, self.causal, self.named.get("sliding_window"))
+        self.causal = self.mask is None and self.causal
+        self.scale: float = self.q.shape[-1] ** -0.5 if scale is None else scale
+        self.cap: float | None = self.named.get("softcap")
+        by_mask = ("mask",) if self.seen is self.handed and kernel_of(module) in MASKED else ()
+        # A feature's product would be capped with the scores.
+        self.ways: tuple[str, ...] = (*by_mask, "feature") if self.cap is None else by_mask
+        self.missing = 0 if length is None else max(0, length - self.k.shape[2])
+        if self.missing:
+            self.recall()
+
+    def recall(self) -> None:
+        """Put masked keys where a sliding window's cache has let go of the first ones, so each has its position."""
+        mask = self.allowed()
+        self.k, self.v = (pad(x, (0, 0, self.missing, 0)) for x in (self.k, self.v))
+        self.mask = self.seen = pad(mask, (self.missing, 0), value=-torch.inf)
+        self.causal = False
+
+    def offer(self, offer: Offer) -> bool:
+        """Offer q, k and v; whether one changed."""
+        old = self.q, self.k, self.v
+        self.q, self.k, self.v = offer("q", self.q), offer("k", self.k), offer("v", self.v)
+        return any(new is not one for new, one in zip((self.q, self.k, self.v), old, strict=True))
+
+    def write(self) -> None:
+        """Hand the changed arguments to the kernel."""
+        self.args[1:4] = [self.q, self.k[:, :, self.missing :], self.v[:, :, self.missing :]]
+        mask = self.handed
+        if self.mask is not self.seen and self.mask is not None:
+            mask = self.mask[..., self.missing :]
+        if self.in_args:
+            self.args[4] = mask
+        elif mask is not None:
+            self.named = {**self.named, "attention_mask": mask}
+        self.op.inputs = (tuple(self.args), self.named)
+
+    def allowed(self) -> Tensor:
+        """The mask as what is added to the scores."""
+        return attention.additive_mask(self.mask, self.q, self.k, self.causal)
+
+    def scores(self) -> Tensor:
+        """What goes into the softmax."""
+        return attention.scores(self.q, self.k, self.scale, self.allowed(), self.cap)
+
+    def result(self) -> Tensor:
+        """The kernel's z."""
+        return self.op.output[0]
+
+    def put(self, z: Tensor) -> None:
+        """Let the model go on with another z."""
+        self.op.output = (z, *self.op.output[1:])
+
+
+class Chunked:
+    """The attention of a tower that packs all images into one sequence and calls its kernel for each image or window.
+
+    Queries and keys are those of the whole sequence, as rotary embedding leaves them; the mask says which may meet.
+    """
+
+    ways: tuple[str, ...] = ()
+    shown_anew = True
+    causal = False
+    cap = None
+
+    def __init__(self, module: Any, offer: Offer) -> None:
+        self.turned = module.source.apply_rotary_pos_emb_vision_0  # named before the module runs, or it is not known
+        self.module, own = module, module._module
+        heads, self.scale = own.num_heads, own.scaling
+        borders = module.inputs[1]["cu_seqlens"]
+        projected = module.qkv.output  # pos (3 head d_head)
+        length = projected.shape[0]
+        three = projected.reshape(length, 3, heads, -1)
+        old = three[:, 2].transpose(0, 1)[None]
+        self.v = offer("v", old)
+        if self.v is not old:
+            values = self.v[0].transpose(0, 1)[:, None]
+            module.qkv.output = torch.cat([three[:, :2], values], 1).reshape(projected.shape)
+        self.q, self.k = (one.transpose(0, 1)[None] for one in self.turned.output)
+        chunk = torch.bucketize(torch.arange(length, device=borders.device), borders, right=True)
+        self.mask: Tensor | None = (chunk[:, None] == chunk)[None, None].to(projected.device)
+
+    def offer(self, offer: Offer) -> bool:
+        """Offer q and k, as v was when it was made; whether one changed."""
+        old = self.q, self.k
+        self.q, self.k = offer("q", self.q), offer("k", self.k)
+        return self.q is not old[0] or self.k is not old[1]
+
+    def write(self) -> None:
+        """Let the model go on with the changed queries and keys."""
+        self.turned.output = tuple(one[0].transpose(0, 1) for one in (self.q, self.k))
+
+    def allowed(self) -> Tensor:
+        """The mask as what is added to the scores."""
+        return attention.additive_mask(self.mask, self.q, self.k, False)
+
+    def scores(self) -> Tensor:
+        """What goes into the softmax."""
+        return attention.scores(self.q, self.k, self.scale, self.allowed())
+
+    def result(self) -> Tensor:
+        """What the heads took in, before the output matrix."""
+        flat = self.module.proj.input
+        return flat.reshape(1, flat.shape[0], self.q.shape[1], -1)
+
+    def put(self, z: Tensor) -> None:
+        """Let the model go on with another z."""
+        self.module.proj.input = z.reshape(z.shape[1], -1)

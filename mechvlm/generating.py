@@ -1,0 +1,78 @@
+"""Ways of generating: which are refused, and how the picture is looked at.
+
+Rule this module guards: every step of a generation is one pass over one new position, with a cache that grows by it,
+since edits and readings rest on that; and the first pass is the one that `run` makes.
+
+>>> check_sampling(20, {"do_sample": False}, model.generation_config)  # doctest: +SKIP
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mechvlm.batch import TEXT_LIKE
+from mechvlm.sites import told, whole
+
+REFUSED_SAMPLING = {
+    "use_cache": (True, None),
+    "cache_implementation": ("dynamic", None),
+    "guidance_scale": (1, None),
+    "negative_prompt_ids": (None,),
+    "negative_prompt_attention_mask": (None,),
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "penalty_alpha": (0, None),
+    "dola_layers": (None,),
+    "prefill_chunk_size": (None,),
+    "custom_generate": (None,),
+    "past_key_values": (None,),
+    "streamer": (None,),
+}
+"""Settings of a generation, and the values with which each step is one pass over one new position."""
+
+
+def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any) -> None:
+    """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it.
+
+    Args:
+        sampling: what the user passed.
+        own: the model's own generation configuration, which holds where neither the user nor his configuration does.
+    """
+    if whole("max_new_tokens", max_new_tokens) < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
+    given = {"inputs_embeds", "pixel_values", "position_ids", *TEXT_LIKE} & sampling.keys()
+    if given:
+        raise ValueError(f"{min(given)} comes from the prompt; change the prompt instead of passing it to generate.")
+    config = sampling.get("generation_config") or own
+    settings = {**config.to_dict(), **sampling}
+    refused = [name for name, fine in REFUSED_SAMPLING.items() if name in settings and settings[name] not in fine]
+    if refused:
+        raise ValueError(
+            f"generate does not take {refused[0]}={told(settings[refused[0]])}: edits and readings rest on steps of "
+            "one new position, each one pass, with a cache that grows by it."
+        )
+
+
+def check_copies(pictured: bool, sampling: Mapping[str, Any], own: Any) -> None:
+    """Refuse several texts for a prompt where something on the picture's way to the words is read or edited."""
+    settings = {**(sampling.get("generation_config") or own).to_dict(), **sampling}
+    copies = [name for name in ("num_beams", "num_return_sequences") if (settings.get(name) or 1) > 1]
+    if pictured and copies:
+        raise ValueError(
+            f"generate does not take {copies[0]}={settings[copies[0]]} together with readings or edits of image "
+            "features or of what makes them: transformers copies those for each text it follows; leave it at 1."
+        )
+
+
+def answered(hf: Any, given: Mapping[str, Any], pictured: bool) -> Any:
+    """What a model generates, looking at its picture within its first pass where something of it is read or edited.
+
+    From 5.23 on transformers runs the vision tower before that pass, outside of the calls that `mechvlm.walk` knows,
+    for models that say that they take images.
+    """
+    if not pictured:
+        return hf.generate(**given)
+    hf.input_modalities = ("text",)
+    try:
+        return hf.generate(**given)
+    finally:
+        del hf.input_modalities

@@ -1,0 +1,45 @@
+"""Tiny random models of every architecture in `ARCHS`, with their families' real processors, made offline."""
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+import mechvlm as mv
+from zoo import aya, gemma, glm, idefics, internvl, llava, mistral, mllama, molmo, ovis, queries, qwen
+from zoo.variant import Variant
+
+FAMILIES = (llava, queries, qwen, glm, internvl, idefics, gemma, mistral, molmo, ovis, aya, mllama)
+VARIANTS: dict[str, Variant] = {name: one for family in FAMILIES for name, one in family.VARIANTS.items()}
+"""Every tiny model by its name, which begins with its architecture's."""
+
+QUESTION = "is there a red dog in the image ?"
+EAGER_ONLY = {"paligemma2": "transformers computes Gemma 2's capped scores by eager attention only"}
+"""Why some models cannot run under another kernel."""
+
+
+def there(name: str) -> str:
+    """Why a variant cannot be built here; empty where it can."""
+    if name == "molmo2" and "molmo2" not in CONFIG_MAPPING:
+        return f"transformers {transformers.__version__} has no Molmo2; it came with 5.20"
+    return ""
+
+
+def build(
+    name: str, attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, processor: bool = True
+) -> mv.VLM:
+    """A tiny model of a variant, with its processor where that can be built here."""
+    variant = VARIANTS[name]
+    can = processor and (not variant.needs_torchvision or find_spec("torchvision") is not None)
+    return mv.VLM(variant.model(attention, dtype, seed), variant.processor() if can else None, name=name)
+
+
+def ask(vlm: mv.VLM, pictures: Any, words: str = QUESTION) -> mv.Prompt:
+    """A question about one picture, or several, through the processor, or as a ready encoding where it is not there."""
+    if vlm.processor is not None:
+        return vlm.prompt(pictures, words)
+    make = VARIANTS[vlm.name].encoding
+    assert make is not None, "a variant without its processor needs a ready encoding"
+    return vlm.prompt(encoding=make(pictures if isinstance(pictures, list) else [pictures], words))
