@@ -115,6 +115,7 @@ ARCHS: dict[str, Arch] = {
         grid="anyres",
         inputs=("image_sizes", "batch_num_images"),
     ),
+    "vipllava": replace(_LLAVA, example="llava-hf/vip-llava-7b-hf"),
     "instructblip": replace(
         _BLIP, example="Salesforce/instructblip-vicuna-7b", inputs=("qformer_input_ids", "qformer_attention_mask")
     ),

@@ -127,7 +127,6 @@ REFUSED: dict[str, str] = {
     "udop": ENCODER_DECODER,
     "unlimited_ocr": FOREIGN_TOWER,
     "video_llama_3": VIDEO_OR_SOUND,
-    "vipllava": NO_ROW,
     "video_llava": VIDEO_OR_SOUND,
     "vision-encoder-decoder": ENCODER_DECODER,
 }

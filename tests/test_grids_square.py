@@ -10,7 +10,7 @@ from zoo import gemma, llava, painting
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 SIZES = ([(60, 40)], [(40, 60)], [(100, 31)], [(48, 48)], [(4000, 50)], [(90, 61), (33, 70)])
-NAMES = ("llava", "llava-siglip", "paligemma", "gemma3")
+NAMES = ("llava", "llava-siglip", "vipllava", "paligemma", "gemma3")
 VARIANTS = llava.VARIANTS | gemma.VARIANTS
 
 

@@ -14,7 +14,7 @@ from mechvlm.imagemap import Grid, Place, Tile, View
 _CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """How many positions stand before the patches, by the type of the vision tower."""
 
-_KEEPS = {"paligemma": "full", "gemma3": "full"}
+_KEEPS = {"vipllava": "default", "paligemma": "full", "gemma3": "full"}
 """What a model keeps of its tower's positions, where its configuration does not say: without the first, or all."""
 
 

@@ -10,6 +10,7 @@ import tiny
 import torch
 from PIL import Image
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -28,6 +29,8 @@ from transformers import (
     Qwen2Config,
     SiglipImageProcessor,
     SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 
 from zoo import words
@@ -246,6 +249,35 @@ def encoding_llava_onevision(
     return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"], **given}
 
 
+def model_vipllava(
+    attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any
+) -> PreTrainedModel:
+    """VipLLaVA: a CLIP tower of four layers, of which three give the image features together."""
+    config = VipLlavaConfig(
+        vision_config=clip(layers=4),
+        text_config=text(LlamaConfig, num_key_value_heads=4, **more),
+        image_token_index=IMAGE,
+        image_seq_length=TOKENS,
+        vision_feature_layers=[-2, -4, 2],  # the name that both transformers 5.17 and 5.23 take
+    )
+    return spread(VipLlavaForConditionalGeneration, config, attention, dtype, seed)
+
+
+def processor_vipllava() -> LlavaProcessor:
+    """LLaVA's processor, which VipLLaVA uses too."""
+    pictures = CLIPImageProcessor(
+        size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}, do_center_crop=True, **MEAN
+    )
+    return LlavaProcessor(
+        pictures,
+        words.tokenizer(["<image>", "<video>"]),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=words.chat(),
+    )
+
+
 def model_llava(
     attention: str = "sdpa", dtype: torch.dtype = torch.float32, seed: int = 0, **more: Any
 ) -> PreTrainedModel:
@@ -262,4 +294,5 @@ VARIANTS: dict[str, Variant] = {
     "llava_onevision": Variant(
         model_llava_onevision, processor_llava_onevision, encoding_llava_onevision, needs_torchvision=True
     ),
+    "vipllava": Variant(model_vipllava, processor_vipllava),
 }
