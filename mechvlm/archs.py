@@ -177,5 +177,13 @@ ARCHS: dict[str, Arch] = {
         inputs=("aspect_ratio_ids", "aspect_ratio_mask", "cross_attention_mask"),
         shares=False,
     ),
+    "deepseek_vl": replace(
+        _LLAVA,
+        example="deepseek-community/deepseek-vl-1.3b-chat",
+        vision="model.vision_model",
+        grid="deepseek",
+        image="{mark}",
+        template="User: {image}{text}\n\nAssistant:",
+    ),
 }
 """The architectures that mechvlm knows, by the `model_type` of their configurations."""

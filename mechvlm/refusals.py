@@ -60,7 +60,6 @@ REFUSED: dict[str, str] = {
     "cosmos3_edge": NO_ROW,
     "cosmos3_omni": VIDEO_OR_SOUND,
     "deepseek_ocr2": RESAMPLER,
-    "deepseek_vl": NO_ROW,
     "deepseek_vl_hybrid": FOREIGN_TOWER,
     "diffusion_gemma": DIFFUSION,
     "dots3_note": INDEXED_ATTENTION,

@@ -8,10 +8,10 @@ import transformers
 from transformers import CONFIG_MAPPING
 
 import mechvlm as mv
-from zoo import aya, gemma, glm, idefics, internvl, llava, mistral, mllama, molmo, ovis, queries, qwen
+from zoo import aya, deepseek, gemma, glm, idefics, internvl, llava, mistral, mllama, molmo, ovis, queries, qwen
 from zoo.variant import Variant
 
-FAMILIES = (llava, queries, qwen, glm, internvl, idefics, gemma, mistral, molmo, ovis, aya, mllama)
+FAMILIES = (llava, queries, qwen, glm, internvl, idefics, gemma, mistral, molmo, ovis, aya, mllama, deepseek)
 VARIANTS: dict[str, Variant] = {name: one for family in FAMILIES for name, one in family.VARIANTS.items()}
 """Every tiny model by its name, which begins with its architecture's."""
 
