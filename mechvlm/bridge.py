@@ -33,7 +33,7 @@ Hook = Callable[[Tensor, Any], Tensor | None]
 
 
 def installed() -> bool:
-    """Whether TransformerLens can be imported; `pip install "mechvlm[transformer_lens]"` brings it."""
+    """Whether TransformerLens can be imported; `pip install "mechvlm[transformer-lens]"` brings it."""
     return find_spec("transformer_lens") is not None
 
 
@@ -205,7 +205,7 @@ def bridged(vlm: Any) -> Bridge:
     """
     if not installed():
         raise ModuleNotFoundError(
-            'TransformerLens is not installed; pip install "mechvlm[transformer_lens]" brings it.'
+            'TransformerLens is not installed; pip install "mechvlm[transformer-lens]" brings it.'
         )
     kind = type(vlm.hf).__name__
     if kind not in supported():
