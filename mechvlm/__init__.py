@@ -8,7 +8,8 @@
 Figure(...)
 
 Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
-ablate_heads, scale_heads, bias_attention, cut_attention, patch, steer, replace_span. Readings: rows, mass. Metrics:
+ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
+mass, entropy, top_keys, lazy (an Attention, not made). Metrics:
 logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
 ablate_each_head, patch_spans, gradient_attribution, dose_response, answer_probabilities, queries_to_patches,
 compose_queries, sweep. Figures: plot.
@@ -18,22 +19,27 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mechvlm import images as images
-from mechvlm.attention import mass as mass
-from mechvlm.attention import rows as rows
+from mechvlm.attention_edits import bias_attention as bias_attention
+from mechvlm.attention_edits import cut_attention as cut_attention
+from mechvlm.attention_edits import scale_attention as scale_attention
 from mechvlm.edits import Edit as Edit
 from mechvlm.edits import ablate_heads as ablate_heads
-from mechvlm.edits import bias_attention as bias_attention
-from mechvlm.edits import cut_attention as cut_attention
 from mechvlm.edits import patch as patch
 from mechvlm.edits import replace_span as replace_span
 from mechvlm.edits import scale_heads as scale_heads
 from mechvlm.edits import steer as steer
 from mechvlm.imagemap import ImageMap as ImageMap
+from mechvlm.lazy_attention import Attention as Attention
 from mechvlm.load import load as load
 from mechvlm.metrics import log_probability as log_probability
 from mechvlm.metrics import logit_difference as logit_difference
 from mechvlm.metrics import probability as probability
 from mechvlm.prompt import Prompt as Prompt
+from mechvlm.readings import entropy as entropy
+from mechvlm.readings import lazy as lazy
+from mechvlm.readings import mass as mass
+from mechvlm.readings import rows as rows
+from mechvlm.readings import top_keys as top_keys
 from mechvlm.run import Generation as Generation
 from mechvlm.run import Run as Run
 from mechvlm.sites import Site as Site

@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.encode import encode
 from mechvlm.grids import grids_of
 from mechvlm.layout import Layout
 from mechvlm.metrics import Metric
+from mechvlm.pixels import to_picture
 from mechvlm.prompt import Prompt, checked_pixels, locate
 from mechvlm.shapes import Parts, Shape, kernels_of, shape_of
 from mechvlm.sites import told, whole
@@ -61,6 +63,25 @@ def tensors_of(encoding: Any, more: Sequence[str] = ()) -> dict[str, Tensor]:
         return {name: torch.as_tensor(value) for name, value in encoding.items()}
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"the encoding is not made of numbers: {str(error).splitlines()[0].rstrip('.')}.") from None
+
+
+def ready_or_asked(about: tuple, image: Any, text: Any, raw: bool, encoding: Any) -> Prompt:
+    """A prompt from an encoding, or from pictures and words.
+
+    Args:
+        about: a model's processor, parts, shape and configuration.
+    """
+    processor, parts, shape, config = about
+    if encoding is not None:
+        if image is not None or text is not None:
+            raise ValueError("encoding= is a whole prompt; leave image and text out.")
+        return ready(encoding, parts, shape, config)
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
+    if processor is None:
+        raise ValueError("this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...).")
+    images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
+    return encode(processor, parts, shape, config, list(map(to_picture, images)), text, raw)
 
 
 def ready(encoding: Any, parts: Parts, shape: Shape, config: Any) -> Prompt:

@@ -8,10 +8,11 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mechvlm import attention
+from mechvlm.masks import Sees, sees_of
 from mechvlm.towers import Block
 
 Offer = Callable[[str, Tensor], Tensor]
@@ -29,6 +30,9 @@ def call_of(module: Any, block: Block, offer: Offer, length: int | None = None) 
 MASKED = ("sdpa", "eager")
 """The kernels that take a mask to add to the scores."""
 
+WIDEST = {"flash_attention_2": 256}
+"""How wide the heads of some kernels may be."""
+
 
 def kernel_of(module: Any) -> str:
     """The attention implementation of a module."""
@@ -40,39 +44,17 @@ def takes_mask(handed: Any) -> bool:
     return handed is not None and (not isinstance(handed, Tensor) or handed.ndim > 2)
 
 
-def readable(handed: Any, q: Tensor, k: Tensor, causal: bool, window: int | None) -> Tensor | None:
-    """The mask of a call as a tensor `rows heads query key`; None where its kernel is causal or not, and nothing more.
-
-    Args:
-        handed: such a tensor; a `BlockMask`, which FlexAttention takes; the padding `batch key`, which flash attention
-            takes; or None.
-        window: how many keys a query sees at most, for kernels that are told so and not by a mask.
-    """
-    if isinstance(handed, Tensor) and handed.ndim > 2:
-        return handed
-    query, key = q.shape[2], k.shape[2]
-    if handed is not None and not isinstance(handed, Tensor):
-        from torch.nn.attention.flex_attention import create_mask
-
-        return create_mask(handed.mask_mod, q.shape[0], 1, query, key, device=str(q.device))
-    if handed is None and (not causal or window is None or window >= key):
-        return None
-    last = torch.arange(key - query, key, device=q.device)[:, None]
-    place = torch.arange(key, device=q.device)
-    allowed = place <= last if causal else torch.ones(query, key, dtype=torch.bool, device=q.device)
-    if window is not None and causal:
-        allowed = allowed & (place > last - window)
-    padding = torch.ones(1, key, dtype=torch.bool, device=q.device) if handed is None else handed[:, -key:].bool()
-    return allowed[None, None] & padding[:, None, None]
-
-
 class Call:
     """The arguments of one attention call, by name, and how to write them back.
 
     Attributes:
-        ways: how its kernel can be asked for a bias; any other computes the layer anew.
+        ways: how its kernel can be asked for a change of scores; any other computes the layer anew.
         shown_anew: whether `result` is a view that the model itself does not go on with.
         cap: scores are c tanh(x / c); None where they are x.
+        sees: which keys each query may look at, biases included once they are added.
+        missing: how many first keys a sliding window's cache has let go of. They are shown as masked, so that a key's
+            index is its position.
+        unfilled: how many keys behind the text a static cache has room for. They are not shown.
     """
 
     shown_anew = False
@@ -84,25 +66,24 @@ class Call:
         self.in_args = len(self.args) > 4
         self.q, self.k, self.v = self.args[1:4]
         self.handed = self.args[4] if self.in_args else self.named.get("attention_mask")
+        self.mask: Tensor | None = None
+        there = self.k.shape[2]
+        self.missing = 0 if length is None else max(0, length - there)
+        self.unfilled = 0 if length is None else max(0, there - length)
+        if self.unfilled:
+            self.k, self.v = (x[:, :, : there - self.unfilled] for x in (self.k, self.v))
+        if self.missing:
+            self.k, self.v = (pad(x, (0, 0, self.missing, 0)) for x in (self.k, self.v))
         flag, scale = self.named.get("is_causal"), self.named.get("scaling")
-        self.causal = not takes_mask(self.handed) and (causal if flag is None else bool(flag))
-        self.mask = self.seen = readable(self.handed, self.q, self.k, self.causal, self.named.get("sliding_window"))
-        self.causal = self.mask is None and self.causal
+        follows = not takes_mask(self.handed) and (causal if flag is None else bool(flag))
+        self.sees = sees_of(self.handed, self.q, self.k, follows, self.named.get("sliding_window"), self.missing)
         self.scale: float = self.q.shape[-1] ** -0.5 if scale is None else scale
         self.cap: float | None = self.named.get("softcap")
-        by_mask = ("mask",) if self.seen is self.handed and kernel_of(module) in MASKED else ()
+        masks = kernel_of(module) in MASKED and (self.handed is None or takes_mask(self.handed))
+        by_mask = ("mask",) if masks and self.sees.window is None else ()
         # A feature's product would be capped with the scores.
         self.ways: tuple[str, ...] = (*by_mask, "feature") if self.cap is None else by_mask
-        self.missing = 0 if length is None else max(0, length - self.k.shape[2])
-        if self.missing:
-            self.recall()
-
-    def recall(self) -> None:
-        """Put masked keys where a sliding window's cache has let go of the first ones, so each has its position."""
-        mask = self.allowed()
-        self.k, self.v = (pad(x, (0, 0, self.missing, 0)) for x in (self.k, self.v))
-        self.mask = self.seen = pad(mask, (self.missing, 0), value=-torch.inf)
-        self.causal = False
+        self.widest = WIDEST.get(kernel_of(module))
 
     def offer(self, offer: Offer) -> bool:
         """Offer q, k and v; whether one changed."""
@@ -110,25 +91,29 @@ class Call:
         self.q, self.k, self.v = offer("q", self.q), offer("k", self.k), offer("v", self.v)
         return any(new is not one for new, one in zip((self.q, self.k, self.v), old, strict=True))
 
+    def add(self, mask: Float[Tensor, "rows heads query key"]) -> None:
+        """Let another mask decide, which is added to the scores."""
+        self.mask, self.sees = mask, Sees(self.sees.query, self.sees.key, handed=mask)
+
     def write(self) -> None:
         """Hand the changed arguments to the kernel."""
-        self.args[1:4] = [self.q, self.k[:, :, self.missing :], self.v[:, :, self.missing :]]
+        self.args[1:4] = [self.q, *(self.as_cached(x, at) for x, at in ((self.k, 2), (self.v, 3)))]
         mask = self.handed
-        if self.mask is not self.seen and self.mask is not None:
-            mask = self.mask[..., self.missing :]
+        if self.mask is not None:
+            mask = pad(self.mask[..., self.missing :], (0, self.unfilled), value=-torch.inf)
         if self.in_args:
             self.args[4] = mask
         elif mask is not None:
             self.named = {**self.named, "attention_mask": mask}
         self.op.inputs = (tuple(self.args), self.named)
 
-    def allowed(self) -> Tensor:
-        """The mask as what is added to the scores."""
-        return attention.additive_mask(self.mask, self.q, self.k, self.causal)
-
-    def scores(self) -> Tensor:
-        """What goes into the softmax."""
-        return attention.scores(self.q, self.k, self.scale, self.allowed(), self.cap)
+    def as_cached(self, x: Tensor, at: int) -> Tensor:
+        """Keys or values as the cache has them: without those it let go of, and with room for those to come."""
+        own = x[:, :, self.missing :]
+        if not self.unfilled:
+            return own
+        room = self.op.inputs[0][at][:, :, -self.unfilled :]
+        return torch.cat([own, pad(room, (0, own.shape[-1] - room.shape[-1]))], 2)
 
     def result(self) -> Tensor:
         """The kernel's z."""
@@ -147,8 +132,8 @@ class Chunked:
 
     ways: tuple[str, ...] = ()
     shown_anew = True
-    causal = False
     cap = None
+    widest = None
 
     def __init__(self, module: Any, offer: Offer) -> None:
         self.turned = module.source.apply_rotary_pos_emb_vision_0  # named before the module runs, or it is not known
@@ -164,8 +149,8 @@ class Chunked:
             values = self.v[0].transpose(0, 1)[:, None]
             module.qkv.output = torch.cat([three[:, :2], values], 1).reshape(projected.shape)
         self.q, self.k = (one.transpose(0, 1)[None] for one in self.turned.output)
-        chunk = torch.bucketize(torch.arange(length, device=borders.device), borders, right=True)
-        self.mask: Tensor | None = (chunk[:, None] == chunk)[None, None].to(projected.device)
+        stretch = torch.bucketize(torch.arange(length, device=borders.device), borders, right=True)
+        self.sees = Sees(length, length, stretch=stretch)
 
     def offer(self, offer: Offer) -> bool:
         """Offer q and k, as v was when it was made; whether one changed."""
@@ -176,14 +161,6 @@ class Chunked:
     def write(self) -> None:
         """Let the model go on with the changed queries and keys."""
         self.turned.output = tuple(one[0].transpose(0, 1) for one in (self.q, self.k))
-
-    def allowed(self) -> Tensor:
-        """The mask as what is added to the scores."""
-        return attention.additive_mask(self.mask, self.q, self.k, False)
-
-    def scores(self) -> Tensor:
-        """What goes into the softmax."""
-        return attention.scores(self.q, self.k, self.scale, self.allowed())
 
     def result(self) -> Tensor:
         """What the heads took in, before the output matrix."""

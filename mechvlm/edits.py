@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from mechvlm.attention import Bias
-from mechvlm.sites import Site, as_site, number, places, told, whole_numbers
+from mechvlm.biases import Change, last_of
+from mechvlm.sites import CROSS_KINDS, PATTERN_KINDS, Site, as_site, number, places, told, whole_numbers
 
 WHENS = ("always", "prompt", "decode")
-WAYS = ("mask", "feature", "recompute")
+WAYS = ("auto", "mask", "feature", "recompute")
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,12 @@ class Edit:
         label: how records name this edit; by default the function's name.
         positions, heads: what the function indexes, so that a run can refuse what is out of range.
         length: how many positions the function was made for, so that a run can refuse a prompt with others.
-        bias: set by `bias_attention` and `cut_attention`, whose edits need not recompute the pattern.
-        way: for those, how: an additive "mask" handed to the kernel, one more "feature" on queries and keys whose
-            product is the bias, or "recompute" the layer's attention. All agree.
+        rows: for edits of scores and pattern, which queries' rows the function is given. None: all of them, which makes
+            the layer's whole map. "each": it treats every query by itself, and may be given some rows at a time, more
+            than once, so that memory stays within the budget. Positions: those rows alone, `batch head rows key`.
+        bias: set by `bias_attention`, `cut_attention`, `scale_attention`, whose edits need not recompute the pattern.
+        way: for those, how: an additive "mask" handed to the kernel, more "feature"s on queries and keys whose
+            products are the change, or "recompute" the layer's attention. All agree; "auto" takes the cheapest.
 
     Raises:
         ValueError, TypeError: for a word, site or function that cannot be.
@@ -54,8 +57,9 @@ class Edit:
     positions: tuple[int, ...] = ()
     heads: tuple[int, ...] = ()
     length: int | None = None
-    bias: Bias | None = None
-    way: str = "mask"
+    bias: Change | None = None
+    way: str = "auto"
+    rows: Any = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "site", as_site(self.site))
@@ -68,8 +72,43 @@ class Edit:
         _one_of("way", self.way, WAYS)
         for what, values in (("positions", self.positions), ("heads", self.heads)):
             object.__setattr__(self, what, whole_numbers(what, values))
+        self._check_rows()
         if self.on == "grad" and self.when == "decode":
             raise ValueError("gradients exist in the pass over the prompt only; leave when='decode' out.")
+
+    def _check_rows(self) -> None:
+        if self.rows is None:
+            return
+        if self.site.kind not in PATTERN_KINDS:
+            raise ValueError(f"rows={told(self.rows)} are queries' rows of scores or pattern; {self.site} has none.")
+        if self.rows != "each":
+            object.__setattr__(self, "rows", whole_numbers("rows", self.rows))
+            object.__setattr__(self, "positions", self.rows)
+        if not self.rows:
+            raise ValueError("rows is empty, so nothing would be edited; give at least one, 'each', or None for all.")
+
+    def on_some(
+        self, x: Float[Tensor, "..."], positions: Int[Tensor, " query"] | None = None, count: int = 0
+    ) -> Float[Tensor, "..."]:
+        """The function's result; where it is for some queries' rows, on those that are there.
+
+        Args:
+            positions, count: of the queries that are there, of so many in all; by default the last ones of the keys.
+        """
+        if not isinstance(self.rows, tuple):
+            return self.fn(x)
+        if positions is None:
+            positions, count = last_of(x, self.site.kind in CROSS_KINDS)
+        wanted = {row % count for row in self.rows}
+        here = [at for at, position in enumerate(positions.tolist()) if position in wanted]
+        if not here:
+            return x
+        index = torch.tensor(here, device=x.device)
+        given = x.index_select(2, index)
+        new = self.fn(given.clone())
+        if not isinstance(new, Tensor) or new.shape != given.shape:
+            return new  # which is refused by its shape
+        return x.index_copy(2, index, new)
 
     def __str__(self) -> str:
         name = self.label or name_of(self.fn)
@@ -145,76 +184,6 @@ def ablate_heads(
     label = f"ablate heads {list(chosen)}{'' if to is None else ' to given values'}"
     site = Site("cross_z" if cross else "z", layer, tower)
     return Edit(site, ablate, when, label=label, heads=chosen, length=length)
-
-
-def bias_attention(
-    layer: int,
-    keys: Sequence[int],
-    amount: float,
-    queries: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    tower: str = "text",
-    way: str = "mask",
-    cross: bool = False,
-) -> Edit:
-    """Add a number to the attention scores of some keys: their odds are multiplied by e to that number.
-
-    Args:
-        keys: the positions looked at, for instance `prompt.image`.
-        amount: added before the softmax, in every pass; minus infinity cuts.
-        queries: the positions that look; None means all, generated ones included.
-        heads: None means all.
-        way: see `Edit`.
-        cross: bias attention to the image's features (Mllama, Q-Formers). Keys are then the `positions` of a map in
-            `prompt.images`, and its `separators`, since class tokens have seen the picture as well.
-
-    Example:
-        >>> vlm.generate(real, edits=[mv.bias_attention(layer, real.image, 2.0) for layer in range(2, 6)])
-
-    Source:
-        The intervention of VIAR adds a constant to the scores of image keys in a band of layers.
-    """
-    amount = number("amount", amount)
-    if amount != amount or amount == float("inf"):
-        raise ValueError(f"amount={amount} cannot be added to a score; give a number, or -inf to cut.")
-    bias = Bias(
-        places("keys", keys),
-        amount,
-        None if queries is None else places("queries", queries, all_by_none=True),
-        None if heads is None else places("heads", heads, all_by_none=True),
-        cross,
-    )
-    if way == "feature" and amount == float("-inf"):
-        raise ValueError("way='feature' multiplies numbers, and minus infinity times zero is none; use way='mask'.")
-    name = f"{'cut' if amount == float('-inf') else f'bias {amount:+g}'} attention to {len(bias.keys)} keys"
-    if queries is not None:
-        name += f" from {len(bias.queries or ())} queries"
-    if heads is not None:
-        name += f" in heads {list(bias.heads or ())}"
-    site = Site("cross_scores" if cross else "scores", layer, tower)
-    when = "prompt" if cross and bias.queries else "always"  # there a step's query has no position among the keys
-    return Edit(site, bias, when, "value", name, bias.queries or (), bias.heads or (), bias=bias, way=way)
-
-
-def cut_attention(
-    layer: int,
-    keys: Sequence[int],
-    queries: Sequence[int] | None = None,
-    heads: Sequence[int] | None = None,
-    tower: str = "text",
-    cross: bool = False,
-) -> Edit:
-    """Knock out attention from some queries to some keys: exactly zero, the rest renormalised by the softmax.
-
-    A query that is cut from every key it sees receives nothing (`z` is zero there).
-
-    Example:
-        >>> vlm.run(real, edits=[mv.cut_attention(layer, real.image, queries=real.last) for layer in range(4, 8)])
-
-    Source:
-        Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5.
-    """
-    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, cross=cross)
 
 
 def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[int] | None = None) -> Edit:

@@ -14,7 +14,7 @@ from mechvlm.sites import told, whole
 
 REFUSED_SAMPLING = {
     "use_cache": (True, None),
-    "cache_implementation": ("dynamic", None),
+    "cache_implementation": ("dynamic", "static", None),
     "guidance_scale": (1, None),
     "negative_prompt_ids": (None,),
     "negative_prompt_attention_mask": (None,),
@@ -69,6 +69,8 @@ def answered(hf: Any, given: Mapping[str, Any], pictured: bool) -> Any:
     From 5.23 on transformers runs the vision tower before that pass, outside of the calls that `mechvlm.walk` knows,
     for models that say that they take images.
     """
+    # A compiled forward pass would run past what is read and edited; transformers compiles it for static caches.
+    given = {"disable_compile": True, **given}
     if not pictured:
         return hf.generate(**given)
     hf.input_modalities = ("text",)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
+from mechvlm.attention import bytes_of
 from mechvlm.batch import check_kernel
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
@@ -31,6 +32,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
     remote: bool = False,
+    attention_budget: int | str = "256MiB",
     **settings: Any,
 ) -> VLM:
     """A model that can be read and edited, with its processor.
@@ -41,6 +43,7 @@ def load(
         device: by default CUDA where there is one.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
         remote: not in this version.
+        attention_budget: as in `VLM`.
         settings: handed to transformers' `from_pretrained`: attn_implementation, device_map, revision, ...
 
     Raises:
@@ -52,6 +55,7 @@ def load(
         raise ValueError("remote runs are not part of this version of mechvlm; leave remote=True out.")
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"{told(name)} is no name of a model; give one on the hub, a checkpoint directory or 'demo'.")
+    bytes_of(attention_budget)
     place = place_of(device)
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there.get(place.type, True):
@@ -74,7 +78,7 @@ def load(
         processor = AutoProcessor.from_pretrained(path, **origin)
         if "device_map" not in settings:  # which places the model itself, through accelerate
             model = model.to(place)
-    return VLM(model.eval().requires_grad_(False), processor, name=str(name))
+    return VLM(model.eval().requires_grad_(False), processor, str(name), attention_budget)
 
 
 def configuration(path: str, name: str, origin: Mapping[str, Any]) -> Any:

@@ -8,10 +8,10 @@ cannot reach the answer or could never act.
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mechvlm.attention import Mass, Rows
 from mechvlm.edits import Edit
 from mechvlm.layout import Layout
 from mechvlm.prompt import Prompt
+from mechvlm.readings import Entropy, Lazy, Mass, Reading, Rows, Top
 from mechvlm.shapes import Shape
 from mechvlm.sites import CROSS_KINDS, PATTERN_KINDS, Site, as_site, told
 
@@ -28,6 +28,7 @@ class Plan:
         gradient: whether gradients are taken.
         start: where they begin in the vision tower.
         deepstack: how many text layers image features are added behind.
+        budget: how many bytes the pieces of attention that readings and edits make may take at once.
     """
 
     layout: Layout
@@ -38,6 +39,7 @@ class Plan:
     gradient: bool = False
     start: tuple = ("embed", None, "vision")
     deepstack: int = 0
+    budget: int = 2**28
 
     def wanted(self) -> dict[tuple, set[str]]:
         """The kinds that have to be visited, by (tower, layer)."""
@@ -87,11 +89,13 @@ def make_plan(
     variants: Sequence[Sequence[Edit]] | None = None,
     gradient: bool = False,
     steps: int = 1,
+    budget: int = 2**28,
 ) -> Plan:
     """Sort reads and edits by site, and refuse what cannot be.
 
     Args:
         steps: passes of the model; more than one in a generation.
+        budget: as in `Plan`.
 
     Raises:
         ValueError, TypeError: with one sentence for each thing that can be wrong.
@@ -105,11 +109,11 @@ def make_plan(
     alone = gradient and any(as_site(site).tower != "text" for site in read)
     layout = layout_of(prompts, shape, variants, alone)
     start = ("embed", None, "vision") if shape.embeds_vision else ("resid_pre", 0, "vision")
-    plan = Plan(layout, gradient=gradient, start=start, deepstack=shape.deepstack)
+    plan = Plan(layout, gradient=gradient, start=start, deepstack=shape.deepstack, budget=budget)
     for site, reading in read.items():
         where = as_site(site)
         check_site(where, prompts, shape, "read")
-        check_reading(where, reading, prompts, steps)
+        check_reading(where, reading, prompts, steps, gradient)
         plan.reads[key_of(where)] = reading
     listed: list[tuple[Sequence[int] | None, Edit]] = [(None, edit) for edit in edits]
     listed += [([row], edit) for row, edits_of_row in enumerate(variants or ()) for edit in edits_of_row]
@@ -221,23 +225,37 @@ def check_range(what: str, site: Site, positions: Iterable[int], lengths: Iterab
             )
 
 
-def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], steps: int) -> None:
+def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], steps: int, gradient: bool = False) -> None:
     """Refuse a reading that is no function, or asks for rows that are not there."""
     if reading is not None and not callable(reading):
         raise TypeError(
             f"the reading of {site} is {told(reading)}; give a function of its tensor, or list the site alone."
         )
-    if not isinstance(reading, Rows | Mass):
-        return
-    if site.kind not in PATTERN_KINDS or (isinstance(reading, Mass) and not site.kind.endswith("pattern")):
-        fitting = "pattern" if isinstance(reading, Mass) else "scores or pattern"
-        raise ValueError(f"{type(reading).__name__.lower()}() reads {fitting}, not {site}.")
+    if isinstance(reading, Reading):
+        check_rows(site, reading, prompts, steps, gradient)
+
+
+NAMES = {Rows: "rows", Mass: "mass", Entropy: "entropy", Top: "top_keys", Lazy: "lazy"}
+"""How the readings of attention are called where they are made."""
+
+
+def check_rows(site: Site, reading: Reading, prompts: Sequence[Prompt], steps: int, gradient: bool) -> None:
+    """Refuse a reading of attention where there is none, of a gradient it has none of, or of positions out of range."""
+    name = NAMES[type(reading)]
+    if site.kind not in PATTERN_KINDS or (not isinstance(reading, Rows) and not site.kind.endswith("pattern")):
+        fitting = "scores or pattern" if isinstance(reading, Rows) else "pattern"
+        raise ValueError(f"{name}() reads {fitting}, not {site}.")
+    if gradient and isinstance(reading, Entropy | Top):
+        raise ValueError(f"{name}() reads a pattern and no gradient; read it in a run without grad_of=.")
     if steps > 1 and reading.queries not in (None, (-1,)):
         raise ValueError("a step of a generation has one query, the newest position; read rows([-1]) there.")
     queries, all_keys = ([one(site, prompt) for prompt in prompts] for one in (length_at, keys_at))
     check_range("a query to read", site, reading.queries or (), queries)
-    for name, keys in reading.spans if isinstance(reading, Mass) else ():
-        check_range(f"a key of span {name!r}", site, keys, all_keys)
+    spans: dict[str, Sequence[int]] = dict(reading.spans) if isinstance(reading, Mass) else {}
+    for span, keys in spans.items():
+        check_range(f"a key of span {span!r}", site, keys, all_keys)
+    if isinstance(reading, Rows | Entropy | Top):
+        check_range("a key to read", site, reading.keys or (), all_keys)
 
 
 def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: bool, steps: int) -> None:
@@ -267,7 +285,8 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
         raise ValueError(f"{edit} edits a gradient, and this run computes none; pass grad_of= a metric.")
     if edit.when == "decode" and steps < 2:
         raise ValueError(f"{edit} acts in decode steps, and this run has none; use vlm.generate with 2 tokens or more.")
-    if steps > 1 and edit.positions and edit.when != "prompt" and edit.bias is None and site.kind not in ("k", "v"):
+    late = steps > 1 and edit.positions and edit.when != "prompt" and edit.bias is None
+    if late and site.kind not in ("k", "v") and edit.rows != (-1,):
         raise ValueError(
             f"{edit} names positions of the prompt, and a decode step has only the newest one; say when='prompt'."
         )

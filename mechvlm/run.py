@@ -5,7 +5,7 @@
 (torch.Size([1, 8, 49, 49]), torch.Size([1, 53]))
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.layout import Group, Layout
+from mechvlm.lazy_attention import Attention
 from mechvlm.plan import key_of
 from mechvlm.sites import Site, as_site
 
@@ -72,8 +73,19 @@ def joined(site: Site, groups: Kept, layout: Layout) -> Any:
     if len(groups) == 1 and groups[0][0] == (None, 0, None):
         return groups[0][1]
     rows = [of_row(key_of(site), groups, row, layout) for row in range(len(layout.pads))]
+    if all(isinstance(row, tuple) for row in rows):
+        return tuple(alike(site, parts) for parts in zip(*rows, strict=True))
+    return alike(site, rows)
+
+
+def alike(site: Site, rows: Sequence[Any]) -> Tensor:
+    """Rows of one shape as one tensor.
+
+    Raises:
+        ValueError: where their shapes differ, so that no tensor holds them all.
+    """
     if all(isinstance(row, Tensor) and row.shape[1:] == rows[0].shape[1:] for row in rows):
-        return torch.cat(rows)
+        return torch.cat(list(rows))
     raise ValueError(
         f"the prompts differ in length, so {site} is not one tensor; take each row alone, run.rows[0][site], or read "
         "it with a function whose result has one shape."
@@ -83,7 +95,11 @@ def joined(site: Site, groups: Kept, layout: Layout) -> Any:
 def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
     """One row's part of a reading, with a batch axis of one."""
     for group, value in groups:
-        if not isinstance(value, Tensor):
+        if isinstance(value, tuple) and value and all(isinstance(one, Tensor) for one in value):
+            return tuple(
+                of_row(key, [(at, held[part]) for at, held in groups], row, layout) for part in range(len(value))
+            )
+        if not isinstance(value, Tensor | Attention):
             if len(layout.pads) == 1:
                 return value
             raise ValueError(f"the reading of {Site(*key)} is no tensor, so it cannot be split into rows.")
@@ -96,6 +112,8 @@ def of_row(key: tuple, groups: Kept, row: int, layout: Layout) -> Any:
         if sequence:
             return value  # a stretch of one sequence is one row's
         counts = [lengths[one] for one in rows]
+        if isinstance(value, Attention):
+            return value.of_rows(slice(sum(counts[: rows.index(row)]), sum(counts[: rows.index(row) + 1])))
         if not value.ndim or value.shape[0] % sum(counts):
             raise ValueError(
                 f"the reading of {Site(*key)} is {tuple(value.shape)} for {sum(counts)} rows, so it cannot be split; "

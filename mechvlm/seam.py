@@ -4,31 +4,35 @@ The call is `(module, q, k, v, mask, scaling=...) -> (z, weights)` under every a
 arguments and writing its result is all that is needed, without reloading a model for another implementation:
 
 * q, k, v and z are read and written as they are;
-* a bias on keys is added to the mask handed to the kernel, or is one more feature of queries and keys;
-* rows, masses and whole patterns are computed from q, k and the mask, and nothing is written back;
-* only an edit of the scores or the pattern computes this layer's attention anew, and only for the edited rows.
+* a change that a kernel can be asked for (`mechvlm.biases`) is added to the mask it is handed, or is more features of
+  queries and keys (`mechvlm.fused`);
+* rows, masses and whole patterns are computed from q, k and the mask, in pieces, and nothing is written back;
+* only another edit of the scores or the pattern computes this layer's attention anew, and only for the edited rows; in
+  pieces too, where the edit says that it treats every query by itself.
 
 Some vision towers make the call once for every image or window; there q, k, v and z are taken around it
 (`mechvlm.calls`), and a bias computes the layer anew.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad as widen
 
 from mechvlm import attention
-from mechvlm.attention import Mass, Rows
 from mechvlm.calls import Call, Chunked, call_of
+from mechvlm.fused import Place, change_call, must_recompute, sites
 from mechvlm.layout import Group
+from mechvlm.lazy_attention import Attention
+from mechvlm.readings import Reading
 from mechvlm.sites import CROSS_KINDS
 from mechvlm.towers import Block
-from mechvlm.visit import Visit, narrow, parts, put
+from mechvlm.visit import Attended, Visit, apply_some, narrow, put
 
-Place = tuple[str, int, str]
-"""Tower, layer, and what the names of the attention's sites begin with: nothing, or `cross_`."""
+Anew = list[tuple[Group, list[int] | None, Tensor]]
+"""z that was computed anew: of a group of rows, some queries (None: all), as `batch query head d_head`."""
 
 
 def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str]) -> None:
@@ -50,13 +54,13 @@ def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str
         # A gradient is that of a tensor in the graph: the view that was offered has to be the one that is used.
         return old if new is shown and not visit.plan.gradient else new.transpose(1, 2)
 
-    growing = visit.step and tower == "text" and not place[2]
-    call = call_of(module, block, offer, visit.plan.layout.length + visit.step if growing else None)
+    own = tower == "text" and not place[2]
+    call = call_of(module, block, offer, visit.plan.layout.length + visit.step if own else None)
     changed = call.offer(offer)
     width = call.v.shape[-1]
     anew = must_recompute(visit, place, call)
     if not anew:
-        anew, biased = bias_call(visit, place, call)
+        anew, biased = change_call(visit, place, call)
         changed = changed or biased
     if changed:
         call.write()
@@ -78,157 +82,180 @@ def attending(visit: Visit) -> Callable:
     return callback
 
 
-def sites(place: Place) -> tuple[tuple, tuple]:
-    """The sites of a layer's scores and pattern."""
-    tower, layer, kind = place
-    return (f"{kind}scores", layer, tower), (f"{kind}pattern", layer, tower)
+def part_of(visit: Visit, place: Place, call: Call | Chunked, group: Group) -> Attention:
+    """The attention of one group of rows, over their own positions, not made."""
+    indices, start, stop = group
+    chosen = slice(None) if indices is None else indices
+    here = slice(start if call.q.shape[2] > 1 else 0, stop)
+    there = slice(None) if place[2] else slice(start, stop)
+    q, k, v = (x.detach()[chosen] for x in (call.q, call.k, call.v))
+    sees = call.sees.narrowed(chosen, here, there)
+    return Attention(q[:, :, here], k[:, :, there], v[:, :, there], sees, call.scale, call.cap, visit.plan.budget)
 
 
-def must_recompute(visit: Visit, place: Place, call: Call | Chunked) -> bool:
-    """Whether this pass edits the scores or the pattern in a way that no kernel can be asked for."""
-    scores, pattern = sites(place)
-    plan = visit.plan
-    if plan.active(pattern, visit.step) or plan.grads.get(scores) or plan.grads.get(pattern):
-        return True
-    ways = {edit.way if edit.bias is not None else "recompute" for _, _, edit in plan.active(scores, visit.step)}
-    return bool(ways - set(call.ways))
-
-
-def bias_call(visit: Visit, place: Place, call: Call | Chunked) -> tuple[bool, bool]:
-    """Add the biases of a layer to its call; whether it must be recomputed after all, and whether the call changed."""
-    scores, _ = sites(place)
-    entries = visit.plan.active(scores, visit.step)
-    acting = [entry for entry in entries if entry[2].bias is not None and entry[2].bias.amount != 0]
-    by_mask = [entry for entry in acting if entry[2].way == "mask"]
-    by_feature = [entry for entry in acting if entry[2].way == "feature"]
-    if by_mask:
-        added = biased_mask(visit, scores, call, by_mask)
-        if added is None:
-            return True, False
-        call.mask = added
-    if by_feature:
-        add_features(visit, scores, call, by_feature)
-    visit.fired.update(number for number, _, _ in entries)
-    return False, bool(by_mask or by_feature)
-
-
-def biased_mask(visit: Visit, site: tuple, call: Call | Chunked, entries: list) -> Tensor | None:
-    """The mask with biases added; None where a query would see nothing any more, which kernels answer differently."""
-    base = call.allowed()
-    heads, query, key = call.q.shape[1], call.q.shape[2], call.k.shape[2]
-    total = base
-    for _, rows, edit in entries:
-        groups = visit.plan.layout.groups(site, rows, call.q.shape[0])
-        if groups == [(None, 0, None)]:
-            total = total + edit.bias.mask(heads, query, key, base)
-            continue
-        total = total.expand(call.q.shape[0], heads if edit.bias.heads else total.shape[1], query, key).clone()
-        for group, part in parts(total, site, rows, visit.plan.layout):
-            new = part + edit.bias.mask(heads, part.shape[2], part.shape[3], base)
-            total = put(total, site, group, new)
-    blind = (base == -torch.inf).all(-1, keepdim=True)
-    if bool(((total == -torch.inf).all(-1, keepdim=True) & ~blind).any()):
-        return None
-    # Rows of padding see nothing; kernels answer NaN for them, which would spread. They are never read.
-    return total.masked_fill(blind, 0.0)
-
-
-def add_features(visit: Visit, site: tuple, call: Call | Chunked, entries: list) -> None:
-    """Widen queries, keys and values so that the products of the new features are the biases."""
-    width = -(-len(entries) // 8) * 8
-    q, k = widen(call.q, (0, width)), widen(call.k, (0, width))
-    for number, (_, rows, edit) in enumerate(entries):
-        for indices, start, stop in visit.plan.layout.groups(site, rows, call.q.shape[0]):
-            chosen = slice(None) if indices is None else indices
-            here, there = (slice(start if x.shape[2] > 1 else 0, stop) for x in (call.q, call.k))
-            query, key = call.q[:, :, here].shape[2], call.k[:, :, there].shape[2]
-            to_query, to_key = attention.bias_features(edit.bias, call.q.shape[1], query, key, call.scale)
-            feature = call.q.shape[-1] + number
-            q[chosen, :, here, feature] = to_query.to(q)
-            k[chosen, :, there, feature] = to_key.to(k)
-    call.q, call.k, call.v = q, k, widen(call.v, (0, width))
+def groups_at(visit: Visit, place: Place, call: Call | Chunked) -> list[Group]:
+    """The groups of rows that have the same positions."""
+    return visit.plan.layout.groups(sites(place)[1], None, call.q.shape[0])
 
 
 def read_attention(visit: Visit, place: Place, call: Call | Chunked) -> None:
     """Read scores and pattern of a layer that is not computed anew; nothing is written back."""
-    scores, pattern = sites(place)
-    whole = None
-    for site in (scores, pattern):
-        if site not in visit.plan.reads:
-            continue
-        read = visit.plan.reads[site]
-        if isinstance(read, Rows | Mass) and not visit.plan.gradient:
-            keep_rows(visit, site, call, read)
-            continue
-        if whole is None:
-            whole = call.scores()
-        visit.keep(site, whole if site is scores else attention.pattern(whole))
+    asked = [site for site in sites(place) if site in visit.plan.reads]
+    if not asked:
+        return
+    own = [(group, part_of(visit, place, call, group)) for group in groups_at(visit, place, call)]
+    for site in asked:
+        read_parts(visit, site, own)
         if visit.plan.gradient:
-            visit.graph[site] = ("by formula", attention.pattern(whole).detach(), call.v)
+            visit.graph[site] = Attended(own)
 
 
-def keep_rows(visit: Visit, site: tuple, call: Call | Chunked, read: Rows | Mass) -> None:
-    """Compute and keep only the rows or masses that were asked for, of each group of rows with the same padding."""
-    kept: list[tuple[Group, object]] = []
-    for group in visit.plan.layout.groups(site, None, call.q.shape[0]):
-        indices, start, stop = group
-        chosen = slice(None) if indices is None else indices
-        here = slice(start if call.q.shape[2] > 1 else 0, stop)
-        there = slice(None) if site[0].startswith("cross") else slice(start, stop)
-        q, k, mask = call.q[chosen][:, :, here], call.k[chosen][:, :, there], call.mask
-        if mask is not None:
-            mask = (mask[chosen] if mask.shape[0] > 1 else mask)[..., here, there]
-        value = attention.read_rows(read, site[0], q, k, call.scale, mask, call.causal, call.cap)
-        kept.append((group, value.detach()))
-    visit.saved.setdefault(site, []).append(kept)
+def read_parts(visit: Visit, site: tuple, own: list[tuple[Group, Attention]]) -> None:
+    """Keep what a site's reading says of each group's attention."""
+    read = visit.plan.reads[site]
+    if isinstance(read, Reading):
+        visit.saved.setdefault(site, []).append([(group, read.of(part, site[0])) for group, part in own])
+        return
+    made = [(group, part.rows(scores=site[0].endswith("scores"))) for group, part in own]
+    visit.keep_parts(site, made)
 
 
-def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Tensor | None:
+def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
     """This layer's z from edited scores and pattern; None where the edits changed nothing."""
     scores, pattern = sites(place)
-    old = call.scores()
+    plan = visit.plan
+    entries = [(site, entry) for site in (scores, pattern) for entry in plan.active(site, visit.step)]
+    if not plan.gradient and all(entry[2].bias is not None or entry[2].rows is not None for _, entry in entries):
+        return in_pieces(visit, place, call, entries)
+    old = attention.scores(call.q, call.k, call.scale, call.sees.whole(call.q), call.cap)
     new = visit.touch(scores, old)
     before = attention.pattern(new)
     after = visit.touch(pattern, before)
-    if new is old and after is before and not visit.plan.gradient:
+    if new is old and after is before and not plan.gradient:
         return None
-    return attention.attend(after, call.v)
+    z = attention.attend(after, call.v)
+    return [((None, 0, None), None, z)] if plan.gradient else only_edited(visit, place, call.q.shape[0], z)
+
+
+def in_pieces(visit: Visit, place: Place, call: Call | Chunked, entries: list) -> Anew | None:
+    """The same for edits that treat every query by itself, for the queries they are for, in pieces."""
+    anew: Anew = []
+    own: list[tuple[Group, Attention]] = []
+    for group in groups_at(visit, place, call):
+        part = part_of(visit, place, call, group)
+        changed: list[bool] = []
+        edited = replace(part, change=editing(visit, place, group, part, entries, changed, call.q.shape[0]))
+        own.append((group, edited))
+        queries = queries_of(entries, part, place)
+        z = edited.attended(queries)
+        if any(changed):
+            anew.append((group, queries, z))
+    visit.fired.update(entry[0] for _, entry in entries)
+    for site in sites(place):
+        if site in visit.plan.reads:
+            read_parts(visit, site, own)
+    return anew or None
+
+
+def editing(
+    visit: Visit, place: Place, group: Group, part: Attention, entries: list, changed: list[bool], batch: int
+) -> attention.Change:
+    """The edits of a layer's scores and pattern as a function of pieces of one group of rows.
+
+    Args:
+        changed: is told of each edit of each piece whether it changed anything.
+        batch: rows of the tensors of this call.
+    """
+    first, count = positions_of(part, place)
+    layout, (scores, _) = visit.plan.layout, sites(place)
+
+    def change(kind: str, piece: Tensor, queries: Tensor) -> Tensor:
+        for site, entry in entries:
+            if (site == scores) != (kind == "scores"):
+                continue
+            for edited in layout.groups(site, entry[1], batch):
+                local = within(edited, group)
+                if local == []:
+                    continue
+                given = piece if local is None else piece[local]
+                new = apply_some(given, site, entry[2], queries + first, count)
+                changed.append(new is not given)
+                if new is not given:
+                    index = None if local is None else torch.tensor(local, device=piece.device)
+                    piece = new if index is None else piece.index_copy(0, index, new)
+        return piece
+
+    return change
+
+
+def within(edited: Group, group: Group) -> list[int] | None:
+    """Which rows of a group an edit is for, by their place in it; None for all."""
+    if group == (None, 0, None):
+        return edited[0]
+    if edited[1:] != group[1:]:
+        return []
+    if edited[0] is None or group[0] is None:
+        return None
+    return [group[0].index(row) for row in edited[0] if row in group[0]]
+
+
+def positions_of(part: Attention, place: Place) -> tuple[int, int]:
+    """The position of the first query, and how many positions there are by now."""
+    key, query = part.k.shape[2], part.q.shape[2]
+    return (0, query) if place[2] else (key - query, key)
+
+
+def queries_of(entries: list, part: Attention, place: Place) -> list[int] | None:
+    """The queries that edits are for, counted from the first one that is there; None for all."""
+    first, count = positions_of(part, place)
+    wanted: set[int] = set()
+    for _, (_, _, edit) in entries:
+        rows = edit.rows if edit.bias is None else edit.bias.queries
+        if not isinstance(rows, tuple):
+            return None
+        wanted |= {row % count for row in rows}
+    return sorted(row - first for row in wanted if row >= first)
 
 
 def graph_needs_z(visit: Visit, place: Place) -> bool:
     """Whether a gradient of this layer's scores or pattern is to be computed from that of z."""
-    return any(isinstance(visit.graph.get(site), tuple) for site in sites(place))
+    return any(isinstance(visit.graph.get(site), Attended) for site in sites(place))
 
 
-def finish(visit: Visit, place: Place, call: Call | Chunked, wants_z: bool, new: Tensor | None, width: int) -> None:
+def finish(visit: Visit, place: Place, call: Call | Chunked, wants_z: bool, new: Anew | None, width: int) -> None:
     """Put the computed z in place, offer it, and write the result back where it changed."""
     own = call.result()
     z = own if own.shape[-1] == width else own[..., :width]
-    if new is not None:
-        z = only_edited(visit, place, z, new)
-    final = visit.touch((f"{place[2]}z", place[1], place[0]), z) if wants_z else z
-    for attended in sites(place):
-        if isinstance(visit.graph.get(attended), tuple):
-            visit.graph[attended] = (z, *visit.graph[attended][1:])  # before the edits of z
+    where = (f"{place[2]}z", place[1], place[0])
+    for group, queries, part in new or ():
+        z = part if visit.plan.gradient else replaced(z, where, group, queries, part)
+    final = visit.touch(where, z) if wants_z else z
+    for site in sites(place):
+        attended = visit.graph.get(site)
+        if isinstance(attended, Attended):
+            attended.z = z  # before the edits of z
     if final is not own or (call.shown_anew and final.requires_grad):
         call.put(final)
 
 
-def only_edited(visit: Visit, place: Place, old: Tensor, new: Tensor) -> Tensor:
-    """The computed z in the rows whose scores or pattern were edited, the kernel's in the others.
+def replaced(z: Tensor, where: tuple, group: Group, queries: list[int] | None, part: Tensor) -> Tensor:
+    """z with the part of a group of rows, or of some of its queries, replaced."""
+    if queries is None:
+        return put(z, where, group, part)
+    now = narrow(z if group[0] is None else z[group[0]], where, group).clone()
+    now[:, queries] = part
+    return put(z, where, group, now)
 
-    Where gradients are taken it is the computed one in all rows, since those of the pattern are taken through it.
-    """
-    plan, z = visit.plan, old
-    if plan.gradient:
-        return new
+
+def only_edited(visit: Visit, place: Place, batch: int, z: Tensor) -> Anew:
+    """The computed z of the rows whose scores or pattern were edited."""
     where = (f"{place[2]}z", place[1], place[0])
+    found: Anew = []
     for site in sites(place):
-        for _, rows, _ in plan.active(site, visit.step) + plan.grads.get(site, []):
+        for _, rows, _ in visit.plan.active(site, visit.step):
             if rows is None:
-                return new
-            for group in plan.layout.groups(site, rows, old.shape[0]):
-                indices = group[0]
-                part = narrow(new if indices is None else new[indices], where, group)
-                z = put(z, where, group, part)
-    return z
+                return [((None, 0, None), None, z)]
+            for group in visit.plan.layout.groups(site, rows, batch):
+                part = z if group[0] is None else z[group[0]]
+                found.append((group, None, narrow(part, where, group)))
+    return found

@@ -8,15 +8,19 @@ Three promises let edits and readings be ordinary functions of a tensor:
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm import attention
+from mechvlm.attention import capped
+from mechvlm.edits import Edit
 from mechvlm.layout import Group, Layout
+from mechvlm.lazy_attention import Attention
 from mechvlm.plan import Plan, name_of
+from mechvlm.readings import Lazy, Mass, Rows
 from mechvlm.sites import ATTENTION_KINDS
 
 RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "cross_z", "q")
@@ -68,12 +72,26 @@ def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: b
     _, rows, edit = entry
     for group, part in parts(x, site, rows, layout):
         given = part.clone()
-        new = called(f"the edit of {name_of(site)}", edit.fn, given)
+        new = called(f"the edit of {name_of(site)}", edit.on_some, given)
         check_result(new, part, site, edit.on)
         unchanged = torch.equal(new, part) and (new is given or not gradient)
         if not unchanged:
             x = put(x, site, group, new)
     return x
+
+
+def apply_some(x: Tensor, site: tuple, edit: Edit, positions: Tensor, count: int) -> Tensor:
+    """Some rows of scores or pattern after one edit that treats every query by itself; the same object if unchanged.
+
+    Args:
+        positions: of the queries, of so many in all.
+    """
+    if edit.bias is not None:
+        new = edit.bias.at(x, positions, count)
+    else:
+        new = called(f"the edit of {name_of(site)}", lambda rows: edit.on_some(rows, positions, count), x.clone())
+        check_result(new, x, site, edit.on)
+    return x if torch.equal(new, x) else new
 
 
 def called(what: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -122,6 +140,7 @@ class Visit:
         graph: per site, the tensor in the autograd graph whose gradient is the site's.
         edited: per site, its gradient after the edits of it.
         held: where the memory of whole tensors that were kept begins.
+        mask: the last mask that biases were added to, and what it was made of.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -133,6 +152,7 @@ class Visit:
         self.grads: dict[tuple, list[tuple[Group, object]]] = {}
         self.edited: dict[tuple, Tensor] = {}
         self.held: set[int] = set()
+        self.mask: tuple | None = None
         self.last: Tensor | None = None
 
     def touch(self, site: tuple, x: Tensor) -> Tensor:
@@ -174,13 +194,13 @@ class Visit:
         chosen = (
             found[:, ends[0]] if len(set(ends)) == 1 else torch.stack([found[r, end] for r, end in enumerate(ends)])
         )
-        return attention.capped(chosen, cap)
+        return capped(chosen, cap)
 
     def gradients(self, metric: Float[Tensor, " batch"]) -> None:
         """Take the gradient of a metric's sum at every site that was read, and keep what the readings say of it."""
         reads = [site for site in self.plan.reads if site in self.graph]
         held = {site: self.graph[site] for site in {*reads, *self.plan.grads}}
-        tensors = {site: kept[0] if isinstance(kept, tuple) else kept for site, kept in held.items()}
+        tensors = {site: kept.z if isinstance(kept, Attended) else kept for site, kept in held.items()}
         if not tensors:
             return  # only the metric's value was asked for
         found = torch.autograd.grad(metric.sum(), list(tensors.values()), allow_unused=True)
@@ -189,11 +209,8 @@ class Visit:
                 continue
             # Autograd hands out a hooked tensor's gradient before or after the hook, as it happens; the edit's is kept.
             own = self.edited.get(site, reached)
-            gradient = gradient_at(site, held[site], torch.zeros_like(tensor) if own is None else own)
-            self.grads[site] = [
-                (group, reading_of(site, self.plan.reads[site], part, self.held))
-                for group, part in parts(gradient, site, None, self.plan.layout)
-            ]
+            gradient = torch.zeros_like(tensor) if own is None else own
+            self.grads[site] = gradient_readings(site, held[site], gradient, self)
 
     def track(self, site: tuple, x: Tensor) -> Tensor:
         """Make gradients start at the embeddings, remember the tensor, and hang the gradient's edits on it."""
@@ -220,14 +237,16 @@ class Visit:
 
         return change
 
-    def keep(self, site: tuple, x: Tensor, read: Callable | None = None) -> None:
+    def keep(self, site: tuple, x: Tensor) -> None:
         """Keep a reading, evaluated here, per group of rows with the same padding."""
-        read = read or self.plan.reads[site]
-        kept: list[tuple[Group, object]] = []
-        for group, part in parts(x.detach(), site, None, self.plan.layout):
-            kept.append((group, reading_of(site, read, part, self.held)))
-        steps = self.saved.setdefault(site, [])
-        steps.append(kept)
+        self.keep_parts(site, parts(x.detach(), site, None, self.plan.layout))
+
+    def keep_parts(self, site: tuple, own: list[tuple[Group, Tensor]]) -> None:
+        """The same of the parts of each group."""
+        read = self.plan.reads[site]
+        self.saved.setdefault(site, []).append(
+            [(group, reading_of(site, read, part, self.held)) for group, part in own]
+        )
 
 
 def reading_of(site: tuple, read: Callable | None, x: Tensor, held: set[int]) -> object:
@@ -247,10 +266,37 @@ def reading_of(site: tuple, read: Callable | None, x: Tensor, held: set[int]) ->
     return x
 
 
-def gradient_at(site: tuple, held: object, gradient: Tensor) -> Tensor:
-    """The gradient at a site from that of the tensor held for it: itself, or, for attention, from that of z."""
-    if not isinstance(held, tuple):
-        return gradient
-    _, pattern, v = held
-    of_pattern = attention.pattern_gradient(gradient, v[..., : gradient.shape[-1]].detach())  # without bias features
-    return of_pattern if site[0].endswith("pattern") else attention.scores_gradient(pattern, of_pattern)
+@dataclass
+class Attended:
+    """What a gradient of scores or pattern that were not made is computed from.
+
+    Attributes:
+        parts: the attention of each group of rows.
+        z: what came of it, in the graph of gradients.
+    """
+
+    parts: list[tuple[Group, Attention]]
+    z: Any = None
+
+
+def gradient_readings(site: tuple, held: object, gradient: Tensor, visit: Visit) -> list[tuple[Group, object]]:
+    """What a site's reading says of its gradient, for each group of rows.
+
+    Args:
+        held: the tensor whose gradient this is; or, for attention that was not made, what its own is computed from.
+    """
+    read = visit.plan.reads[site]
+    if not isinstance(held, Attended):
+        found = parts(gradient, site, None, visit.plan.layout)
+        return [(group, reading_of(site, read, part, visit.held)) for group, part in found]
+    kept: list[tuple[Group, object]] = []
+    where = (f"{'cross_' if site[0].startswith('cross') else ''}z", *site[1:])
+    for group, own in held.parts:
+        part = narrow(gradient if group[0] is None else gradient[group[0]], where, group)
+        known = replace(own, z_gradient=part)
+        if isinstance(read, Rows | Mass | Lazy):
+            kept.append((group, read.of_gradient(known, site[0])))
+            continue
+        whole = known.gradient_rows(scores=site[0].endswith("scores"))
+        kept.append((group, reading_of(site, read, whole, visit.held)))
+    return kept

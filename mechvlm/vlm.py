@@ -19,12 +19,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm import batch as batches
-from mechvlm.attention import capped
+from mechvlm.attention import bytes_of, capped
 from mechvlm.edits import Edit
-from mechvlm.encode import encode
 from mechvlm.generating import answered, check_copies, check_sampling
 from mechvlm.metrics import Metric, WordMetric, spellings
-from mechvlm.pixels import to_picture
 from mechvlm.plan import Plan, make_plan
 from mechvlm.prompt import Prompt
 from mechvlm.run import Generation, Readings, Run, by_step, texts_of
@@ -45,6 +43,8 @@ class VLM:
         hf_model: a Hugging Face model of a type in `ARCHS`, in evaluation mode.
         processor: its processor; None where prompts come as ready encodings.
         name: how records name it; by default what it was loaded from.
+        attention_budget: how much memory the pieces of attention that readings and edits make may take at once, in
+            bytes or as a text. Assign to the attribute of the same name to change it.
 
     Attributes:
         model: the nnsight model, for everything that has no name here.
@@ -54,7 +54,13 @@ class VLM:
         ValueError: for a model type, attention implementation or mode that mechvlm does not read right.
     """
 
-    def __init__(self, hf_model: torch.nn.Module, processor: Any = None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        hf_model: torch.nn.Module,
+        processor: Any = None,
+        name: str | None = None,
+        attention_budget: int | str = "256MiB",
+    ) -> None:
         batches.check_model(hf_model)
         config: Any = hf_model.config
         self.arch = parts_of(config)
@@ -62,6 +68,7 @@ class VLM:
         batches.check_state(hf_model)
         self.hf: Any = hf_model
         self.processor = batches.check_processor(processor)
+        self.attention_budget = bytes_of(attention_budget)
         self.name = name or config.name_or_path or config.model_type
         with warnings.catch_warnings():
             # Q-Formers have submodules called `output`; mechvlm never asks for those.
@@ -120,19 +127,8 @@ class VLM:
         Example:
             >>> vlm.prompt("cat.png", "What is this?").spans
         """
-        if encoding is not None:
-            if image is not None or text is not None:
-                raise ValueError("encoding= is a whole prompt; leave image and text out.")
-            return batches.ready(encoding, self.arch, self.shape, self.hf.config)
-        if not isinstance(text, str):
-            raise TypeError(f"a prompt needs its text; write vlm.prompt(image, 'What is this?'), not text={text!r}.")
-        if self.processor is None:
-            raise ValueError(
-                "this model was given no processor, so it takes ready encodings: vlm.prompt(encoding=...)."
-            )
-        images = [] if image is None else list(image) if isinstance(image, list | tuple) else [image]
-        pictures = list(map(to_picture, images))
-        return encode(self.processor, self.arch, self.shape, self.hf.config, pictures, text, raw)
+        about = (self.processor, self.arch, self.shape, self.hf.config)
+        return batches.ready_or_asked(about, image, text, raw, encoding)
 
     def token_ids(self, word: str) -> list[int]:
         """The ids of a word's single-token spellings: as given and capitalised or not, with and without a space before.
@@ -197,7 +193,9 @@ class VLM:
         """
         prompts = batches.check_prompts(prompt, self.shape)
         ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
-        plan = make_plan(prompts, self.shape, read, edits, variants, grad_of is not None)
+        plan = make_plan(
+            prompts, self.shape, read, edits, variants, grad_of is not None, budget=bytes_of(self.attention_budget)
+        )
         metric = None if grad_of is None else self.metric(grad_of)
         if metric is not None:
             batches.check_gradients(self.attention, self.device)
@@ -249,7 +247,9 @@ class VLM:
         """
         check_sampling(max_new_tokens, sampling, self.hf.generation_config)
         prompts = batches.check_prompts(prompt, self.shape)
-        plan = make_plan(prompts, self.shape, read_each_step, edits, steps=max_new_tokens)
+        plan = make_plan(
+            prompts, self.shape, read_each_step, edits, steps=max_new_tokens, budget=bytes_of(self.attention_budget)
+        )
         check_copies(plan.pictured(), sampling, self.hf.generation_config)
         batch = self._batch(prompts, plan)
         start = batch.pop("input_ids")

@@ -404,6 +404,46 @@ PROMPTS: list[Case] = [
 READINGS: list[Case] = [
     ("rows() was given no query; give at least one position, for instance rows([-1]).", lambda: mv.rows([])),
     (
+        "entropy() was given no key; give at least one position, for instance entropy([-1]).",
+        lambda: mv.entropy([0], keys=[]),
+    ),
+    ("top_keys(0) reads nothing; give 1 or more.", lambda: mv.top_keys(0)),
+    (
+        "entropy() reads a pattern and no gradient; read it in a run without grad_of=.",
+        lambda: ask(read={"text.0.pattern": mv.entropy()}, grad_of=mv.logit_difference(7, 9)),
+    ),
+    (
+        "position 99 is out of range at text.0.pattern, where this prompt has 26 positions, counted from 0 (a key "
+        "to read).",
+        lambda: ask(read={"text.0.pattern": mv.rows([-1], keys=[99])}),
+    ),
+    (
+        "lazy() keeps attention that is not made, and an edit of scores or pattern has made it here; read rows(), "
+        "mass() or the like, or give the edit rows='each'.",
+        lambda: ask(read={"text.0.pattern": mv.lazy()}, edits=change(lambda x: x * 0.5, "text.0.pattern")),
+    ),
+    (
+        "edited attention cannot be split into the rows of its batch; read rows(), mass() or the like instead of "
+        "lazy(), or run the rows one by one.",
+        lambda: (
+            vlm()
+            .run(
+                [real(), real()],
+                {"text.0.pattern": mv.lazy()},
+                [mv.Edit("text.0.pattern", lambda x: x * 0.5, rows="each")],
+            )
+            .rows
+        ),
+    ),
+    (
+        "this attention knows no gradient; take it from run.grad of a run with grad_of= a metric, not from the run.",
+        lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].gradient_rows([-1]),
+    ),
+    (
+        "attention_budget='much' is no size of memory; give bytes, or a text such as '256MiB'.",
+        lambda: mv.load("demo", attention_budget="much"),
+    ),
+    (
         "mass() was given no span; give for instance prompt.spans or {'image': prompt.image}.",
         lambda: mv.mass({}),
     ),
@@ -500,7 +540,7 @@ EDITS: list[Case] = [
     ("when='now' is not known; choose from 'always', 'prompt', 'decode'.", lambda: change(when="now")),
     ("on='both' is not known; choose from 'value', 'grad'.", lambda: change(on="both")),
     (
-        "way='fast' is not known; choose from 'mask', 'feature', 'recompute'.",
+        "way='fast' is not known; choose from 'auto', 'mask', 'feature', 'recompute'.",
         lambda: mv.bias_attention(0, [0], 1.0, way="fast"),
     ),
     (
@@ -524,8 +564,20 @@ EDITS: list[Case] = [
         lambda: mv.bias_attention(0, [0], -INF + INF),
     ),
     (
-        "way='feature' multiplies numbers, and minus infinity times zero is none; use way='mask'.",
-        lambda: mv.bias_attention(0, [0], -INF, way="feature"),
+        "factor=inf cannot multiply a score; give a finite number.",
+        lambda: mv.scale_attention(0, [0], INF),
+    ),
+    (
+        "a mask is added and multiplies nothing; use way='feature', 'recompute' or 'auto'.",
+        lambda: mv.scale_attention(0, [0], 2.0, way="mask"),
+    ),
+    (
+        "rows='each' are queries' rows of scores or pattern; text.0.z has none.",
+        lambda: mv.Edit("text.0.z", torch.clone, rows="each"),
+    ),
+    (
+        "rows is empty, so nothing would be edited; give at least one, 'each', or None for all.",
+        lambda: mv.Edit("text.0.pattern", torch.clone, rows=[]),
     ),
     ("the patch of text.0.z has 1 axes; it must have batch pos head d_head.", lambda: mv.patch("text.0.z", zeros(8))),
     (
@@ -782,9 +834,9 @@ LATER: list[Case] = [
         ),
     ),
     (
-        "generate does not take cache_implementation='static': edits and readings rest on steps of one new position, "
-        "each one pass, with a cache that grows by it.",
-        lambda: said(generation_config=GenerationConfig(cache_implementation="static")),
+        "generate does not take cache_implementation='offloaded': edits and readings rest on steps of one new "
+        "position, each one pass, with a cache that grows by it.",
+        lambda: said(generation_config=GenerationConfig(cache_implementation="offloaded")),
     ),
     (
         "generate does not take guidance_scale=2.0: edits and readings rest on steps of one new position, each one "

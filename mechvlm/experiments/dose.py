@@ -9,14 +9,14 @@ import numpy as np
 import torch
 import xarray as xr
 
-from mechvlm.attention import mass
+from mechvlm.attention_edits import bias_attention
 from mechvlm.batch import metric_values
-from mechvlm.edits import bias_attention
 from mechvlm.experiments.record import chosen_layers, metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import cross_layers, named, own_layers
 from mechvlm.experiments.sweep import numbers, runs_of
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
+from mechvlm.readings import mass
 from mechvlm.sites import Site, listed, number, told, whole_numbers
 from mechvlm.vlm import VLM
 

@@ -13,12 +13,12 @@ import numpy as np
 import xarray as xr
 from tqdm import tqdm
 
-from mechvlm.attention import mass, rows
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.prompt import Prompt
+from mechvlm.readings import mass, rows
 from mechvlm.sites import Site, whole, whole_numbers
 from mechvlm.vlm import VLM
 

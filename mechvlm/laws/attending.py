@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.attention import mass, rows
-from mechvlm.edits import bias_attention, cut_attention
+from mechvlm.attention_edits import bias_attention, cut_attention
 from mechvlm.laws.finding import Finding, layers_with, some_keys
 from mechvlm.prompt import Prompt
+from mechvlm.readings import mass, rows
 from mechvlm.references import (
     apart,
     eager_rounding,

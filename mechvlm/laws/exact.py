@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 
-from mechvlm.attention import rows
-from mechvlm.edits import Edit, bias_attention, patch, scale_heads, steer
+from mechvlm.attention_edits import bias_attention
+from mechvlm.edits import Edit, patch, scale_heads, steer
 from mechvlm.laws.finding import Finding, all_sites, layers_with
 from mechvlm.prompt import Prompt
+from mechvlm.readings import rows
 from mechvlm.references import (
     differs,
     negative_of,

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.attention_edits import bias_attention, cut_attention
 from mechvlm.batch import TEXT_LIKE
-from mechvlm.edits import Edit, ablate_heads, bias_attention, cut_attention, patch, scale_heads, steer
+from mechvlm.edits import Edit, ablate_heads, patch, scale_heads, steer
 from mechvlm.laws.finding import Finding, layers_with
 from mechvlm.prompt import Prompt, locate
 from mechvlm.references import (

@@ -12,7 +12,7 @@ import pandas as pd
 import xarray as xr
 
 from mechvlm import plot
-from mechvlm.edits import bias_attention
+from mechvlm.attention_edits import bias_attention
 from mechvlm.experiments.attribution import gradient_attribution
 from mechvlm.experiments.dose import dose_response
 from mechvlm.experiments.patching import patch_spans
