@@ -111,6 +111,7 @@ def cut_attention(
     queries: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     tower: str = "text",
+    way: str = "auto",
     cross: bool = False,
 ) -> Edit:
     """Knock out attention from some queries to some keys: exactly zero, the rest renormalised by the softmax.
@@ -123,4 +124,4 @@ def cut_attention(
     Source:
         Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5.
     """
-    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, cross=cross)
+    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, way, cross)

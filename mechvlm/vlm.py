@@ -68,7 +68,7 @@ class VLM:
         batches.check_state(hf_model)
         self.hf: Any = hf_model
         self.processor = batches.check_processor(processor)
-        self.attention_budget = bytes_of(attention_budget)
+        self.attention_budget: int | str = bytes_of(attention_budget)
         self.name = name or config.name_or_path or config.model_type
         with warnings.catch_warnings():
             # Q-Formers have submodules called `output`; mechvlm never asks for those.

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.attention_edits import bias_attention, cut_attention
+from mechvlm.attention_edits import bias_attention, cut_attention, scale_attention
 from mechvlm.laws.finding import Finding, layers_with, some_keys
 from mechvlm.prompt import Prompt
-from mechvlm.readings import mass, rows
+from mechvlm.readings import Reading, entropy, mass, rows, top_keys
 from mechvlm.references import (
     apart,
     eager_rounding,
@@ -17,6 +17,8 @@ from mechvlm.references import (
     rounding,
 )
 from mechvlm.sites import Site
+
+WAYS = ("mask", "feature", "recompute")
 
 
 def law_4_patterns(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
@@ -38,10 +40,26 @@ def patterns_at(vlm: Any, prompt: Prompt, sites: list[Site], own: dict[Site, Ten
     yield Finding(4, f"rows sum to one, {where}", one, rounding(vlm))
     keys = run[sites[0]].shape[-1]
     spans = prompt.spans if where == "text" else {"some": [1, 2, 3], "all": list(range(keys))}
-    for name, reading in (("mass", mass(spans)), ("mass of rows", mass(spans, [-1, 2])), ("rows", rows([-1, 2]))):
+    readings: dict[str, Reading] = {
+        "mass": mass(spans),
+        "mass of rows": mass(spans, [-1, 2]),
+        "rows": rows([-1, 2]),
+        "rows over some keys": rows([-1, 2], keys=[1, 2, 3]),
+        "entropy": entropy(),
+        "largest weights": top_keys(3),
+    }
+    budget = vlm.attention_budget
+    for name, reading in readings.items():
+        vlm.attention_budget = keys * 256 if name in ("rows", "entropy") else budget  # the same in pieces
         short = vlm.run(prompt, read={site: reading for site in sites})
-        worst = max(apart(short[site], reading(run[site])) for site in sites)
+        worst = max(apart(first(short[site]), first(reading(run[site].double()))) for site in sites)
         yield Finding(4, f"{name} without the map, {where}", worst, rounding(vlm))
+    vlm.attention_budget = budget
+
+
+def first(reading: Any) -> Tensor:
+    """The tensor of a reading, or the first of two: keys of equal weights may stand in any order."""
+    return reading[0] if isinstance(reading, tuple) else reading
 
 
 def law_6_biases(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
@@ -63,7 +81,7 @@ def biases_at(vlm: Any, prompt: Prompt, site: Site, amount: float = 1.5) -> Iter
     sees = (before[..., keys].sum(-1) > 1e-4) & (before[..., rest].sum(-1) > 1e-4)
     odds = before[..., keys].sum(-1) / before[..., rest].sum(-1)
     runs = {}
-    for way in ("mask", "feature", "recompute"):
+    for way in WAYS:
         edit = bias_attention(layer, keys, amount, tower=site.tower, way=way, cross=cross)
         runs[way] = vlm.run(prompt, read=[site], edits=[edit])
     for way, run in runs.items():
@@ -73,5 +91,9 @@ def biases_at(vlm: Any, prompt: Prompt, site: Site, amount: float = 1.5) -> Iter
         worst = apart(change, torch.ones_like(change)) if bool(sees.any()) else float("inf")
         yield Finding(6, f"odds by {way}, {where}", worst, rounding(vlm, 256))
         yield Finding(6, f"{way} as recompute, {where}", apart(run.logits, runs["recompute"].logits), same)
-    cut = vlm.run(prompt, read=[site], edits=[cut_attention(layer, keys, tower=site.tower, cross=cross)])
-    yield Finding(6, f"a cut leaves zero, {where}", cut[site][..., keys].abs().max().item(), 0.0)
+    factors = [scale_attention(layer, keys, amount, tower=site.tower, way=way, cross=cross) for way in WAYS[1:]]
+    one, other = (vlm.run(prompt, edits=[edit]).logits for edit in factors)
+    yield Finding(6, f"a factor by feature as recompute, {where}", apart(one, other), same)
+    cuts = [cut_attention(layer, keys, tower=site.tower, way=way, cross=cross) for way in WAYS]
+    worst = max(vlm.run(prompt, read=[site], edits=[cut])[site][..., keys].abs().max().item() for cut in cuts)
+    yield Finding(6, f"a cut leaves zero, {where}", worst, 0.0)
