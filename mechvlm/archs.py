@@ -31,6 +31,8 @@ class Arch:
         unembed: path of the module that makes logits.
         image_features: path of the module, or of the call (as nnsight names it), that makes what takes the image
             placeholders' places.
+        pixels: path of the module whose first input `pixel_values` are, as they are; empty for the model itself, which
+            some do not call to generate.
         template: the prompt its authors document, for processors that hold no chat template; `{text}` is the question,
             `{image}` one image.
         image: how one image is written there, where `{mark}` is the image token.
@@ -57,6 +59,7 @@ class Arch:
     example: str = ""
     unembed: str = "lm_head"
     image_features: str = "model.source.self_get_image_features_0"
+    pixels: str = ""
     template: str = "{image}{text}"
     image: str = "{mark}"
     mark: str | None = None
@@ -90,6 +93,7 @@ _BLIP = Arch(
     unembed="language_model.lm_head",
     qformer="qformer",
     image_features="language_projection",
+    pixels="vision_model",
     template="{text}",
     mark="",
     grid="queries",

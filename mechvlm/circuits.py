@@ -242,6 +242,8 @@ def to_activation_cache(run: Run, vlm: Any) -> Any:
 
 def is_whole(x: Tensor, site: Site, shape: Shape) -> bool:
     """Whether a reading has the shape of the whole tensor of its site."""
+    if site.kind == "pixels":
+        return True  # whose axes are the processor's
     if x.ndim != len(site.axes):
         return False
     sizes = dict(zip(site.axes, x.shape, strict=True))

@@ -203,7 +203,7 @@ def patch(site: Site | str, source: Float[Tensor, "..."], positions: Sequence[in
     where = as_site(site)
     chosen = None if positions is None else places("positions", positions, all_by_none=True)
     axis = 2 if where.kind in ("scores", "pattern") else 1
-    if _tensor("source", source).ndim != len(where.axes):
+    if _tensor("source", source).ndim != len(where.axes) and "..." not in where.axes:
         raise ValueError(f"the patch of {where} has {source.ndim} axes; it must have {' '.join(where.axes)}.")
     length = source.shape[axis]
 
@@ -241,7 +241,7 @@ def steer(
     """
     where = as_site(site)
     chosen = None if positions is None else places("positions", positions, all_by_none=True)
-    if where.kind in ("scores", "pattern", "logits", "q", "k", "v", "z"):
+    if where.kind in ("scores", "pattern", "logits", "q", "k", "v", "z", "pixels"):
         raise ValueError(f"a direction is added to the residual stream or to what is added to it, not to {where}.")
     if _tensor("direction", direction).ndim != 1:
         raise ValueError(f"a direction is one vector, d_model, and this one's shape is {tuple(direction.shape)}.")

@@ -29,6 +29,8 @@ class Layout:
         packed: whether the vision tower packs.
         shared: how many rows share the images of the first one, whose features are computed once; 1 if none do.
         length: positions of the batch, padding included.
+        pixels: for each row, the shape of its own `pixel_values`, which stand behind one another along the first axis
+            and, where others are longer along another, are filled up at the end.
     """
 
     pads: tuple[int, ...]
@@ -38,6 +40,7 @@ class Layout:
     packed: bool = False
     shared: int = 1
     length: int = 0
+    pixels: tuple[tuple[int, ...], ...] = ()
 
     @property
     def images(self) -> tuple[int, ...]:
@@ -86,7 +89,8 @@ class Layout:
     def of_row(self, row: int) -> "Layout":
         """The layout of one row, as if it had run alone."""
         queries = self.queries[row : row + 1]
-        return Layout((0,), self.tokens[row : row + 1], self.vision[row : row + 1], queries, self.packed)
+        own = self.tokens[row : row + 1], self.vision[row : row + 1], queries
+        return Layout((0,), *own, self.packed, pixels=self.pixels[row : row + 1])
 
     def alike(self, chosen: Sequence[int], spans: Sequence[tuple[int, int | None]], times: int) -> list[Group]:
         """Rows together where their own positions are the same.
@@ -104,6 +108,8 @@ class Layout:
 
     def extent(self, site: tuple) -> tuple[tuple[int, ...], bool]:
         """How much of a tensor that is not the text's each row has, and whether that is a stretch of one sequence."""
+        if site[0] == "pixels":
+            return tuple(shape[0] for shape in self.pixels), False
         if site[2] == "vision":
             return self.vision, self.packed
         flat = [length for row in self.tokens for length in row]
@@ -118,7 +124,9 @@ class Layout:
         return x.reshape(-1, lengths.pop(), x.shape[-1]) if len(lengths) == 1 else x[None]
 
     def own_shape(self, site: tuple, group: Group, part: Tensor) -> Tensor:
-        """A row's image features in the shape that they have where it runs alone."""
+        """A row's pixels, or image features, in the shape that they have where it runs alone."""
+        if site[0] == "pixels" and group[0] is not None:
+            return part[(slice(None), *map(slice, self.pixels[self.rows_of(site, group)[0]][1:]))]
         if site[0] not in ("image_features", "deepstack") or group[2] is None:
             return part
         lengths = set(self.tokens[self.rows_of(site, group)[0]])

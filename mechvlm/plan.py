@@ -15,6 +15,8 @@ from mechvlm.readings import Entropy, Lazy, Mass, Reading, Rows, Top
 from mechvlm.shapes import Shape
 from mechvlm.sites import CROSS_KINDS, PATTERN_KINDS, Site, as_site, told
 
+PIXELS = ("pixels", None, "vision")
+
 
 @dataclass
 class Plan:
@@ -108,8 +110,9 @@ def make_plan(
     # The gradient of what rows share would be the sum of theirs.
     alone = gradient and any(as_site(site).tower != "text" for site in read)
     layout = layout_of(prompts, shape, variants, alone)
-    start = ("embed", None, "vision") if shape.embeds_vision else ("resid_pre", 0, "vision")
-    plan = Plan(layout, gradient=gradient, start=start, deepstack=shape.deepstack, budget=budget)
+    plan = Plan(layout, gradient=gradient, deepstack=shape.deepstack, budget=budget)
+    if not shape.embeds_vision:
+        plan.start = ("resid_pre", 0, "vision")
     for site, reading in read.items():
         where = as_site(site)
         check_site(where, prompts, shape, "read")
@@ -122,6 +125,8 @@ def make_plan(
         sorted_by_site = plan.edits if edit.on == "value" else plan.grads
         sorted_by_site.setdefault(key_of(edit.site), []).append((number, rows, edit))
         plan.labels.append(str(edit))
+    if PIXELS in {*plan.reads, *plan.edits, *plan.grads}:
+        plan.start = PIXELS  # and nothing behind them is cut off
     return plan
 
 
@@ -147,6 +152,7 @@ def layout_of(
         packed,
         shared,
         longest,
+        tuple(tuple(prompt.encoding["pixel_values"].shape) if prompt.images else (0,) for prompt in chosen),
     )
 
 
@@ -196,6 +202,8 @@ def length_at(site: Site, prompt: Prompt, steps: int = 1) -> int:
     """How many positions a prompt has at a site; a generation makes the last position's logits only."""
     if site.kind == "logits" and steps > 1:
         return 1
+    if site.kind == "pixels":
+        return prompt.encoding["pixel_values"].shape[1]  # which a patch must have as well
     if site.tower == "vision":
         lengths = [positions for _, positions in prompt.vision]
         return sum(lengths) if prompt.shape and "vision" in prompt.shape.packed else max(lengths, default=0)
@@ -262,6 +270,8 @@ def check_reach(edit: Edit, prompts: Sequence[Prompt], shape: Shape, gradient: b
     """Refuse an edit that is out of range, cannot reach the answer, or could never act."""
     site = edit.site
     check_site(site, prompts, shape, "edit")
+    if site.kind == "pixels" and edit.positions:
+        raise ValueError(f"{edit} names positions, and {site} has none; edit all of it, by mv.Edit.")
     lengths = [length_at(site, prompt, steps) for prompt in prompts]
     check_range(str(edit), site, edit.positions, lengths)
     if edit.bias is not None:

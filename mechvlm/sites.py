@@ -39,7 +39,7 @@ ATTENTION_KINDS = SELF_KINDS + CROSS_KINDS
 PATTERN_KINDS = ("scores", "pattern", "cross_scores", "cross_pattern")
 """Those with axes `batch head query key`."""
 
-MODEL_KINDS = ("embed", "image_features", "logits")
+MODEL_KINDS = ("pixels", "embed", "image_features", "logits")
 TOWERS = ("text", "vision", "qformer")
 
 _AXES = {
@@ -55,6 +55,7 @@ _AXES = {
     "deepstack": ("image", "pos", "d_model"),
     "logits": ("batch", "pos", "vocab"),
     "image_features": ("image", "pos", "d_model"),
+    "pixels": ("image", "..."),
 }
 
 _TRANSFORMER_LENS = {
@@ -87,10 +88,11 @@ _LENS_WHOLE = {
 class Site:
     """Where an activation lives.
 
-    Kinds, in forward order: `embed` (word embeddings, before image features take the placeholders' places; with
-    `tower="vision"` the embedded squares of the picture), then per layer of a tower `resid_pre, q, k, v, scores,
-    pattern, z, attn_out, resid_mid, mlp_out, resid_post`, then `image_features` (what the projector hands to the
-    language model) and `logits`.
+    Kinds, in forward order: `pixels` (with `tower="vision"`: what the processor made of the pictures, the
+    `pixel_values` that the model is called with, in the processor's own axes), `embed` (word embeddings, before image
+    features take the placeholders' places; with `tower="vision"` the embedded squares of the picture), then per layer
+    of a tower `resid_pre, q, k, v, scores, pattern, z, attn_out, resid_mid, mlp_out, resid_post`, then `image_features`
+    (what the projector hands to the language model) and `logits`.
 
     `q` and `k` are as the scores use them: after rotary embedding and any norm; `k` and `v` have the key-value heads.
     `scores` are scaled and masked (minus infinity where a query may not look). `attn_out` and `mlp_out` are what is
@@ -101,7 +103,7 @@ class Site:
 
     Args:
         kind: one of the words above.
-        layer: counted from 0 in its tower; None for `embed`, `image_features` and `logits`.
+        layer: counted from 0 in its tower; None for `pixels`, `embed`, `image_features` and `logits`.
         tower: "text", "vision" or "qformer".
 
     Raises:
@@ -129,7 +131,9 @@ class Site:
         if self.kind in MODEL_KINDS:
             if self.layer is not None:
                 raise ValueError(f"{self.kind} has no layer, and layer={self.layer} was given; leave it out.")
-            if self.tower != "text" and (self.kind != "embed" or self.tower == "qformer"):
+            if self.kind == "pixels" and self.tower != "vision":
+                raise ValueError("pixels are what the vision tower sees; write Site('pixels', tower='vision').")
+            if self.tower != "text" and (self.kind not in ("pixels", "embed") or self.tower == "qformer"):
                 raise ValueError(f"{self.kind} belongs to the whole model; leave tower={self.tower!r} out.")
         elif self.layer is None:
             raise ValueError(f"{self.kind} needs a layer, for instance Site({self.kind!r}, 0).")
@@ -145,7 +149,11 @@ class Site:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The names of the axes of the tensor that lives here."""
+        """The names of the axes of the tensor that lives here.
+
+        The first axis of `pixels` counts what the model's processor counts: images, squares of them, patches, or texts;
+        the others are its own too.
+        """
         return _AXES.get(self.kind, ("batch", "pos", "d_model"))
 
     @classmethod
@@ -177,8 +185,8 @@ class Site:
             return cls(own[3], int(own[2]), own[1])
         if name in MODEL_KINDS:
             return cls(name)
-        if name == "vision.embed":
-            return cls("embed", tower="vision")
+        if name in ("vision.pixels", "vision.embed"):
+            return cls(name.removeprefix("vision."), tower="vision")
         raise ValueError(
             f"{name!r} names no site; write 'text.12.pattern', 'image_features' or, as in TransformerLens, "
             "'blocks.12.attn.hook_pattern'."

@@ -61,6 +61,8 @@ def put(x: Tensor, site: tuple, group: Group, new: Tensor) -> Tensor:
     rows = x if indices is None else x[indices]
     rows = rows.clone()
     place = narrow(rows, site, group)
+    if site[0] == "pixels":
+        place = place[tuple(map(slice, new.shape))]  # those of longer rows are filled up at the end
     place.copy_(new.reshape(place.shape))
     if indices is None:
         return rows
@@ -214,7 +216,7 @@ class Visit:
 
     def track(self, site: tuple, x: Tensor) -> Tensor:
         """Make gradients start at the embeddings, remember the tensor, and hang the gradient's edits on it."""
-        if site == self.plan.start or site[0] == "embed" or (site[0] in FEATURES and not self.plan.sees_vision()):
+        if site in (self.plan.start, ("embed", None, "text")) or (site[0] in FEATURES and not self.plan.sees_vision()):
             x = x.detach().requires_grad_(True)
         if not x.requires_grad:
             x = x.detach().requires_grad_(True)  # a Q-Former's queries, which nothing of the picture has reached yet

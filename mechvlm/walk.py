@@ -48,6 +48,8 @@ def walk(model: Any, parts: Parts, wanted: Wanted, touch: Touch, attend: Attend,
         pictures: whether this pass sees the images; the steps of a generation do not.
     """
     whole = wanted.get(("text", None), set())
+    if pictures and "pixels" in wanted.get(("vision", None), ()):
+        _offer_pixels(model, parts.row.pixels, touch)
     if "embed" in whole and parts.row.words_first:
         _offer_output(at(model, str(parts.text.embed)), ("embed", None, "text"), touch)
     if pictures:
@@ -67,6 +69,18 @@ def _walk_pictures(model: Any, parts: Parts, wanted: Wanted, touch: Touch, atten
         _walk_tower(model, parts, "qformer", wanted, touch, attend)
     if "image_features" in wanted.get(("text", None), ()):
         _offer_features(at(model, parts.row.image_features), ("image_features", None, "text"), touch)
+
+
+def _offer_pixels(model: Any, path: str, touch: Touch) -> None:
+    """Offer the pixels that the model is called with, or the module at a path, whose first input they are."""
+    part = at(model, path) if path else model
+    given, named = part.inputs
+    old = part.input if path else named["pixel_values"]
+    new = touch(("pixels", None, "vision"), old)
+    if new is not old and path:
+        part.input = new
+    elif new is not old:
+        part.inputs = (given, {**named, "pixel_values": new})
 
 
 def _offer_output(part: Any, site: tuple, touch: Touch, flat: bool = False) -> None:

@@ -159,7 +159,7 @@ SITES: list[Case] = [
     (
         "no activation is called 'patern'. In forward order they are: resid_pre, q, k, v, scores, pattern, z, "
         "cross_scores, cross_pattern, cross_z, attn_out, resid_mid, mlp_out, resid_post, deepstack; and, without a "
-        "layer, embed, image_features, logits.",
+        "layer, pixels, embed, image_features, logits.",
         lambda: mv.Site("patern", 0),
     ),
     (
@@ -169,6 +169,11 @@ SITES: list[Case] = [
     ("embed belongs to the whole model; leave tower='qformer' out.", lambda: mv.Site("embed", tower="qformer")),
     ("logits has no layer, and layer=3 was given; leave it out.", lambda: mv.Site("logits", 3)),
     ("logits belongs to the whole model; leave tower='vision' out.", lambda: mv.Site("logits", tower="vision")),
+    ("pixels are what the vision tower sees; write Site('pixels', tower='vision').", lambda: mv.Site("pixels")),
+    (
+        "half at vision.pixels names positions, and vision.pixels has none; edit all of it, by mv.Edit.",
+        lambda: vlm().run(real(), edits=[mv.Edit("vision.pixels", lambda x: x / 2, label="half", positions=(3,))]),
+    ),
     ("pattern needs a layer, for instance Site('pattern', 0).", lambda: mv.Site("pattern")),
     ("layer -1 is not a layer; layers count from 0.", lambda: mv.Site("pattern", -1)),
     ("layer True is not a layer; layers count from 0.", lambda: mv.Site("pattern", True)),

@@ -33,7 +33,7 @@ def all_sites(vlm: Any, live: bool = False) -> list[Site]:
         for kind in vlm.shape.kinds[tower][layer]
     ]
     vision = [Site("embed", tower="vision")] if vlm.shape.embeds_vision else []
-    return [Site("embed"), *vision, Site("image_features"), *inner, Site("logits")]
+    return [Site("pixels", tower="vision"), Site("embed"), *vision, Site("image_features"), *inner, Site("logits")]
 
 
 def layers_with(vlm: Any, kind: str, tower: str = "text") -> list[int]:
