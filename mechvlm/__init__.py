@@ -11,8 +11,8 @@ Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Add
 ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
 mass, entropy, top_keys, lazy (an Attention, not made). Metrics:
 logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
-ablate_each_head, patch_spans, gradient_attribution, dose_response, answer_probabilities, queries_to_patches,
-compose_queries, sweep. Figures: plot.
+ablate_each_head, patch_spans, gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad,
+dose_response, answer_probabilities, queries_to_patches, compose_queries, sweep. Figures: plot.
 """
 
 from importlib import import_module
@@ -60,6 +60,9 @@ if TYPE_CHECKING:
     from mechvlm.experiments.profile import attention_profile as attention_profile
     from mechvlm.experiments.queries import compose_queries as compose_queries
     from mechvlm.experiments.queries import queries_to_patches as queries_to_patches
+    from mechvlm.experiments.saliency import input_times_gradient as input_times_gradient
+    from mechvlm.experiments.saliency import integrated_gradients as integrated_gradients
+    from mechvlm.experiments.saliency import smooth_grad as smooth_grad
     from mechvlm.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -80,6 +83,9 @@ _LATER = {
     "cache_sites": "mechvlm.circuits",
     "compose_queries": "mechvlm.experiments.queries",
     "queries_to_patches": "mechvlm.experiments.queries",
+    "input_times_gradient": "mechvlm.experiments.saliency",
+    "integrated_gradients": "mechvlm.experiments.saliency",
+    "smooth_grad": "mechvlm.experiments.saliency",
     "sweep": "mechvlm.experiments.sweep",
 }
 

@@ -4,15 +4,11 @@
 7.0
 """
 
-import torch
 import xarray as xr
 
-from mechvlm.experiments.record import metric_unit, one_prompt, record
-from mechvlm.experiments.sight import deepstack_layers, image_coordinates, image_dim
-from mechvlm.experiments.sweep import numbers
+from mechvlm.experiments.saliency import input_times_gradient
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site
 from mechvlm.vlm import VLM
 
 
@@ -43,31 +39,4 @@ def gradient_attribution(vlm: VLM, prompt: Prompt, metric: Metric) -> xr.Dataset
         Simonyan et al. (2014), "Deep Inside Convolutional Networks", section 3; times the input: Shrikumar et al.
         (2016), "Not Just a Black Box".
     """
-    sites = [Site("image_features"), *[Site("deepstack", layer) for layer in deepstack_layers(vlm)]]
-    run = vlm.run(one_prompt(prompt), read=sites, grad_of=metric)
-    # One row a token: what enters with the words, and beside it what is added to it later.
-    features = torch.cat([run[site].double().flatten(0, 1) for site in sites], -1)
-    gradient = torch.cat([run.grad[site].double().flatten(0, 1) for site in sites], -1)
-    unit, dim = metric_unit(metric), image_dim(prompt)
-    return xr.Dataset(
-        {
-            "attribution": (
-                [dim],
-                numbers((gradient * features).sum(-1)),
-                {"long_name": "gradient x input", "units": unit},
-            ),
-            "gradient_norm": (
-                [dim],
-                numbers(gradient.norm(dim=-1)),
-                {"long_name": "norm of the gradient", "units": f"{unit} per unit of the feature"},
-            ),
-        },
-        coords=image_coordinates(prompt),
-        attrs=record(
-            vlm,
-            [prompt],
-            metric,
-            value=float(run.metric[0]) if run.metric is not None else float("nan"),
-            taken_at=", ".join(map(str, sites)),
-        ),
-    )
+    return input_times_gradient(vlm, prompt, metric)

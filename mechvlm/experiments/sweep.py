@@ -79,6 +79,7 @@ def runs_of(
     variants: Sequence[Sequence[Edit]],
     read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
     batch_size: int | None = None,
+    grad_of: Metric | None = None,
 ) -> Iterator[Run]:
     """Run variants of a prompt, some at a time, with a progress bar where it takes more than a second.
 
@@ -91,7 +92,7 @@ def runs_of(
     with tqdm(total=len(variants), unit="run", leave=False, delay=1) as bar:
         for start in range(0, len(variants), size):
             rows = variants[start : start + size]
-            yield vlm.run(prompt, read=read or (), variants=rows)
+            yield vlm.run(prompt, read=read or (), variants=rows, grad_of=grad_of)
             bar.update(len(rows))
 
 
