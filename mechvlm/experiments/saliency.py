@@ -8,7 +8,7 @@ picture hands on at a place is moved together, so that nothing of it passes by.
 True
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,9 +17,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm import images
 from mechvlm.batch import metric_values
-from mechvlm.edits import Edit, name_of
+from mechvlm.edits import Edit
 from mechvlm.experiments.inputs import (
     PATCHED,
     PIXELS,
@@ -29,14 +28,14 @@ from mechvlm.experiments.inputs import (
     token_dim,
     token_sums,
 )
+from mechvlm.experiments.paths import baseline_of, between, edits_to, noisy, points_of
 from mechvlm.experiments.record import metric_unit, one_prompt, record
 from mechvlm.experiments.sweep import numbers, rows_for, runs_of
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, number, told, whole
+from mechvlm.sites import Site, number, whole
 from mechvlm.vlm import VLM
 
-METHODS = ("gauss-legendre", "midpoint")
 Values = Mapping[Site, Tensor]
 
 
@@ -90,9 +89,9 @@ def integrated_gradients(
     Args:
         at: "image_features", where the picture enters the language model, or "pixels", where it enters the model.
         baseline: another prompt of the same words and positions, or a picture or a function from picture to picture
-            for `prompt.with_image`; None means a black picture. "zeros" means none of the features, or pixels of the
-            processor's mean colour. Zero features are a hard baseline: a norm of the language model sees their
-            direction alone, so that all of the metric's change is where they all but vanish, and the sum rarely holds.
+            for `prompt.with_image`; None means a black picture. "zeros" means features of zero, a hard baseline:
+            a norm of the language model sees their direction alone, so that all of the metric's change is where they
+            all but vanish, and the sum rarely holds.
         steps: points of the line at which a gradient is taken.
         method: how they lie and weigh: "gauss-legendre" or "midpoint".
         tolerance: the largest completeness gap, as a fraction of the metric's difference. Half precision alone may make
@@ -122,12 +121,12 @@ def integrated_gradients(
     Source:
         Sundararajan et al. (2017), "Axiomatic Attribution for Deep Networks", sections 3 and 5.
     """
-    sites, (shares, weights) = input_sites(vlm, at), _points(steps, method)
-    least_said, other = _baseline(one_prompt(prompt), baseline)
+    sites, (shares, weights) = input_sites(vlm, at), points_of(steps, method)
+    least_said, other = baseline_of(one_prompt(prompt), at, baseline)
     x = _inputs(vlm, prompt, sites)
     base = {site: torch.zeros_like(x[site]) for site in sites} if other is None else _inputs(vlm, other, sites)
     way = {site: x[site] - base[site] for site in sites}
-    variants = [_edits({site: partial(_between, base[site], way[site], share) for site in sites}) for share in shares]
+    variants = [edits_to({site: partial(between, base[site], way[site], share) for site in sites}) for share in shares]
     gradient = _averaged(vlm, prompt, metric, variants, sites, weights, batch_size)
     product = {site: gradient[site] * way[site] for site in sites}
     value, least = _ends(vlm, prompt, metric, base)
@@ -182,7 +181,7 @@ def smooth_grad(
     x = _inputs(vlm, one_prompt(prompt), sites)
     seeds = np.random.SeedSequence(whole("seed", seed)).generate_state(count * len(sites)).reshape(count, len(sites))
     variants = [
-        _edits({site: partial(_noisy, x[site], spread, int(own)) for site, own in zip(sites, row, strict=True)})
+        edits_to({site: partial(noisy, x[site], spread, int(own)) for site, own in zip(sites, row, strict=True)})
         for row in seeds
     ]
     gradient = _averaged(vlm, prompt, metric, variants, sites, [1 / count] * count, batch_size)
@@ -192,60 +191,10 @@ def smooth_grad(
     return _result(vlm, prompt, metric, (product, gradient), name, **how)
 
 
-def _points(steps: Any, method: Any) -> tuple[list[float], list[float]]:
-    """Where on the way from 0 to 1 gradients are taken, and how each of them weighs."""
-    count = whole("steps", steps)
-    if count < 1:
-        raise ValueError(f"steps={count} takes no gradient; give 1 or more.")
-    if method not in METHODS:
-        raise ValueError(f"method={told(method)} is not known; choose from {', '.join(map(repr, METHODS))}.")
-    if method == "midpoint":
-        return [(step + 0.5) / count for step in range(count)], [1 / count] * count
-    at, weights = np.polynomial.legendre.leggauss(count)
-    return ((at + 1) / 2).tolist(), (weights / 2).tolist()
-
-
-def _baseline(prompt: Prompt, baseline: Any) -> tuple[str, Prompt | None]:
-    """What the line begins at, in words, and as a prompt; None for zeros."""
-    if isinstance(baseline, str) and baseline == "zeros":
-        return baseline, None
-    if isinstance(baseline, Prompt):
-        other, said = baseline, "another prompt"
-    else:
-        other = prompt.with_image(images.black if baseline is None else baseline)
-        said = "black" if baseline is None else name_of(baseline) if callable(baseline) else "another picture"
-    for name, own in prompt.encoding.items():
-        found = other.encoding.get(name)
-        if found is None or found.shape != own.shape or not (name == "pixel_values" or torch.equal(found, own)):
-            raise ValueError(
-                f"the baseline's {name} are not the prompt's, and only the pixels may differ; make it with "
-                "prompt.with_image."
-            )
-    return said, other
-
-
 def _inputs(vlm: VLM, prompt: Prompt, sites: Sequence[Site]) -> dict[Site, Tensor]:
     """What a picture hands on at some sites."""
     run = vlm.run(prompt, read=sites)
     return {site: run[site].double() for site in sites}
-
-
-def _between(base: Tensor, way: Tensor, share: float) -> Tensor:
-    return base + share * way
-
-
-def _noisy(x: Tensor, spread: float, seed: int) -> Tensor:
-    drawn = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x + spread * (x.max() - x.min()) * drawn.to(x.device)
-
-
-def _edits(points: Mapping[Site, Callable[[], Tensor]]) -> list[Edit]:
-    """What puts other values in the place of a picture's; they are made where and when the model runs."""
-    return [Edit(site, partial(_put, make), "prompt", label="move the input") for site, make in points.items()]
-
-
-def _put(make: Callable[[], Tensor], x: Tensor) -> Tensor:
-    return make().to(x)
 
 
 def _averaged(
@@ -270,7 +219,7 @@ def _averaged(
 
 def _ends(vlm: VLM, prompt: Prompt, metric: Metric, base: Values) -> tuple[float, float]:
     """The metric at the input and at the baseline."""
-    least = _edits({site: partial(_between, start, start, 0.0) for site, start in base.items()})
+    least = edits_to({site: partial(between, start, start, 0.0) for site, start in base.items()})
     measure = vlm.metric(metric)
     first, last = (float(metric_values(measure, vlm.run(prompt, edits=edits).logits)[0]) for edits in ([], least))
     return first, last
