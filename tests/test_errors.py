@@ -36,6 +36,8 @@ import mechvlm as mv
 from mechvlm import plan, shapes
 from mechvlm.archs import ARCHS
 from mechvlm.batch import check_gradients, check_kernel, check_padding
+from mechvlm.experiments.inputs import squares_of
+from mechvlm.experiments.saliency import completeness
 from mechvlm.generating import check_copies
 from mechvlm.grids import check_pictures, grids_of
 from mechvlm.imagemap import Grid
@@ -140,6 +142,13 @@ def ready(**changed: Any) -> mv.Prompt:
     """A ready encoding with something changed; None takes it away."""
     given = {**tiny.encoding(), **changed}
     return bare().prompt(encoding={name: x for name, x in given.items() if x is not None})
+
+
+def coarser(model: mv.VLM) -> object:
+    """The squares of a picture whose tokens are said to be put together."""
+    prompt = zoo.ask(model, tiny.picture(0, 48, 40))
+    image = replace(prompt.images[0], tiles=prompt.images[0].tiles[:2])
+    return squares_of(model, replace(prompt, images=[image]), prompt.encoding["pixel_values"])
 
 
 def behind(**settings: Any) -> mv.Prompt:
@@ -734,7 +743,44 @@ GENERATION: list[Case] = [
     ),
 ]
 
+YES = mv.logit_difference("yes", "no")
 LATER: list[Case] = [
+    (
+        "at='embed' is not where a picture enters; choose from 'image_features', 'pixels'.",
+        lambda: mv.input_times_gradient(vlm(), real(), YES, "embed"),
+    ),
+    (
+        "qwen2_vl models are called with patches, and not with pictures.",
+        lambda: squares_of(zoo.build("qwen2_vl"), real(), zeros(1)),
+    ),
+    (
+        "image 0 is seen as 5 squares, whose tokens are put together to 2 grids, so its pixels are no single token's; "
+        "take at='image_features'.",
+        lambda: coarser(zoo.build("llava_onevision")),
+    ),
+    (
+        "samples=0 and noise=0.15 average nothing; give 1 sample or more, and noise from 0.",
+        lambda: mv.smooth_grad(vlm(), real(), YES, samples=0),
+    ),
+    ("steps=0 takes no gradient; give 1 or more.", lambda: mv.integrated_gradients(vlm(), real(), YES, steps=0)),
+    (
+        "method='simpson' is not known; choose from 'gauss-legendre', 'midpoint'.",
+        lambda: mv.integrated_gradients(vlm(), real(), YES, method="simpson"),
+    ),
+    (
+        "baseline='zeros' is of image features; at pixels give a picture, such as mv.images.grey.",
+        lambda: mv.integrated_gradients(vlm(), real(), YES, "pixels", "zeros"),
+    ),
+    (
+        "the baseline's input_ids are not the prompt's, and only the pixels may differ; make it with "
+        "prompt.with_image.",
+        lambda: mv.integrated_gradients(vlm(), real(), YES, baseline=real().with_text("is there a cat ?")),
+    ),
+    (
+        "the attributions sum to 1, and from the baseline to the prompt the metric changes by 2, which is 50.0% away, "
+        "where tolerance=0.05; take more than steps=3, or allow more.",
+        lambda: completeness(1.0, 2.0, 0.05, 3),
+    ),
     (
         "'blocks.0.attn.hook_result' is a hook of TransformerLens that no site stands for; a layer's are resid_pre, "
         "resid_mid, resid_post, attn_out, mlp_out, q, k, v, z, scores, pattern.",

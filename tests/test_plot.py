@@ -74,6 +74,13 @@ def prompt_about(*images: ImageMap, pictures: bool = True) -> Prompt:
     )
 
 
+def points() -> xr.DataArray:
+    """A value for each channel of the 20 x 30 pixels that `image_map` is of."""
+    values = np.arange(3.0 * 20 * 30).reshape(1, 3, 20, 30) - 700
+    where = {"image_of": ("square", [0]), "tile_of": ("square", [0])}
+    return xr.DataArray(values, dims=["square", "channel", "y", "x"], coords=where, name="pixel_attribution")
+
+
 def lens(positions: list[int], words: int = 2) -> xr.Dataset:
     token = np.array(
         [[[f"w{layer}{at}{rank}" for rank in range(words)] for at in positions] for layer in (0, 3)], object
@@ -297,6 +304,29 @@ def test_over_image_agrees_with_heat() -> None:
         assert drawn_at(figure, x + 0.5, y + 0.5) == heat[y, x]
 
 
+def test_each_pixel_lies_where_its_tile_looks() -> None:
+    """Half as many pixels as the picture has, of its right half only."""
+    here = image_map(view=(15.0, 0.0, 2.0, 2.0))
+    figure = plot.pixels_over_image(points(), here, picture(), limits=(-9, 9))
+    drawn = np.array(figure.data[0].z, dtype=float)
+    assert drawn.shape == (20, 30)
+    assert np.isnan(drawn[:, :15]).all()
+    expected = points().sum("channel").values[0][:10, :8]
+    assert np.array_equal(drawn[::2, 15::2], expected)
+    assert np.array_equal(drawn[1::2, 16::2], expected[:, :7])
+    assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-9, 9)
+
+
+def test_finer_tiles_are_drawn_over_coarser_ones() -> None:
+    whole, part = Tile(1, 1, (0.0, 0.0, 1.0, 1.0), (20, 30)), Tile(1, 1, (0.0, 0.0, 0.5, 0.5), (20, 30))
+    both = ImageMap((5, 6), ((0, 0, 0), (1, 0, 0)), (part, whole), (30, 20))
+    values = xr.concat([points() * 0 + 1, points() * 0 + 2], "square").assign_coords(tile_of=("square", [0, 1]))
+    drawn = np.array(plot.pixels_over_image(values, both, picture()).data[0].z, dtype=float)
+    assert (drawn[:10, :15] == 3).all()
+    assert (drawn[10:] == 6).all()
+    assert (np.array(plot.pixels_over_image(values, both, picture(), tile=1).data[0].z, dtype=float) == 6).all()
+
+
 def test_the_picture_is_embedded_pixel_by_pixel() -> None:
     layer = plot.over_image(range(6), image_map(), picture()).layout.images[0]
     with Image.open(BytesIO(base64.b64decode(layer.source.removeprefix("data:image/png;base64,")))) as found:
@@ -401,6 +431,20 @@ def test_overlapping_squares_get_a_panel_each() -> None:
                 table(2, dims=("position",)).assign_coords(position=[0, 1]), image_map(), picture()
             ),
             "there is nothing to draw: no finite value belongs to the image's tokens, which are positions 5 to 10.",
+        ),
+        (
+            lambda: plot.pixels_over_image(points().isel(y=0), image_map(), picture()),
+            "pixels_over_image draws square, channel, y and x with the coordinates image_of and tile_of, and the array "
+            "has square, channel, x; give an experiment's pixel_attribution.",
+        ),
+        (
+            lambda: plot.pixels_over_image(points(), image_map(), picture(20, 30)),
+            "the picture is 20 x 30 pixels, and the model was shown one of 30 x 20; give the picture that the prompt "
+            "was made with.",
+        ),
+        (
+            lambda: plot.pixels_over_image(points(), image_map(), picture(), image=1),
+            "the values have no square of image 1.",
         ),
         (
             lambda: plot.over_image(range(6), image_map(), picture(20, 30)),

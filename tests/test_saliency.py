@@ -167,6 +167,7 @@ def test_pixels_that_change_belong_to_the_token_whose_box_changed(name: str) -> 
         assert max(beside, key=lambda at: by_token[at]) == position
 
 
+@functools.cache
 def one_square() -> tuple[mv.VLM, mv.Prompt, mv.Prompt, int]:
     """A model that answers with one square's brightness, a random and a dark picture, and the square's position."""
     model, square, mark = planted.build(1, 2).double(), 6, 3

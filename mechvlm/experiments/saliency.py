@@ -75,7 +75,7 @@ def integrated_gradients(
     metric: Metric,
     at: str = "image_features",
     baseline: Any = None,
-    steps: int = 32,
+    steps: int = 64,
     method: str = "gauss-legendre",
     tolerance: float = 0.05,
     batch_size: int | None = None,
@@ -92,7 +92,7 @@ def integrated_gradients(
             for `prompt.with_image`; None means a black picture. "zeros" means features of zero, a hard baseline:
             a norm of the language model sees their direction alone, so that all of the metric's change is where they
             all but vanish, and the sum rarely holds.
-        steps: points of the line at which a gradient is taken.
+        steps: points of the line at which a gradient is taken; models with kinks, such as OPT's ReLU, need more.
         method: how they lie and weigh: "gauss-legendre" or "midpoint".
         tolerance: the largest completeness gap, as a fraction of the metric's difference. Half precision alone may make
             a gap of some percent.
@@ -131,7 +131,7 @@ def integrated_gradients(
     product = {site: gradient[site] * way[site] for site in sites}
     value, least = _ends(vlm, prompt, metric, base)
     total = float(sum(part.sum() for part in product.values()))
-    gap, relative = _checked(total, value - least, number("tolerance", tolerance), len(shares))
+    gap, relative = completeness(total, value - least, number("tolerance", tolerance), len(shares))
     how: dict[str, Any] = {"steps": len(shares), "method": method, "baseline": least_said, "baseline_value": least}
     gaps = {"completeness_gap": gap, "completeness_gap_relative": relative}
     return _result(vlm, prompt, metric, (product, gradient), "integrated gradients", value=value, **how, **gaps)
@@ -225,8 +225,16 @@ def _ends(vlm: VLM, prompt: Prompt, metric: Metric, base: Values) -> tuple[float
     return first, last
 
 
-def _checked(total: float, difference: float, tolerance: float, steps: int) -> tuple[float, float]:
-    """How far attributions are from summing to a difference, absolutely and relative to it."""
+def completeness(total: float, difference: float, tolerance: float, steps: int) -> tuple[float, float]:
+    """How far attributions are from summing to a difference, absolutely and relative to it.
+
+    Raises:
+        ValueError: where that is farther than the tolerance, a fraction of the difference.
+
+    Example:
+        >>> completeness(total=4.0, difference=4.1, tolerance=0.05, steps=64)  # doctest: +ELLIPSIS
+        (0.09..., 0.02...)
+    """
     gap = abs(total - difference)
     relative = gap / abs(difference) if difference else float("inf") if gap else 0.0
     if not relative <= tolerance:

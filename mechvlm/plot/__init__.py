@@ -4,7 +4,8 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `look` is what all figures have in common.
+`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `points` its pixels one by one, `look` is
+what all figures have in common.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -16,3 +17,4 @@ from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
+from mechvlm.plot.points import pixels_over_image as pixels_over_image

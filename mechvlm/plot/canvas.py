@@ -94,7 +94,7 @@ class Canvas:
     def figure(self, values: Mapping[int, float], texts: Mapping[int, str]) -> go.Figure:
         """The picture, each token's square coloured by its value if it has one, and its text shown on hover."""
         figure = make_subplots(1, len(self.panels), horizontal_spacing=GAP)
-        under = {"source": _embedded(self.picture), "sizing": "stretch", "layer": "below", "x": 0, "y": 0}
+        under = {"source": embedded(self.picture), "sizing": "stretch", "layer": "below", "x": 0, "y": 0}
         clear = {"colorscale": ["rgba(0, 0, 0, 0)"] * 2, "showscale": False}
         look = {"hoverinfo": "text", **({"coloraxis": "coloraxis"} if values else clear)}
         # Without any value a square still needs one: plotly shows no text over a table that is empty.
@@ -156,7 +156,7 @@ def _panels(tiles: list[Tile]) -> list[list[Tile]]:
     return panels
 
 
-def _embedded(picture: Image.Image) -> str:
+def embedded(picture: Image.Image) -> str:
     """The picture as a PNG inside the figure; small ones enlarged without smoothing, large ones reduced."""
     picture, longer = picture.convert("RGB"), max(picture.size)
     if longer > LARGEST:

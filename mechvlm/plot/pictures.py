@@ -20,13 +20,13 @@ from mechvlm.plot.look import INK, colours, finished, label, plain, tick_step
 from mechvlm.prompt import Prompt
 
 # The lowest values are clear, so that what matters least hides nothing of the picture.
-_ONE_SIGN = [
+ONE_SIGN = [
     [0.0, "rgba(255, 240, 120, 0.0)"],
     [0.25, "rgba(255, 200, 60, 0.45)"],
     [0.6, "rgba(250, 110, 30, 0.7)"],
     [1.0, "rgba(220, 0, 70, 0.9)"],
 ]
-_BOTH_SIGNS = [
+BOTH_SIGNS = [
     [0.0, "rgba(0, 85, 215, 0.9)"],
     [0.25, "rgba(80, 160, 245, 0.55)"],
     [0.5, "rgba(255, 255, 255, 0.0)"],
@@ -80,7 +80,7 @@ def over_image(
     texts = {position: f"<b>{name} {value:.4g}</b>" for position, value in known.items()}
     canvas = Canvas.of(image_map, picture)
     figure = canvas.figure(known, texts)
-    figure.update_layout(coloraxis=colours(np.array(list(known.values())), limits, _ONE_SIGN, _BOTH_SIGNS, name))
+    figure.update_layout(coloraxis=colours(np.array(list(known.values())), limits, ONE_SIGN, BOTH_SIGNS, name))
     return finished(figure, title, caption, canvas.width, canvas.height, axis=False)
 
 
