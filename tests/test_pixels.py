@@ -101,7 +101,7 @@ def test_rows_of_a_batch_see_their_own_pixels(name: str) -> None:
         assert apart(row.grad[PIXELS], own.grad[PIXELS]) <= rounding(vlm, 1024)
 
 
-@every
+@each_layout
 def test_a_generation_looks_at_edited_pixels(name: str) -> None:
     vlm, prompt = made(name)
     edits = [mv.Edit(PIXELS, lambda x: x * 0.5, "prompt")]

@@ -18,28 +18,8 @@ from mechvlm.experiments.paths import noisy
 from mechvlm.references import placed
 
 METRIC = mv.logit_difference(30, 31)
-LAYOUTS = [
-    "llava",
-    "llava_next-vicuna",
-    "blip2-llama",
-    "qwen2_vl",
-    "internvl",
-    "idefics3",
-    "mistral3",
-    "molmo2",
-    "mllama",
-]
-BOXED = [
-    "llava",
-    "llava_next-vicuna",
-    "idefics3",
-    "ovis2",
-    "aya_vision",
-    "deepseek_vl",
-    "gemma3",
-    "mllama",
-    "blip2-llama",
-]
+LAYOUTS = ["llava", "llava_next-vicuna", "qwen2_vl", "molmo2", "mllama"]
+BOXED = ["llava", "llava_next-vicuna", "idefics3", "aya_vision", "mllama"]
 PICTURED = [name for name in LAYOUTS if name not in ("qwen2_vl", "molmo2")]
 
 
@@ -147,24 +127,24 @@ def test_smooth_grad_is_a_plain_mean_over_noisy_pixels() -> None:
 
 @pytest.mark.parametrize("name", BOXED)
 def test_pixels_that_change_belong_to_the_token_whose_box_changed(name: str) -> None:
-    """By the processor's own work: a token's box in the picture is painted over, and the pixels are compared."""
+    """By the processor's own work: a token's box in the second picture is painted, and the pixels are compared."""
     vlm, *_ = made(name)
-    picture = tiny.picture(0, 48, 40)
-    prompt = vlm.prompt(picture, zoo.QUESTION)
-    image = prompt.images[0]
-    where: Any = token_coordinates(prompt, "pixels")[token_dim(prompt, "pixels")]
-    where = where[1] if isinstance(where, tuple) else where
+    first, second = tiny.picture(0, 60, 40), tiny.picture(1, 48, 40)
+    prompt = vlm.prompt([first, second], zoo.QUESTION)
+    other, image = prompt.images
     inside = [at for at in image.positions if max(image.box(at) or ()) <= 40]  # some reach into what is padded
     for position in (inside[0], inside[len(inside) // 2], inside[-1]):
         left, top, right, bottom = (round(edge) for edge in image.box(position) or ())
-        painted = picture.copy()
+        painted = second.copy()
         painted.paste((255, 0, 255), (left, top, right, bottom))
-        changed = prompt.with_image(painted).encoding["pixel_values"] - prompt.encoding["pixel_values"]
-        sums = token_sums(vlm, prompt, {PIXELS: changed.abs()})
-        by_token = dict(zip(np.ravel(where).tolist(), sums.tolist(), strict=True))
+        changed = prompt.with_image([first, painted]).encoding["pixel_values"] - prompt.encoding["pixel_values"]
+        sums = token_sums(vlm, prompt, {PIXELS: changed.abs()}).tolist()
+        where: Any = token_coordinates(prompt, "pixels")[token_dim(prompt, "pixels")]
+        by_token = dict(zip(where.tolist(), sums, strict=True))
         tile = (image.cell(position) or (-1,))[0]
         beside = [at for at, place in zip(image.positions, image.places, strict=True) if place[0] == tile]
         assert max(beside, key=lambda at: by_token[at]) == position
+        assert not any(by_token[at] for at in other.positions)
 
 
 @functools.cache
@@ -190,7 +170,7 @@ def one_square() -> tuple[mv.VLM, mv.Prompt, mv.Prompt, int]:
 def test_the_one_square_that_answers_gets_it_all(at: str) -> None:
     vlm, real, dark, planted_at = one_square()
     metric = mv.logit_difference(planted.YES, planted.NO)
-    found = mv.integrated_gradients(vlm, real, metric, at, dark)
+    found = mv.integrated_gradients(vlm, real, metric, at, dark, steps=24)
     difference = found.attrs["value"] - found.attrs["baseline_value"]
     assert difference > 1
     assert float(found.attribution.sel(position=planted_at)) == pytest.approx(difference, rel=0.01)
