@@ -25,8 +25,8 @@ import mechvlm as mv
 LAYERS, HEADS, IMAGE = 12, 8, 31
 
 
-def model() -> LlavaForConditionalGeneration:
-    """A LLaVA shape: 24 x 24 image tokens, 12 decoder layers 512 wide, a small tower."""
+def model(positions: int = 2048) -> LlavaForConditionalGeneration:
+    """A LLaVA shape: 24 x 24 image tokens, 12 decoder layers 512 wide, a small tower; and how long it may get."""
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -42,6 +42,7 @@ def model() -> LlavaForConditionalGeneration:
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         vocab_size=8000,
+        max_position_embeddings=positions,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=576)
     torch.manual_seed(0)

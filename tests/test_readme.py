@@ -34,20 +34,24 @@ def test_ci_runs_the_test_command() -> None:
 
 @pytest.mark.skipif(not DEMO.exists(), reason="runs once mechvlm/demo/model, the trained demo model, is in the package")
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block, with the demo model for the published one and some picture for the dog's."""
-    code, _ = blocks("python")
+    """The first two blocks, with the demo model for the published one and some picture for the dog's."""
+    code, lengths, _ = blocks("python")
     published = 'mv.load("llava-hf/llava-1.5-7b-hf")'
     assert published in code
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (72, 72), "navy").save("dog.jpg")
-    names: dict[str, object] = {}
+    names: dict[str, Any] = {}
     exec(compile(code.replace(published, 'mv.load("demo")'), "README.md", "exec"), names)
     assert isinstance(names["answer"], str)
     assert (tmp_path / "heads.html").stat().st_size > 0
+    exec(compile(lengths, "README.md", "exec"), names)
+    vlm, real = names["vlm"], names["real"]
+    for edits in ("more", "none", "fold"):
+        assert not vlm.run(real).logits.equal(vlm.run(real, edits=names[edits]).logits)
 
 
 def test_the_code_is_short() -> None:
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
 
 
@@ -57,7 +61,7 @@ def test_the_code_is_short() -> None:
 def test_the_code_for_transformer_lens_runs() -> None:
     import mechvlm as mv
 
-    _, code = blocks("python")
+    *_, code = blocks("python")
     vlm = mv.load("demo")
     names: dict[str, Any] = {
         "mv": mv,
