@@ -12,7 +12,7 @@ ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch
 mass, entropy, top_keys, lazy (an Attention, not made). Metrics:
 logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
 ablate_each_head, patch_spans, gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad,
-dose_response, answer_probabilities, queries_to_patches, compose_queries, sweep. Figures: plot.
+dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep. Figures: plot.
 """
 
 from importlib import import_module
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
+    from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.lens import logit_lens as logit_lens
     from mechvlm.experiments.patching import patch_spans as patch_spans
@@ -74,6 +75,7 @@ _LATER = {
     "ablate_each_head": "mechvlm.experiments.ablation",
     "answer_probabilities": "mechvlm.experiments.answers",
     "gradient_attribution": "mechvlm.experiments.attribution",
+    "deletion_curve": "mechvlm.experiments.deletion",
     "dose_response": "mechvlm.experiments.dose",
     "logit_lens": "mechvlm.experiments.lens",
     "patch_spans": "mechvlm.experiments.patching",

@@ -8,7 +8,7 @@ torch.Size([1, 8, 1])
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -111,8 +111,8 @@ class Lazy:
         )
 
     def of(self, attention: Attention, _kind: str) -> Attention:
-        """The attention."""
-        return attention
+        """The attention, with tensors of its own: a cache goes on writing into the model's."""
+        return replace(attention, q=attention.q.clone(), k=attention.k.clone(), v=attention.v.clone())
 
     def of_gradient(self, attention: Attention, _kind: str) -> Attention:
         """The attention, which knows the gradient at z."""

@@ -4,8 +4,8 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `points` its pixels one by one, `look` is
-what all figures have in common.
+`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `points` its pixels one by one, `curves`
+draws an order against chance, `look` is what all figures have in common.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -14,6 +14,7 @@ what all figures have in common.
 from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
+from mechvlm.plot.curves import deletion as deletion
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
