@@ -9,10 +9,11 @@ Figure(...)
 
 Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
 ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
-mass, entropy, top_keys, lazy (an Attention, not made). Metrics:
-logit_difference, log_probability, probability. Experiments: attention_profile, attention_map, logit_lens,
-ablate_each_head, patch_spans, gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad,
-dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep. Figures: plot.
+mass, entropy, top_keys, lazy (an Attention, not made). Metrics: logit_difference, log_probability, probability.
+Experiments: attention_profile, attention_map, sinks, logit_lens, ablate_each_head, patch_spans, gradient_attribution,
+input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
+attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep.
+Figures: plot.
 """
 
 from importlib import import_module
@@ -64,6 +65,11 @@ if TYPE_CHECKING:
     from mechvlm.experiments.saliency import input_times_gradient as input_times_gradient
     from mechvlm.experiments.saliency import integrated_gradients as integrated_gradients
     from mechvlm.experiments.saliency import smooth_grad as smooth_grad
+    from mechvlm.experiments.relevance import gradient_attention as gradient_attention
+    from mechvlm.experiments.relevance import relevancy as relevancy
+    from mechvlm.experiments.relevance import span_flow as span_flow
+    from mechvlm.experiments.rollout import attention_flow as attention_flow
+    from mechvlm.experiments.rollout import attention_rollout as attention_rollout
     from mechvlm.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -88,6 +94,11 @@ _LATER = {
     "input_times_gradient": "mechvlm.experiments.saliency",
     "integrated_gradients": "mechvlm.experiments.saliency",
     "smooth_grad": "mechvlm.experiments.saliency",
+    "gradient_attention": "mechvlm.experiments.relevance",
+    "relevancy": "mechvlm.experiments.relevance",
+    "span_flow": "mechvlm.experiments.relevance",
+    "attention_flow": "mechvlm.experiments.rollout",
+    "attention_rollout": "mechvlm.experiments.rollout",
     "sweep": "mechvlm.experiments.sweep",
 }
 
