@@ -1,8 +1,11 @@
 """Gradient times attention and attention through all layers, against whole maps, autograd and what was planted."""
 
+# ruff: noqa: ARG005
+
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from typing import Any
 
 import jaxtyping
@@ -11,6 +14,7 @@ import planted
 import pytest
 import tiny
 import torch
+import xarray as xr
 import zoo
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +23,7 @@ from zoo.boxes import noise
 import mechvlm as mv
 from mechvlm.experiments.relevance import gradient_attention, relevancy, span_flow
 from mechvlm.experiments.rollout import attention_flow, attention_rollout, carried, kept, unit
+from mechvlm.experiments.sight import own_layers
 from mechvlm.lazy_attention import Attention
 from mechvlm.references import apart, attention_at, eager_rounding, eagerly, own_gradients, own_patterns, placed
 
@@ -45,15 +50,15 @@ def own(name: str) -> tuple[Maps, Maps]:
     """The model's own eager attention weights and their gradients by plain autograd, whole."""
     vlm, real = made(name)
     patterns, gradients = own_patterns(vlm, real), own_gradients(vlm, real, TOKEN)
-    layers = [site.layer for site in patterns if site.tower == "text" and site.kind == "pattern"]
+    layers = own_layers(vlm)
     return tuple(
         {at: of[mv.Site("pattern", at)][0].double() for at in layers if at is not None} for of in (patterns, gradients)
     )  # type: ignore[return-value]
 
 
 def near(name: str, found: Any, expected: Tensor) -> None:
-    """The same, to within the rounding of transformers' softmax, which is float32."""
-    assert apart(torch.as_tensor(np.asarray(found)), expected) < eager_rounding(made(name)[0])
+    """The same, to within the rounding of transformers' softmax, which is float32, as in law 10."""
+    assert apart(torch.as_tensor(np.asarray(found)), expected) < eager_rounding(made(name)[0], 256)
 
 
 @contextmanager
@@ -79,16 +84,14 @@ def test_relevancy_is_a_row_of_the_papers_matrix(name: str) -> None:
     r = torch.eye(len(real), dtype=torch.float64)
     for layer in sorted(patterns):
         r = r + (patterns[layer] * gradients[layer]).clamp(min=0).mean(0) @ r
-    for size in ("256MiB", "4KiB"):
-        with budget(vlm, size):
-            found = relevancy(vlm, real, answer)
-        near(name, found.relevancy, r[-1, real.image])
-        near(name, found.by_span, by_span(r[-1], real))
+    with budget(vlm, "64KiB"):
+        found = relevancy(vlm, real, answer)
+    near(name, found.relevancy, r[-1, real.image])
+    near(name, found.by_span, by_span(r[-1], real))
     assert found.position.values.tolist() == real.image and found.span.values.tolist() == list(real.spans)
 
 
-@among
-@pytest.mark.parametrize("drop", [False, True])
+@pytest.mark.parametrize(("name", "drop"), [("llava", False), *((name, True) for name in AMONG)])
 def test_rollout_is_a_row_of_the_papers_matrix(name: str, drop: bool) -> None:
     vlm, real = made(name)
     dropped = [0, real.image[1]] if drop else []
@@ -98,15 +101,13 @@ def test_rollout_is_a_row_of_the_papers_matrix(name: str, drop: bool) -> None:
         mean = mean / mean.sum(-1, keepdim=True)
         mean = torch.where(mean.isnan().any(-1, keepdim=True), one, mean)
         r = 0.5 * (mean + one) @ r
-    for size in ("256MiB", "4KiB"):
-        with budget(vlm, size):
-            found = attention_rollout(vlm, real, discard=dropped)
-        near(name, found.rollout, r[-1, real.image])
-        near(name, found.by_span, by_span(r[-1], real))
+    with budget(vlm, "64KiB"):
+        found = attention_rollout(vlm, real, discard=dropped)
+    near(name, found.rollout, r[-1, real.image])
+    near(name, found.by_span, by_span(r[-1], real))
 
 
-@among
-@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize(("name", "weighted"), [("llava", False), *((name, True) for name in AMONG)])
 def test_flow_is_a_row_of_the_papers_matrix(name: str, weighted: bool) -> None:
     vlm, real = made(name)
     one = torch.eye(len(real), dtype=torch.float64)
@@ -114,34 +115,31 @@ def test_flow_is_a_row_of_the_papers_matrix(name: str, weighted: bool) -> None:
     for pattern in own(name)[0].values():
         weights.append(pattern.amax(-1).mean(-1) if weighted else torch.ones(len(pattern), dtype=torch.float64))
         f = (one + (pattern * weights[-1][:, None, None]).mean(0)) @ (one + f)
-    for size in ("256MiB", "4KiB"):
-        with budget(vlm, size):
-            found = attention_flow(vlm, real, head_weights=weighted)
-        near(name, found.flow, f[-1, real.image])
-        near(name, found.by_span, by_span(f[-1], real))
-        near(name, found.head_weight, torch.stack(weights))
+    with budget(vlm, "64KiB"):
+        found = attention_flow(vlm, real, head_weights=weighted)
+    near(name, found.flow, f[-1, real.image])
+    near(name, found.by_span, by_span(f[-1], real))
+    near(name, found.head_weight, torch.stack(weights))
 
 
 @pytest.mark.parametrize("name", [name for name in zoo.VARIANTS if not zoo.there(name)])
 def test_flow_between_spans_is_the_mean_over_the_pairs_that_see_each_other(name: str) -> None:
     vlm, real = made(name)
     patterns, gradients = own(name)
-    spans = {**real.spans, "overlapping": [0, *real.image[:2], len(real) - 1]}
-    for size in ("256MiB", "4KiB"):
-        with budget(vlm, size):
-            found = span_flow(vlm, real, answer, spans)
-        assert found.layer.values.tolist() == sorted(patterns)
-        for layer, pattern in patterns.items():
-            size_of, sees = (pattern * gradients[layer]).abs(), pattern[0] > 0
-            for source, keys in spans.items():
-                for target, queries in spans.items():
-                    one = found.sel(layer=layer, source=source, target=target)
-                    pairs = int(sees[queries][:, keys].sum())
-                    assert one.pairs == pairs
-                    if pairs:
-                        near(name, one.flow, size_of[:, queries][:, :, keys].sum((1, 2)) / pairs)
-                    else:
-                        assert np.isnan(one.flow).all()
+    spans = {**real.spans, "overlapping": sorted({0, *real.image[:2], len(real) - 1})}
+    member = torch.zeros(len(spans), len(real), dtype=torch.float64)
+    for number, held in enumerate(spans.values()):
+        member[number, held] = 1
+    with budget(vlm, "64KiB"):
+        found = span_flow(vlm, real, answer, spans)
+    assert found.layer.values.tolist() == sorted(patterns)
+    for layer, pattern in patterns.items():
+        here, sizes = found.sel(layer=layer), (pattern * gradients[layer]).abs()
+        pairs = member @ (pattern[0] > 0).double().T @ member.T
+        assert np.array_equal(here.pairs, pairs)
+        meet = pairs > 0
+        near(name, here.flow.values[:, meet], (member @ sizes.transpose(-1, -2) @ member.T / pairs)[:, meet])
+        assert np.isnan(here.flow.values[:, ~meet]).all()
 
 
 @among
@@ -149,23 +147,23 @@ def test_gradient_times_attention_of_rows_is_that_of_autograd(name: str) -> None
     vlm, real = made(name)
     patterns, gradients = own(name)
     asked = [-1, real.image[-1]]
-    with budget(vlm, "4KiB"):
+    with budget(vlm, "64KiB"):
         found = gradient_attention(vlm, real, answer, queries=asked)
     for layer, pattern in patterns.items():
         here = found.sel(layer=layer)
         rows, of_rows = (of[:, asked][:, :, real.image] for of in (pattern, gradients[layer]))
         near(name, here.attention, rows)
         near(name, here.attribution, rows * of_rows)
-    alone = gradient_attention(vlm, real, answer, layers=[1])
-    assert alone.attribution.dims == ("layer", "head", "position")
-    near(name, alone.attribution, torch.as_tensor(found.attribution.sel(layer=[1]).isel(query=0).values))
 
 
 def test_gradient_times_attention_of_the_pictures_keys_is_that_of_autograd() -> None:
     vlm, real = made("mllama")
     found = gradient_attention(vlm, real, answer)
+    embed = attrgetter(str(vlm.arch.text.embed))(vlm.hf)
+    hook = embed.register_forward_hook(lambda _m, _i, out: out.detach().requires_grad_(True))
     with eagerly(vlm) as caught, torch.enable_grad():
         logits = vlm.hf(**placed(vlm, real), use_cache=False).logits
+    hook.remove()
     assert found.attribution.dims == ("layer", "head", "key") and found.layer.values.tolist() == [1, 3]
     for layer in (1, 3):
         (weights,) = [one for owner, one in caught if owner is attention_at(vlm, "text", layer, cross=True)]
@@ -220,7 +218,7 @@ def test_a_row_that_has_nothing_but_bos_keeps_to_itself(vlm: mv.VLM, real: mv.Pr
     assert float(found.by_span.sel(span="bos")) == 1 and np.count_nonzero(found.rollout) == 0
 
 
-def test_a_product_of_many_layers_overflows_no_type(vlm: mv.VLM, real: mv.Prompt) -> None:
+def test_a_product_of_many_layers_overflows_no_type(real: mv.Prompt) -> None:
     (attention,) = kept(tiny.vlm(), real, [0])
     assert attention.q.dtype == torch.float32
     large = carried(unit(5, len(real)) * 1e60, attention)
@@ -237,8 +235,22 @@ EVERY: dict[str, Callable[[mv.VLM, mv.Prompt], Any]] = {
     "relevancy": lambda vlm, real: relevancy(vlm, real, answer),
     "span_flow": lambda vlm, real: span_flow(vlm, real, answer),
     "attention_rollout": lambda vlm, real: attention_rollout(vlm, real, without_bos=True),
-    "attention_flow": lambda vlm, real: attention_flow(vlm, real),
+    "attention_flow": attention_flow,
 }
+
+
+@pytest.mark.parametrize("what", EVERY)
+def test_a_small_budget_gives_the_same(vlm: mv.VLM, real: mv.Prompt, what: str) -> None:
+    with budget(vlm, "4KiB"):
+        small = EVERY[what](vlm, real)
+    xr.testing.assert_allclose(small, EVERY[what](vlm, real), rtol=1e-9, atol=1e-12)
+
+
+def test_one_query_of_one_layer_is_a_part_of_all(vlm: mv.VLM, real: mv.Prompt) -> None:
+    several = gradient_attention(vlm, real, answer, queries=[3, -1])
+    alone = gradient_attention(vlm, real, answer, layers=[1]).attribution
+    assert alone.dims == ("layer", "head", "position")
+    np.testing.assert_allclose(alone.values, several.attribution.sel(layer=[1], query=-1).values, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):
@@ -258,7 +270,7 @@ class Largest(TorchDispatchMode):
 def test_no_map_of_the_heads_is_ever_made_and_no_piece_is_larger_than_the_budget(
     vlm: mv.VLM, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    long = vlm.prompt(tiny.picture(), " ".join(["is there a red dog in the image ?"] * 20))
+    long = vlm.prompt(tiny.picture(), " ".join(["is there a red dog in the image ?"] * 10))
     heads, pieces, own_piece = vlm.shape.heads["text"], [], Attention.piece
 
     def noted(attention: Attention, *where: Any) -> Any:
@@ -269,7 +281,7 @@ def test_no_map_of_the_heads_is_ever_made_and_no_piece_is_larger_than_the_budget
     monkeypatch.setattr(Attention, "piece", noted)
     with budget(vlm, 65_536), Largest() as watched:
         EVERY[what](vlm, long)
-    assert len(long) > 190 and max(pieces) <= 65_536
+    assert len(long) > 100 and max(pieces) <= 65_536
     assert 0 < watched.most < heads * len(long) ** 2
 
 
@@ -277,8 +289,6 @@ def test_no_map_of_the_heads_is_ever_made_and_no_piece_is_larger_than_the_budget
 def test_a_result_can_be_written_to_a_file_and_says_what_it_is(
     vlm: mv.VLM, real: mv.Prompt, what: str, tmp_path: Any
 ) -> None:
-    import xarray as xr
-
     found = EVERY[what](vlm, real)
     found.to_netcdf(tmp_path / "found.nc", engine="h5netcdf")
     xr.testing.assert_identical(xr.load_dataset(tmp_path / "found.nc", engine="h5netcdf"), found)
@@ -359,11 +369,11 @@ REFUSED: list[tuple[Callable[[mv.VLM, mv.Prompt], object], str]] = [
     ),
     (
         lambda vlm, real: attention_rollout(vlm, real, position=len(real)),
-        "position 33 is not in the prompt, which has 33 positions.",
+        "position 30 is not in the prompt, which has 30 positions.",
     ),
     (
         lambda vlm, real: attention_rollout(vlm, real, discard=[2, 99]),
-        "discard holds position 99, and the prompt has 33.",
+        "discard holds position 99, and the prompt has 30.",
     ),
     (
         lambda vlm, real: attention_rollout(*made("paligemma"), without_bos=True),
@@ -371,11 +381,11 @@ REFUSED: list[tuple[Callable[[mv.VLM, mv.Prompt], object], str]] = [
     ),
     (
         lambda vlm, real: span_flow(vlm, real, answer, {"far": [0, 99]}),
-        "the span 'far' holds position 99; give positions of the prompt, which has 33.",
+        "the span 'far' holds position 99; give positions of the prompt, which has 30.",
     ),
     (
         lambda vlm, real: span_flow(vlm, real, answer, {"none": []}),
-        "the span 'none' holds nothing; give positions of the prompt, which has 33.",
+        "the span 'none' holds nothing; give positions of the prompt, which has 30.",
     ),
 ]
 
