@@ -384,6 +384,10 @@ REFUSED: list[tuple[Callable[[mv.VLM, mv.Prompt], object], str]] = [
         "the span 'far' holds position 99; give positions of the prompt, which has 30.",
     ),
     (
+        lambda vlm, real: span_flow(vlm, real, answer, {}),
+        "spans={} names no positions; give for instance prompt.spans or {'image': prompt.image}.",
+    ),
+    (
         lambda vlm, real: span_flow(vlm, real, answer, {"none": []}),
         "the span 'none' holds nothing; give positions of the prompt, which has 30.",
     ),

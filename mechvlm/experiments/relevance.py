@@ -24,7 +24,7 @@ from mechvlm.masks import indicator
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.readings import lazy, rows
-from mechvlm.sites import Site, whole, whole_numbers
+from mechvlm.sites import Site, told, whole, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -243,6 +243,10 @@ def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[
 def _spans(prompt: Prompt, spans: Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:
     """Spans as they were given, counted from 0; or the prompt's own."""
     named_by = prompt.spans if spans is None else spans
+    if not isinstance(named_by, Mapping) or not named_by:
+        raise ValueError(
+            f"spans={told(named_by)} names no positions; give for instance prompt.spans or {{'image': prompt.image}}."
+        )
     given = {str(name): whole_numbers(str(name), held) for name, held in named_by.items()}
     for name, held in given.items():
         beyond = [position for position in held if not -len(prompt) <= position < len(prompt)]
