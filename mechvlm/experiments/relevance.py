@@ -221,7 +221,7 @@ def _weighted(piece: Piece) -> Tensor:
 
 def _positive(piece: Piece) -> Tensor:
     """The same where it speaks for the metric."""
-    return _weighted(piece).clamp(min=0)
+    return _weighted(piece).clamp_(min=0)
 
 
 def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -232,7 +232,7 @@ def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[
     def summed(piece: Piece) -> Tensor:
         weighted = _weighted(piece)
         held, seen = columns[piece.keys].to(weighted), (piece.scores > -torch.inf).to(weighted)
-        return torch.cat([weighted.abs() @ held, seen @ held], -1)
+        return torch.cat([weighted.abs_() @ held, seen @ held], -1)
 
     by_query = numbers(attention.collected(summed, None, 2 * count)[0])  # head query 2 x span
     into = numbers(columns)
