@@ -62,14 +62,14 @@ if TYPE_CHECKING:
     from mechvlm.experiments.profile import attention_profile as attention_profile
     from mechvlm.experiments.queries import compose_queries as compose_queries
     from mechvlm.experiments.queries import queries_to_patches as queries_to_patches
-    from mechvlm.experiments.saliency import input_times_gradient as input_times_gradient
-    from mechvlm.experiments.saliency import integrated_gradients as integrated_gradients
-    from mechvlm.experiments.saliency import smooth_grad as smooth_grad
     from mechvlm.experiments.relevance import gradient_attention as gradient_attention
     from mechvlm.experiments.relevance import relevancy as relevancy
     from mechvlm.experiments.relevance import span_flow as span_flow
     from mechvlm.experiments.rollout import attention_flow as attention_flow
     from mechvlm.experiments.rollout import attention_rollout as attention_rollout
+    from mechvlm.experiments.saliency import input_times_gradient as input_times_gradient
+    from mechvlm.experiments.saliency import integrated_gradients as integrated_gradients
+    from mechvlm.experiments.saliency import smooth_grad as smooth_grad
     from mechvlm.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"

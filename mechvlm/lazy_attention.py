@@ -83,7 +83,8 @@ class Attention:
 
     def blocks(self, rows: int) -> Iterator[tuple[slice, slice, slice]]:
         """Where the pieces of so many rows stand. An edit has to see all heads of the whole batch."""
-        room = self.budget // (COPIES * self.k.shape[2] * max(4, self.q.element_size()))
+        copies = COPIES if self.z_gradient is None else COPIES + 2
+        room = self.budget // (copies * self.k.shape[2] * max(4, self.q.element_size()))
         return blocks(self.q.shape, self.k.shape, rows, room, whole_heads=self.change is not None)
 
     def piece(self, batch: slice, heads: slice, rows: slice, queries: Int[Tensor, " some"]) -> Piece:
@@ -222,7 +223,7 @@ class Attention:
 
     def drawn(
         self,
-        weights: Float[Tensor, "batch head rows"],
+        weights: Float[Tensor, "batch weighted rows"],
         queries: Sequence[int] | None = None,
         of: Callable[[Piece], Tensor] | None = None,
     ) -> Float[Tensor, "batch head key"]:
@@ -310,4 +311,5 @@ def saliency(piece: Piece) -> Tensor:
     Raises:
         ValueError: where the gradient at z is not known.
     """
-    return piece.pattern * known(piece.gradient)
+    wide = torch.promote_types(piece.pattern.dtype, torch.float32)  # products of small numbers
+    return piece.pattern.to(wide) * known(piece.gradient).to(wide)

@@ -63,7 +63,7 @@ def near(name: str, found: Any, expected: Tensor) -> None:
 
 @contextmanager
 def budget(vlm: mv.VLM, size: str | int) -> Iterator[None]:
-    used, vlm.attention_budget = vlm.attention_budget, size  # type: ignore[assignment]
+    used, vlm.attention_budget = vlm.attention_budget, size
     try:
         yield
     finally:

@@ -14,12 +14,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.attention import Piece, known
+from mechvlm.attention import Piece
 from mechvlm.experiments.record import chosen_layers, metric_unit, one_prompt, record
 from mechvlm.experiments.rollout import among_words, carried, place_of, row_of_product, unit
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers
-from mechvlm.lazy_attention import Attention
+from mechvlm.lazy_attention import Attention, saliency
 from mechvlm.masks import indicator
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
@@ -213,15 +213,9 @@ def _with_gradients(
     return [run.grad[site] for site in sites], value
 
 
-def _weighted(piece: Piece) -> Tensor:
-    """Attention times gradient of a piece; in float32 at least, since half precision may round the product to zero."""
-    wide = torch.promote_types(piece.pattern.dtype, torch.float32)
-    return known(piece.gradient).to(wide) * piece.pattern
-
-
 def _positive(piece: Piece) -> Tensor:
     """The same where it speaks for the metric."""
-    return _weighted(piece).clamp_(min=0)
+    return saliency(piece).clamp_(min=0)
 
 
 def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -230,7 +224,7 @@ def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[
     columns = torch.stack([indicator(keys, length) for keys in spans.values()], -1)
 
     def summed(piece: Piece) -> Tensor:
-        weighted = _weighted(piece)
+        weighted = saliency(piece)
         held, seen = columns[piece.keys].to(weighted), (piece.scores > -torch.inf).to(weighted)
         return torch.cat([weighted.abs_() @ held, seen @ held], -1)
 
