@@ -70,6 +70,8 @@ if TYPE_CHECKING:
     from mechvlm.experiments.saliency import input_times_gradient as input_times_gradient
     from mechvlm.experiments.saliency import integrated_gradients as integrated_gradients
     from mechvlm.experiments.saliency import smooth_grad as smooth_grad
+    from mechvlm.experiments.sinks import sink_positions as sink_positions
+    from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
 
 __version__ = "0.1.0"
@@ -99,6 +101,8 @@ _LATER = {
     "span_flow": "mechvlm.experiments.relevance",
     "attention_flow": "mechvlm.experiments.rollout",
     "attention_rollout": "mechvlm.experiments.rollout",
+    "sink_positions": "mechvlm.experiments.sinks",
+    "sinks": "mechvlm.experiments.sinks",
     "sweep": "mechvlm.experiments.sweep",
 }
 

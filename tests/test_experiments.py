@@ -338,7 +338,7 @@ WRONG: list[tuple[Call, str]] = [
     (lambda vlm, _: attention_profile(vlm, []), "the list of prompts is empty."),
     (
         lambda vlm, real: attention_profile(vlm, real, queries="first"),
-        "queries='first' is not known; choose 'last', 'text' or a list of positions.",
+        "queries='first' is not known; choose 'last', 'text', 'all', 'generated' or a list of positions.",
     ),
     (
         lambda vlm, real: attention_profile(vlm, real, queries=[0, 99]),

@@ -1,84 +1,104 @@
 """Where does it look? Attention by span, layer and head, and over the image.
 
-Names that the literature mixes up, and what they mean here: `mass` is the sum of attention weights on a span, `lift` is
-mass divided by what attention spread evenly over all visible positions would give it.
+Papers call five different numbers the visual attention ratio; `attention_profile` tells them apart by name. None of
+them needs a map of all queries by all keys, and none is made.
 
 >>> attention_profile(vlm, real).mass.sel(span="image").mean(["example", "head"])
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
 from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
+from mechvlm.experiments.ratios import MEANING, averaged, ratios, visible
 from mechvlm.experiments.record import one_prompt, record
+from mechvlm.experiments.selection import Without, kept, keys_out, queries_of
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.readings import mass, rows
+from mechvlm.readings import lazy, mass, rows
 from mechvlm.sites import Site, whole, whole_numbers
 from mechvlm.vlm import VLM
 
 SPANS = ("bos", "prefix", "image", "separators", "question", "last")
+Look = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""For the queries of one layer: masses `head query span`, visible keys and all keys, `query span`."""
 
 
 def attention_profile(
-    vlm: VLM, prompts: Prompt | Sequence[Prompt], queries: str | Sequence[int] = "last"
+    vlm: VLM,
+    prompts: Prompt | Sequence[Prompt],
+    queries: str | Sequence[int] = "last",
+    without: Without = None,
+    even: str = "visible",
+    max_new_tokens: int = 20,
 ) -> xr.Dataset:
     """How the attention of some positions divides over the spans of a prompt, in every layer and head.
 
     Args:
-        prompts: one, or several that run as batches.
-        queries: "last", the position that answers; "text", all positions after the image, averaged,
-            or the last where there are none; or positions.
+        prompts: one, or several. Those with the same spans run together in batches, without padding; others apart.
+        queries: whose attention, averaged over them: "last", the position that answers; "text", all positions after the
+            image, or the last where there are none; "all" positions, among them those before the image, which cannot
+            see it; "generated", the tokens of a greedy answer as they look back in their decode steps (the last one
+            made is never looked from), each prompt by itself; or positions.
+        without: keys taken out, for instance sinks. Each query's row is made to sum to one over the keys that are left
+            before anything is averaged; a query that looks at nothing else is left out. "bos"; a list of
+            positions; a function from a prompt to positions; what `mv.sinks` found for a single prompt, whose
+            `mv.sink_positions` are taken out in every layer; or a list with positions or sinks for each prompt.
+        even: what lift compares with. "visible": attention spread evenly over what each query sees by the layer's own
+            mask. "length": N / T, a span's share of all positions, as published, whatever a query sees: a query before
+            the last sees fewer than T positions, and the whole image if it stands behind it, so that even attention
+            has a published lift above 1, and one from before the image below.
+        max_new_tokens: at most so many are generated, for queries="generated".
 
     Returns:
-        `mass`, fractions that sum to 1 over the spans, which hold every position once; `lift`, mass over the share of
-        the visible keys that the span has (1: as if attention were spread evenly), not a number where none of the
-        queries sees the span. What is visible is what the layer's own mask leaves: a layer with a window sees less.
-        Both over axes example, layer, head, span; `n_keys` counts a span's positions. Layers that attend to the
-        picture's keys instead of the text (Mllama's cross-attention) divide nothing over its spans; they are not
-        numbers, and `attrs` name them in `note`. `attention_map` shows what they look at.
+        Five numbers that papers call visual attention, over axes example, layer and head, and span where it says so:
+        `mass` (span): attention weights on the span, fractions that sum to 1 over the spans, which hold every
+        position once. `density` (span): mass divided by the number of the span's keys. `density_share`: the image's
+        density over the sum of it and that of all other keys together. `lift` (span): mass over what even attention
+        would give (1: even), not a number where none of the queries sees the span. `vas`: attention to the image over
+        attention to system tokens, bos and prefix, both summed over queries; that of several heads is the ratio of
+        their summed masses, not the mean of their ratios.
+        `n_keys` counts a span's keys, without those taken out; `n_queries` the queries. The span `generated` holds
+        generated tokens.
+        Layers that attend to the picture's keys instead of the text (Mllama's cross-attention) divide nothing over its
+        spans; they are not numbers, and `attrs` name them in `note`. `attention_map` shows what they look at.
 
     Raises:
-        ValueError: without prompts, or for positions that a prompt has not.
+        ValueError: without prompts, or for positions that a prompt has not, or keys of which none is left.
 
     Example:
         >>> mv.attention_profile(vlm, [real, null]).mass.mean("head").sel(span="image")
+        >>> mv.attention_profile(vlm, real, queries="text", without="bos").vas.dims
+        ('example', 'layer', 'head')
 
     Source:
-        Chen et al. (2024), "An Image is Worth 1/2 Tokens After Layer 2", section 3, whose attention allocation is mass.
+        `mass`: Chen et al. (2024), "An Image is Worth 1/2 Tokens After Layer 2", section 3. `density`,
+        `density_share`, and `lift` over length: VIAR (github.com/aayambansal/VIAR), its layer profiles. `vas`: "From
+        Narrow to Panoramic Vision" (2026), arXiv 2603.03825, the visual attention score.
     """
     asked = check_prompts(prompts, vlm.shape)
-    chosen = [_queries(prompt, queries) for prompt in asked]
-    names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)]
-    masses, even = _masses(vlm, asked, chosen, names)
-    lift = masses / np.where(even > 0, even, np.nan)[:, :, None]
-    axes = ["example", "layer", "head", "span"]
-    long = {"mass": "attention mass", "lift": "attention lift"}
+    chosen = [queries_of(prompt, queries) for prompt in asked]
+    out = keys_out(asked, without)
+    if even not in ("visible", "length"):
+        raise ValueError(f"even={even!r} is not known; choose 'visible' or 'length'.")
+    generated = isinstance(queries, str) and queries == "generated"
+    if generated and whole("max_new_tokens", max_new_tokens) < 2:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} makes no token that looks back, since the last one made never does; give "
+            "2 or more."
+        )
+    names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)] + ["generated"] * generated
+    looks = _generated(vlm, asked, out, names, max_new_tokens) if generated else _asked(vlm, asked, chosen, out, names)
+    averages, n_keys, n_queries = _table(vlm, looks, names, out, even)
     where = queries if isinstance(queries, str) else ", ".join(map(str, queries))
-    across = cross_layers(vlm)
-    note: dict[str, Any] = (
-        {"note": f"{named(across)}: attention to the picture's keys alone, so no number by span"} if across else {}
-    )
-    return xr.Dataset(
-        {
-            "mass": (axes, masses, {"long_name": long["mass"], "units": "fraction"}),
-            "lift": (axes, lift, {"long_name": long["lift"], "units": "1: even"}),
-            "n_keys": (["example", "span"], np.array([[len(p.spans.get(n, ())) for n in names] for p in asked])),
-        },
-        coords={
-            "example": np.arange(len(asked)),
-            "question": ("example", np.array([prompt.words for prompt in asked], dtype=str)),
-            "layer": np.arange(masses.shape[1]),
-            "head": np.arange(masses.shape[2]),
-            "span": names,
-        },
-        attrs=record(vlm, asked, queries=where, averaged="over the queries; heads and examples are kept", **note),
-    )
+    about = record(vlm, asked, queries=where, even=even, **_said(vlm, without, out))
+    return _dataset(asked, names, ratios(averages, names, n_keys), n_keys, n_queries, about)
 
 
 def attention_map(
@@ -126,55 +146,114 @@ def attention_map(
     return maps.isel(query=0) if alone else maps
 
 
-def _queries(prompt: Prompt, queries: str | Sequence[int]) -> tuple[int, ...]:
-    """The positions that attend, counted from 0."""
-    if isinstance(queries, str):
-        if queries not in ("last", "text"):
-            raise ValueError(f"queries={queries!r} is not known; choose 'last', 'text' or a list of positions.")
-        text = prompt.question + prompt.last if queries == "text" else []
-        return tuple(text or [len(prompt) - 1])  # a prompt that ends in its image answers there
-    chosen = whole_numbers("queries", queries)
-    beyond = [query for query in chosen if not -len(prompt) <= query < len(prompt)]
-    if beyond or not chosen:
-        given = f"position {beyond[0]}" if beyond else "an empty list"
-        raise ValueError(f"queries holds {given}; give positions of the prompt, which has {len(prompt)}.")
-    return tuple(query % len(prompt) for query in chosen)
+def _asked(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    queries: Sequence[tuple[int, ...] | None],
+    out: Sequence[tuple[int, ...]],
+    names: Sequence[str],
+) -> Iterator[tuple[int, int, Look]]:
+    """What queries of the prompts pay to spans: number of the prompt, layer, and the numbers.
 
-
-def _masses(
-    vlm: VLM, prompts: Sequence[Prompt], queries: Sequence[tuple[int, ...]], names: Sequence[str]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Mass by example, layer, head and span, and by example, layer and span what attention spread evenly would give.
-
-    Prompts that are divided alike run together, after the first of them, of which it is also read what it may see.
+    Prompts that are divided alike run together, after the first of them, of which it is also asked what it may see.
     """
     alike: dict[tuple, list[int]] = {}
     for number, (prompt, chosen) in enumerate(zip(prompts, queries, strict=True)):
-        spans = tuple((name, tuple(prompt.spans.get(name, ()))) for name in names)
         images = tuple(image.positions for image in prompt.images)
+        spans = tuple(kept(prompt, names, out[number]).items())
         alike.setdefault((spans, chosen, len(prompt), images), []).append(number)
     layers = own_layers(vlm)
-    sites = [Site("pattern", layer) for layer in layers]
-    found = np.full((len(prompts), vlm.shape.layers["text"], vlm.shape.heads["text"], len(names)), np.nan)
-    even = np.full((len(prompts), vlm.shape.layers["text"], len(names)), np.nan)
     with tqdm(total=len(prompts), unit="prompt", leave=False, delay=1) as bar:
-        for (spans, chosen, *_), members in alike.items():
+        for (spans, chosen, length, _), members in alike.items():
             reading, size = mass(dict(spans), queries=chosen), rows_for(prompts[members[0]])
-            seen: dict[Any, Any] = {Site("scores", layer): rows(chosen) for layer in layers}
-            for start in (0, *range(1, len(members), size)):
-                group = members[start : start + size] if start else members[:1]
-                more = {} if start else seen
-                run = vlm.run([prompts[number] for number in group], read={**dict.fromkeys(sites, reading), **more})
-                masses = np.stack([numbers(run[site].float().mean(2)) for site in sites], 1)
-                for at, number in enumerate(group):
-                    found[number, layers] = masses[at]
-                if not start:
-                    visible = [np.isfinite(numbers(run[site][0, 0])) for site in seen]
-                    even[np.ix_(members, layers)] = [_even(rows, spans) for rows in visible]
+            keys = np.array([[len(held) for _, held in spans]] * (length if chosen is None else len(chosen)), float)
+            first, seen = vlm.run(prompts[members[0]], read={Site("pattern", at): lazy() for at in layers}), {}
+            for layer in layers:
+                attention = first[Site("pattern", layer)]
+                seen[layer] = visible(attention, reading.columns(length), chosen)
+                yield members[0], layer, (numbers(reading.of(attention, "pattern")[0]), seen[layer], keys)
+            del first  # holds queries and keys of every layer
+            bar.update(1)
+            for start in range(1, len(members), size):
+                group = members[start : start + size]
+                run = vlm.run([prompts[at] for at in group], read={Site("pattern", at): reading for at in layers})
+                for layer in layers:
+                    masses = numbers(run[Site("pattern", layer)])
+                    yield from ((number, layer, (masses[at], seen[layer], keys)) for at, number in enumerate(group))
                 bar.update(len(group))
-    return found, even
 
 
-def _even(visible: np.ndarray, spans: Sequence[tuple[str, tuple[int, ...]]]) -> list[float]:
-    """The mass of each span if every query spread its attention evenly over what it sees, `query key`."""
-    return [float((visible[:, list(keys)].sum(-1) / visible.sum(-1)).mean()) for _, keys in spans]
+def _generated(
+    vlm: VLM, prompts: Sequence[Prompt], out: Sequence[tuple[int, ...]], names: Sequence[str], most: int
+) -> Iterator[tuple[int, int, Look]]:
+    """The same for the tokens of a greedy answer, each in the decode step that looks from it."""
+    layers = own_layers(vlm)
+    read = {Site("scores", layer): rows([-1]) for layer in layers}
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False, delay=1)):
+        steps = vlm.generate(prompt, max_new_tokens=most, read_each_step=read, do_sample=False, num_beams=1).steps[1:]
+        left = kept(prompt, names, out[number])
+        for layer in layers if steps else ():
+            looks = []
+            for count, step in enumerate(steps, 1):
+                scores = step[Site("scores", layer)][0, :, 0].double()
+                spans = {**left, "generated": tuple(range(len(prompt), len(prompt) + count))}
+                columns = mass({name: spans[name] for name in names}).columns(scores.shape[-1]).to(scores)
+                looks.append(
+                    (scores.softmax(-1) @ columns, (scores[0] > -torch.inf).to(scores) @ columns, columns.sum(0))
+                )
+            masses, seen, keys = (torch.stack(part) for part in zip(*looks, strict=True))
+            yield number, layer, (numbers(masses.transpose(0, 1)), numbers(seen), numbers(keys))
+
+
+def _table(
+    vlm: VLM, looks: Iterator[tuple[int, int, Look]], names: Sequence[str], out: Sequence[tuple[int, ...]], even: str
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """What `averaged` makes of all prompts and layers, and how many keys and queries each prompt has."""
+    sizes = (len(out), vlm.shape.layers["text"], vlm.shape.heads["text"])
+    spans, image = (len(names),), [name == "image" for name in names]
+    shapes: dict[str, tuple[int, ...]] = {"mass": sizes + spans, "density": sizes + spans}
+    shapes |= {"even": sizes[:2] + spans, "rest": sizes}
+    table = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
+    n_keys, n_queries = np.zeros((len(out), len(names)), dtype=int), np.zeros(len(out), dtype=int)
+    for number, layer, (masses, seen, keys) in looks:
+        n_keys[number], n_queries[number] = keys[-1], len(keys)
+        base = seen if even == "visible" else keys
+        for name, values in averaged(masses, base, keys, image, part=bool(out[number])).items():
+            table[name][number, layer] = values
+    return table, n_keys, n_queries
+
+
+def _said(vlm: VLM, without: Without, out: Sequence[tuple[int, ...]]) -> dict[str, Any]:
+    """What a profile says about how it was made."""
+    across = cross_layers(vlm)
+    taken = "none" if without is None else "; ".join(", ".join(map(str, one)) or "none" for one in dict.fromkeys(out))
+    note = {"note": f"{named(across)}: attention to the picture's keys alone, so no number by span"} if across else {}
+    return {"averaged": "over the queries; heads and examples are kept", "without": taken, **note}
+
+
+def _dataset(
+    prompts: Sequence[Prompt],
+    names: Sequence[str],
+    found: dict[str, np.ndarray],
+    n_keys: np.ndarray,
+    n_queries: np.ndarray,
+    about: dict[str, Any],
+) -> xr.Dataset:
+    """The five numbers with their names."""
+    axes = ["example", "layer", "head", "span"]
+    named_by = {name: {"long_name": long, "units": units} for name, (long, units) in MEANING.items()}
+    return xr.Dataset(
+        {
+            **{name: (axes[: values.ndim], values, named_by[name]) for name, values in found.items()},
+            "n_keys": (["example", "span"], n_keys),
+            "n_queries": ("example", n_queries),
+        },
+        coords={
+            "example": np.arange(len(prompts)),
+            "question": ("example", np.array([prompt.words for prompt in prompts], dtype=str)),
+            "layer": np.arange(found["mass"].shape[1]),
+            "head": np.arange(found["mass"].shape[2]),
+            "span": names,
+        },
+        attrs=about,
+    )
