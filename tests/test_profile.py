@@ -128,8 +128,9 @@ def prompts(vlm: mv.VLM) -> list[mv.Prompt]:
     return [vlm.prompt(tiny.picture(seed), words) for seed, words in asked]
 
 
-@pytest.mark.parametrize("queries", ["last", "text", "all", [-1, 4]])
-@pytest.mark.parametrize("without", [None, "bos", "each"])
+@pytest.mark.parametrize(
+    ("queries", "without"), [("last", None), ("text", "each"), ("all", "bos"), ([-1, 4], "each"), ("all", None)]
+)
 def test_a_list_of_prompts_gives_what_each_gives_alone(
     vlm: mv.VLM, prompts: list[mv.Prompt], queries: Any, without: Any
 ) -> None:

@@ -36,7 +36,7 @@ def built() -> tuple[mv.VLM, mv.Prompt, int]:
             attention.k_proj.weight.zero_()
             # The slowest rotary pair of head 1, which does not turn within this text.
             attention.q_proj.weight[2 * width - 1, [planted.CONSTANT, planted.MARK]] = 12.0
-            attention.k_proj.weight[2 * width - 1, list(DIMS)] = 12.0
+            attention.k_proj.weight[2 * width - 1, list(DIMS)] = 0.1
         parts.language_model.embed_tokens.weight[BOS_ID, list(DIMS)] = 1e3
         parts.multi_modal_projector.linear_2.weight[list(DIMS), 0] = 1e3
     vlm = mv.VLM(model)
@@ -233,11 +233,11 @@ WRONG: list[tuple[Callable[[mv.VLM, mv.Prompt, xr.Dataset], object], str]] = [
         "mv.sinks(vlm, prompt).",
     ),
     (
-        lambda vlm, prompt, found: mv.plot.sinks_over_image(found, prompt, layer=9),
+        lambda _, prompt, found: mv.plot.sinks_over_image(found, prompt, layer=9),
         "layer 9 is not among the sinks; their layers are 0, 1, 2.",
     ),
     (
-        lambda vlm, prompt, found: mv.plot.sinks_over_image(found[["phi"]], prompt),
+        lambda _, prompt, found: mv.plot.sinks_over_image(found[["phi"]], prompt),
         "sinks are a dataset with phi, label, sink_by_activation, sink_by_mass, and this one has phi; make it with "
         "mv.sinks(vlm, prompt).",
     ),

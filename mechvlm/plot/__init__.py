@@ -6,6 +6,8 @@ them; texts that come from data are shown as they are.
 
 `charts` draws arrays, `pictures` draws on the picture a prompt asks about, `points` its pixels one by one, `curves`
 draws an order against chance, `look` is what all figures have in common.
+`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `marks` the sinks on it, `look` is what all
+figures have in common.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -15,6 +17,7 @@ from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.curves import deletion as deletion
+from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image

@@ -1,0 +1,112 @@
+"""Sinks on the picture: each square's massive activation as a colour, and a mark for what kind of sink it is.
+
+Rule this module guards: a mark stands in the middle of its own square, and only where a rule found a sink.
+
+>>> sinks_over_image(mv.sinks(vlm, real, threshold=4.0), real).data[1].name
+'massive, unlike the first'
+"""
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from mechvlm.imagemap import ImageMap
+from mechvlm.plot.canvas import Canvas
+from mechvlm.plot.look import INK, colours, finished, label
+from mechvlm.plot.pictures import _BOTH_SIGNS, _ONE_SIGN, ELSEWHERE, _image
+from mechvlm.prompt import Prompt
+
+NEEDED = ("phi", "label", "sink_by_activation", "sink_by_mass")
+MARKS = {
+    "primary": ("circle", 0.5, "#0072B2"),
+    "secondary": ("diamond", 0.5, "#009E73"),
+    "massive, unlike the first": ("x", 0.42, INK),
+    "much is paid to it": ("square-open", 0.8, INK),
+}
+"""Symbol, size as a share of the square, and colour of each kind."""
+
+
+def sinks_over_image(
+    found: xr.Dataset, prompt: Prompt, layer: int | None = None, image: int = 0, title: str = "", caption: str = ""
+) -> go.Figure:
+    """The picture, each square coloured by its massive activation, and a mark on each sink.
+
+    A circle is a primary sink, a diamond a secondary one, a cross a sink by activation that is neither, and a frame one
+    by what is paid to it.
+
+    Args:
+        found: what `mv.sinks` returns.
+        layer: one of its layers; None takes each square's largest activation, and the sinks of any layer.
+        image: which of the prompt's images.
+
+    Raises:
+        ValueError: for a dataset that `sinks` did not make, a layer that it has not, or an image of which no position
+            stands for a place.
+
+    Example:
+        >>> mv.plot.sinks_over_image(mv.sinks(vlm, real, threshold=4.0), real)
+    """
+    image_map, picture = _image(prompt, image)
+    if image_map.of != "tokens":
+        raise ValueError(f"sinks, which are positions, cannot be drawn: {ELSEWHERE[image_map.of]}")
+    if not set(NEEDED) <= set(found.data_vars):
+        raise ValueError(
+            f"sinks are a dataset with {', '.join(NEEDED)}, and this one has "
+            f"{', '.join(map(str, found.data_vars)) or 'nothing'}; make it with mv.sinks(vlm, prompt)."
+        )
+    layers = found.layer.values.tolist()
+    if layer is not None and layer not in layers:
+        raise ValueError(f"layer {layer} is not among the sinks; their layers are {', '.join(map(str, layers))}.")
+    here = found.sel(layer=layers if layer is None else [layer], position=list(image_map.positions))
+    phi = here.phi.max("layer", keep_attrs=True)
+    values = dict(zip(image_map.positions, phi.values.tolist(), strict=True))
+    kinds = _kinds(here)
+    texts = {
+        at: "<br>".join([f"<b>{label(phi)} {value:.4g}</b>", *(kind for kind, held in kinds.items() if at in held)])
+        for at, value in values.items()
+    }
+    canvas = Canvas.of(image_map, picture)
+    figure = canvas.figure(values, texts)
+    _mark(figure, canvas, image_map, kinds)
+    figure.update_layout(coloraxis=colours(phi.values, None, _ONE_SIGN, _BOTH_SIGNS, label(phi)), showlegend=True)
+    where = "in any layer" if layer is None else f"in layer {layer}"
+    done = finished(figure, title or f"Sinks {where}", caption, canvas.width, canvas.height, axis=False)
+    return done.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
+
+
+def _kinds(here: xr.Dataset) -> dict[str, list[int]]:
+    """The positions of each kind of sink."""
+    massive, paid = (here[name].any("layer").values for name in ("sink_by_activation", "sink_by_mass"))
+    named = here.label.values
+    chosen = {
+        "primary": massive & (named == "primary"),
+        "secondary": massive & (named == "secondary"),
+        "massive, unlike the first": massive & (named == "none"),
+        "much is paid to it": paid,
+    }
+    return {kind: here.position.values[which].tolist() for kind, which in chosen.items()}
+
+
+def _mark(figure: go.Figure, canvas: Canvas, image_map: ImageMap, kinds: dict[str, list[int]]) -> None:
+    """Put each kind's mark in the middle of its squares, in the panel that has them."""
+    for kind, (symbol, size, ink) in MARKS.items():
+        for number, tiles in enumerate(canvas.panels, 1):
+            inside = {at for tile in tiles for at in tile.positions.flatten().tolist()}
+            boxes = [box for at in kinds[kind] if at in inside and (box := image_map.box(at))]
+            if not boxes:
+                continue
+            left, top, right, bottom = np.array(boxes).T
+            pixels = size * canvas.scale * float(np.minimum(right - left, bottom - top).min())
+            rim = {"color": ink if symbol.endswith("open") else "white", "width": 2}
+            figure.add_scatter(
+                x=((left + right) / 2).tolist(),
+                y=((top + bottom) / 2).tolist(),
+                mode="markers",
+                marker={"symbol": symbol, "size": max(pixels, 6.0), "color": ink, "line": rim},
+                name=kind,
+                legendgroup=kind,
+                showlegend=kind not in {trace.name for trace in figure.data},
+                hoverinfo="skip",
+                row=1,
+                col=number,
+            )
