@@ -83,10 +83,10 @@ def test_a_sink_like_the_first_token_is_primary(found: xr.Dataset) -> None:
 
 
 def test_the_planted_head_alone_pays_the_sink(found: xr.Dataset) -> None:
-    """Head 1 of every layer looks at the first word and the square, half and half; the others look everywhere."""
+    """From words, head 1 looks at the first word and the square, half and half; the others look everywhere."""
     *_, square = built()
     paid = found.column_mass.sel(position=square)
-    assert np.allclose(paid.sel(head=1), 0.5, atol=0.05)
+    assert (paid.sel(head=1) > 0.4).all() and (paid.sel(head=1) < 0.5).all()
     even = np.mean(1 / np.arange(square + 1, found.sizes["position"] + 1))
     assert np.allclose(paid.sel(head=[0, 2, 3]), even, atol=1e-6)
 
@@ -98,8 +98,10 @@ def test_without_its_sinks_the_planted_head_looks_elsewhere(found: xr.Dataset) -
         for without in (None, found)
     )
     assert float(before) == pytest.approx(0.5, abs=1e-3)
-    left = len(prompt) - 2  # keys that score alike once both are gone
-    assert float(after) == pytest.approx((len(prompt.image) - 1) / left, abs=1e-3)
+    row = own_patterns(vlm, prompt)[mv.Site("pattern", 2)][0, 1, -1].double().numpy()
+    row[[0, square]] = 0
+    assert float(after) == pytest.approx(row[prompt.image].sum() / row.sum(), rel=1e-5)
+    assert float(after) < 0.01
 
 
 KINDS = ["llava", "qwen2_5_vl", "gemma3", "instructblip", "llava_next-sliding", "mllama"]
@@ -191,11 +193,11 @@ def test_each_kind_of_sink_is_marked_on_its_square(drawn: tuple[mv.Prompt, xr.Da
     figure = mv.plot.sinks_over_image(found, prompt)
     marks = {trace.name: list(zip(trace.x, trace.y, strict=True)) for trace in figure.data if trace.type == "scatter"}
     centres = {}
-    for name, at in (("primary", 0), ("secondary", 5), ("massive, unlike the first", 10)):
+    for name, at in (("primary", 0), ("secondary", 5), ("massive only", 10)):
         left, top, right, bottom = prompt.images[0].box(prompt.image[at])
         centres[name] = [((left + right) / 2, (top + bottom) / 2)]
     boxes = [prompt.images[0].box(prompt.image[at]) for at in (0, 15)]
-    centres["much is paid to it"] = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in boxes]
+    centres["by mass"] = [((box[0] + box[2]) / 2, (box[1] + box[3]) / 2) for box in boxes]
     assert marks == centres
 
 

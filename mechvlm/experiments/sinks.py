@@ -3,7 +3,7 @@
 Rule this module guards: a sink is said by the rule that found it. The rules need not agree, so each has its own
 variable, and no residual stream or map of queries by keys is kept to compute them.
 
->>> found = sinks(vlm, real, threshold=4.0)
+>>> found = sinks(vlm, real, threshold=3.0)
 >>> found.position[found.sink_by_activation.any("layer")].values.tolist() == sink_positions(found)
 True
 """
@@ -73,7 +73,7 @@ def sinks(
         ValueError: for dimensions or layers that are not there, or thresholds that are not positive.
 
     Example:
-        >>> found = mv.sinks(vlm, real, threshold=4.0)
+        >>> found = mv.sinks(vlm, real, threshold=3.0)
         >>> found.phi.dims, found.column_mass.dims
         (('layer', 'position'), ('layer', 'head', 'position'))
 

@@ -2,8 +2,8 @@
 
 Rule this module guards: a mark stands in the middle of its own square, and only where a rule found a sink.
 
->>> sinks_over_image(mv.sinks(vlm, real, threshold=4.0), real).data[1].name
-'massive, unlike the first'
+>>> sinks_over_image(mv.sinks(vlm, real, threshold=3.0), real).data[1].name
+'massive only'
 """
 
 import numpy as np
@@ -20,8 +20,8 @@ NEEDED = ("phi", "label", "sink_by_activation", "sink_by_mass")
 MARKS = {
     "primary": ("circle", 0.5, "#0072B2"),
     "secondary": ("diamond", 0.5, "#009E73"),
-    "massive, unlike the first": ("x", 0.42, INK),
-    "much is paid to it": ("square-open", 0.8, INK),
+    "massive only": ("x", 0.42, INK),
+    "by mass": ("square-open", 0.8, INK),
 }
 """Symbol, size as a share of the square, and colour of each kind."""
 
@@ -31,8 +31,8 @@ def sinks_over_image(
 ) -> go.Figure:
     """The picture, each square coloured by its massive activation, and a mark on each sink.
 
-    A circle is a primary sink, a diamond a secondary one, a cross a sink by activation that is neither, and a frame one
-    by what is paid to it.
+    A circle is a primary sink, a diamond a secondary one, a cross a sink by activation that is neither (massive only),
+    and a frame a sink by mass.
 
     Args:
         found: what `mv.sinks` returns.
@@ -44,7 +44,7 @@ def sinks_over_image(
             stands for a place.
 
     Example:
-        >>> mv.plot.sinks_over_image(mv.sinks(vlm, real, threshold=4.0), real)
+        >>> mv.plot.sinks_over_image(mv.sinks(vlm, real, threshold=3.0), real)
     """
     image_map, picture = _image(prompt, image)
     if image_map.of != "tokens":
@@ -71,6 +71,9 @@ def sinks_over_image(
     figure.update_layout(coloraxis=colours(phi.values, None, _ONE_SIGN, _BOTH_SIGNS, label(phi)), showlegend=True)
     where = "in any layer" if layer is None else f"in layer {layer}"
     done = finished(figure, title or f"Sinks {where}", caption, canvas.width, canvas.height, axis=False)
+    # The legend stands between title and picture, with room for two lines of it.
+    done.update_layout(height=done.layout.height + 30, margin_t=done.layout.margin.t + 30)
+    done.update_layout(title={"y": 1, "yref": "container", "yanchor": "top", "pad": {"t": 16}})
     return done.update_layout(legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1.0, "yanchor": "bottom"})
 
 
@@ -81,14 +84,16 @@ def _kinds(here: xr.Dataset) -> dict[str, list[int]]:
     chosen = {
         "primary": massive & (named == "primary"),
         "secondary": massive & (named == "secondary"),
-        "massive, unlike the first": massive & (named == "none"),
-        "much is paid to it": paid,
+        "massive only": massive & (named == "none"),
+        "by mass": paid,
     }
     return {kind: here.position.values[which].tolist() for kind, which in chosen.items()}
 
 
 def _mark(figure: go.Figure, canvas: Canvas, image_map: ImageMap, kinds: dict[str, list[int]]) -> None:
     """Put each kind's mark in the middle of its squares, in the panel that has them."""
+    listed: set[str] = set()
+    quiet = {"showlegend": False, "hoverinfo": "skip"}
     for kind, (symbol, size, ink) in MARKS.items():
         for number, tiles in enumerate(canvas.panels, 1):
             inside = {at for tile in tiles for at in tile.positions.flatten().tolist()}
@@ -97,16 +102,12 @@ def _mark(figure: go.Figure, canvas: Canvas, image_map: ImageMap, kinds: dict[st
                 continue
             left, top, right, bottom = np.array(boxes).T
             pixels = size * canvas.scale * float(np.minimum(right - left, bottom - top).min())
-            rim = {"color": ink if symbol.endswith("open") else "white", "width": 2}
-            figure.add_scatter(
-                x=((left + right) / 2).tolist(),
-                y=((top + bottom) / 2).tolist(),
-                mode="markers",
-                marker={"symbol": symbol, "size": max(pixels, 6.0), "color": ink, "line": rim},
-                name=kind,
-                legendgroup=kind,
-                showlegend=kind not in {trace.name for trace in figure.data},
-                hoverinfo="skip",
-                row=1,
-                col=number,
-            )
+            place = {"x": ((left + right) / 2).tolist(), "y": ((top + bottom) / 2).tolist(), "name": kind}
+            look = {"symbol": symbol, "size": max(pixels, 6.0), "color": ink, "line": {"color": "white", "width": 2}}
+            if symbol.endswith("open"):
+                under = {**look, "color": "white", "line": {"color": "white", "width": 6}}  # seen on dark and light
+                figure.add_scatter(**place, mode="markers", marker=under, **quiet, row=1, col=number)
+                look["line"] = {"color": ink, "width": 2}
+            shown = {"showlegend": kind not in listed, "legendgroup": kind, "hoverinfo": "skip"}
+            figure.add_scatter(**place, mode="markers", marker=look, **shown, row=1, col=number)
+            listed.add(kind)
