@@ -257,3 +257,13 @@ def test_what_cannot_be_is_refused(
     finally:
         jaxtyping.config.update("jaxtyping_disable", False)
     assert str(refused.value) == sentence
+
+
+@pytest.mark.parametrize(("kind", "how"), [("blip2-llama", "a Q-Former"), ("mllama", "cross-attention")])
+def test_sinks_are_not_drawn_where_positions_stand_for_no_place(kind: str, how: str) -> None:
+    vlm = zoo.build(kind)
+    prompt = vlm.prompt(noise(0), zoo.QUESTION)
+    with pytest.raises(ValueError) as refused:
+        mv.plot.sinks_over_image(mv.sinks(vlm, prompt, threshold=2.0), prompt)
+    assert str(refused.value).startswith("sinks, which are positions, cannot be drawn: this picture is seen ")
+    assert how in str(refused.value)
