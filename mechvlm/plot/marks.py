@@ -13,7 +13,7 @@ import xarray as xr
 from mechvlm.imagemap import ImageMap
 from mechvlm.plot.canvas import Canvas
 from mechvlm.plot.look import INK, colours, finished, label
-from mechvlm.plot.pictures import _BOTH_SIGNS, _ONE_SIGN, ELSEWHERE, _image
+from mechvlm.plot.pictures import BOTH_SIGNS, ELSEWHERE, ONE_SIGN, _image
 from mechvlm.prompt import Prompt
 
 NEEDED = ("phi", "label", "sink_by_activation", "sink_by_mass")
@@ -68,7 +68,7 @@ def sinks_over_image(
     canvas = Canvas.of(image_map, picture)
     figure = canvas.figure(values, texts)
     _mark(figure, canvas, image_map, kinds)
-    figure.update_layout(coloraxis=colours(phi.values, None, _ONE_SIGN, _BOTH_SIGNS, label(phi)), showlegend=True)
+    figure.update_layout(coloraxis=colours(phi.values, None, ONE_SIGN, BOTH_SIGNS, label(phi)), showlegend=True)
     where = "in any layer" if layer is None else f"in layer {layer}"
     done = finished(figure, title or f"Sinks {where}", caption, canvas.width, canvas.height, axis=False)
     # The legend stands between title and picture, with room for two lines of it.
