@@ -3,9 +3,9 @@
 Rule this module guards: a change that is asked for acts exactly as it would on the scores; where no way of asking a
 kernel does, the layer is computed anew instead.
 
-The ways, and which of them "auto" takes: a mask, where the kernel takes one and it fits the budget of memory; else
-features, whose memory grows with the length and not with its square; else the layer is computed anew. Layers that are
-changed alike share one mask.
+The ways, and which of them "auto" takes: the mask, where the kernel was handed one and it fits the budget of memory;
+else features, whose memory grows with the length and not with its square; else the layer is computed anew. Layers that
+are changed alike share one mask.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 from mechvlm.biases import Bias, Scale, bias_features, fits_together, last_of, scale_features
 from mechvlm.calls import Call, Chunked
 from mechvlm.edits import Edit
+from mechvlm.masks import indicator
 from mechvlm.visit import Visit, parts, put
 
 Place = tuple[str, int, str]
@@ -55,7 +56,8 @@ def way_of(edit: Edit, call: Call | Chunked, budget: int) -> str:
         return "recompute"
     heads = 1 if edit.bias.heads is None else call.q.shape[1]
     size = call.q.shape[0] * heads * call.q.shape[2] * call.k.shape[2] * call.q.element_size()
-    fitting = ("feature", "mask") if size > budget else ("mask", "feature")
+    # Where the kernel has no mask yet, one would make it look at what stands behind each query as well.
+    fitting = ("mask", "feature") if call.sees.handed is not None and size <= budget else ("feature", "mask")
     wanted = fitting if edit.way == "auto" else (edit.way,)
     possible = [way for way in wanted if way in call.ways and not (way == "mask" and isinstance(edit.bias, Scale))]
     return possible[0] if possible else "recompute"
@@ -93,12 +95,15 @@ def blinds(change: Bias | Scale, call: Call | Chunked) -> bool:
     if change.amount != -torch.inf or isinstance(change, Scale):
         return False
     query, key = call.q.shape[2], call.k.shape[2]
-    kept = torch.ones(key, dtype=torch.bool)
-    kept[list(change.keys)] = False
-    for start in range(0, query, 256):
-        some = torch.arange(start, min(start + 256, query))
+    first, count = (0, query) if change.cross else (key - query, key)
+    cut = indicator(change.keys, key)
+    asked = indicator(change.queries, count)[first:].nonzero()[:, 0]
+    if call.sees.simple and call.sees.causal:
+        kept = (~cut).nonzero()[:, 0]
+        return bool(len(asked)) and (not len(kept) or int(asked[0]) + first < int(kept[0]))
+    for some in asked.split(256):
         seen = call.sees.added(some, slice(0, key), call.q[:1, :1, :1, :1]) == 0
-        if bool((seen.any(-1) & ~(seen & kept.to(seen.device)).any(-1)).any()):
+        if bool((seen.any(-1) & ~(seen & ~cut.to(seen.device)).any(-1)).any()):
             return True
     return False
 

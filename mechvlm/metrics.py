@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.sites import told
+from mechvlm.sites import told, whole
 
 Metric = Callable[[Tensor], Tensor]
 
@@ -101,3 +101,29 @@ def spellings(tokenizer: Any, word: str) -> list[int]:
     if not found:
         raise ValueError(f"no spelling of {word!r} is a single token of this model; give a token id.")
     return sorted(set(found))
+
+
+def ids_of(processor: Any, word: object) -> list[int]:
+    """The ids of a word's single-token spellings, from a model's processor.
+
+    Raises:
+        TypeError, ValueError: for what is no word, or without a processor.
+    """
+    if not isinstance(word, str):
+        raise TypeError(f"{told(word)} is not a word; token ids need no spelling.")
+    if processor is None:
+        raise ValueError(f"without a processor {word!r} has no token; give token ids instead of words.")
+    return spellings(processor.tokenizer, word)
+
+
+def text_of(processor: Any, token: int, vocabulary: int) -> str:
+    """A token's text; its number where there is no processor, or its tokenizer has none.
+
+    Raises:
+        ValueError: for an id that is not in a vocabulary of so many.
+    """
+    number = whole("the token", token)
+    if not 0 <= number < vocabulary:
+        raise ValueError(f"token id {number} is not in the model's vocabulary of {vocabulary}.")
+    text = None if processor is None else processor.tokenizer.convert_ids_to_tokens(number)
+    return str(number) if text is None else text

@@ -18,6 +18,8 @@ from mechvlm.lazy_attention import Attention
 from mechvlm.plan import key_of
 from mechvlm.sites import Site, as_site
 
+NO_GRADIENT = "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"
+
 Kept = list[tuple[Group, Any]]
 """A reading, for each group of rows that have the same padding."""
 

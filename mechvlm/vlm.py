@@ -10,6 +10,7 @@ questions into prompts, prompts into one padded batch, and a walk of the traced 
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
 from importlib.metadata import version
 from typing import Any
 
@@ -22,13 +23,13 @@ from mechvlm import batch as batches
 from mechvlm.attention import bytes_of, capped
 from mechvlm.edits import Edit
 from mechvlm.generating import answered, check_copies, check_sampling
-from mechvlm.metrics import Metric, WordMetric, spellings
-from mechvlm.plan import Plan, make_plan
+from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
+from mechvlm.plan import Plan, check_edit, listed_edits, make_plan
 from mechvlm.prompt import Prompt
-from mechvlm.run import Generation, Readings, Run, by_step, texts_of
+from mechvlm.run import NO_GRADIENT, Generation, Readings, Run, by_step, texts_of
 from mechvlm.seam import attending
 from mechvlm.shapes import kernels_of, parts_of, shape_of
-from mechvlm.sites import Site, told, whole
+from mechvlm.sites import Site
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
 from mechvlm.weights import Weights
@@ -43,12 +44,12 @@ class VLM:
         hf_model: a Hugging Face model of a type in `ARCHS`, in evaluation mode.
         processor: its processor; None where prompts come as ready encodings.
         name: how records name it; by default what it was loaded from.
-        attention_budget: how much memory the pieces of attention that readings and edits make may take at once, in
-            bytes or as a text. Assign to the attribute of the same name to change it.
+        attention_budget: memory for pieces of attention (`mechvlm.lazy_attention`); an attribute to assign to as well.
 
     Attributes:
         model: the nnsight model, for everything that has no name here.
         arch, shape: where its parts are, and its sizes.
+        edits: those of every run and generation; see `with_edits`.
 
     Raises:
         ValueError: for a model type, attention implementation or mode that mechvlm does not read right.
@@ -69,6 +70,7 @@ class VLM:
         self.hf: Any = hf_model
         self.processor = batches.check_processor(processor)
         self.attention_budget: int | str = bytes_of(attention_budget)
+        self.edits: tuple[Edit, ...] = ()
         self.name = name or config.name_or_path or config.model_type
         with warnings.catch_warnings():
             # Q-Formers have submodules called `output`; mechvlm never asks for those.
@@ -107,6 +109,16 @@ class VLM:
         kind = f"{self.hf.config.model_type}, {dtype} on {self.device}, {self.attention}"
         return f"VLM({self.name}: {kind}; {'; '.join(towers)})"
 
+    def with_edits(self, edits: Sequence[Edit]) -> "VLM":
+        """The same model with edits in every run and generation, before those of the run: for any experiment.
+
+        Example:
+            >>> mv.attention_profile(vlm.with_edits([mv.bias_attention(3, real.image, 2.0)]), real)
+        """
+        other, more = copy(self), listed_edits("edits", edits)
+        other.edits = (*self.edits, *map(check_edit, more))
+        return other
+
     # -- questions in ------------------------------------------------------------------------------------------------
 
     def prompt(
@@ -136,19 +148,11 @@ class VLM:
         Raises:
             ValueError: where no spelling is one token.
         """
-        if not isinstance(word, str):
-            raise TypeError(f"{told(word)} is not a word; token ids need no spelling.")
-        if self.processor is None:
-            raise ValueError(f"without a processor {word!r} has no token; give token ids instead of words.")
-        return spellings(self.processor.tokenizer, word)
+        return ids_of(self.processor, word)
 
     def word(self, token: int) -> str:
         """A token's text; its number where the tokenizer has none, as for the ids that pad a vocabulary."""
-        number = whole("the token", token)
-        if not 0 <= number < self.shape.vocabulary:
-            raise ValueError(f"token id {number} is not in the model's vocabulary of {self.shape.vocabulary}.")
-        text = None if self.processor is None else self.processor.tokenizer.convert_ids_to_tokens(number)
-        return str(number) if text is None else text
+        return text_of(self.processor, token, self.shape.vocabulary)
 
     def metric(self, metric: Metric) -> Metric:
         """A metric as a function of logits: words become this model's token ids."""
@@ -193,13 +197,15 @@ class VLM:
         """
         prompts = batches.check_prompts(prompt, self.shape)
         ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
-        plan = make_plan(
-            prompts, self.shape, read, edits, variants, grad_of is not None, budget=bytes_of(self.attention_budget)
-        )
+        plan = self._plan(prompts, read, edits, variants=variants, gradient=grad_of is not None)
         metric = None if grad_of is None else self.metric(grad_of)
         if metric is not None:
             batches.check_gradients(self.attention, self.device)
         return self._forward(plan, self._batch(prompts, plan), metric, ends)
+
+    def _plan(self, prompts: Sequence[Prompt], read: Read, edits: Sequence[Edit], **more: Any) -> Plan:
+        more = {"edits": [*self.edits, *listed_edits("edits", edits)], **more}
+        return make_plan(prompts, self.shape, read, budget=bytes_of(self.attention_budget), **more)
 
     def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
         visit, model, arch = Visit(plan), self.model, self.arch
@@ -219,9 +225,7 @@ class VLM:
         return Run(
             shown["logits"].detach(),
             Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
-            Readings(
-                visit.grads, plan.layout, "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"
-            ),
+            Readings(visit.grads, plan.layout, NO_GRADIENT),
             None if metric is None else values.detach(),
             self,
         )
@@ -247,9 +251,7 @@ class VLM:
         """
         check_sampling(max_new_tokens, sampling, self.hf.generation_config)
         prompts = batches.check_prompts(prompt, self.shape)
-        plan = make_plan(
-            prompts, self.shape, read_each_step, edits, steps=max_new_tokens, budget=bytes_of(self.attention_budget)
-        )
+        plan = self._plan(prompts, read_each_step, edits, steps=max_new_tokens)
         check_copies(plan.pictured(), sampling, self.hf.generation_config)
         batch = self._batch(prompts, plan)
         start = batch.pop("input_ids")
@@ -301,15 +303,12 @@ class VLM:
             "device": str(self.device),
             "attention": self.attention,
             "prompt": prompt.text,
-            "edits": "; ".join(map(str, edits)) or "none",
+            "edits": "; ".join(map(str, (*self.edits, *edits))) or "none",
             "versions": ", ".join(f"{p} {version(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
         }
 
     def check(self, prompt: Prompt | None = None) -> Any:
-        """Run the laws that every reading and edit rests on, on this model, and print a table of their errors.
-
-        Returns the table as a pandas DataFrame. See `mechvlm.laws`.
-        """
+        """Run the laws that all else rests on, print a table of their errors, and return it as a pandas DataFrame."""
         from mechvlm.laws import check  # laws stand above the engine: they use what every user can
 
         return check(self, prompt)

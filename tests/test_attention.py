@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 import mechvlm as mv
+from mechvlm import seam
 from mechvlm.attention import bytes_of
 from mechvlm.biases import Bias, Scale, bias_features
 from mechvlm.lazy_attention import Attention, saliency
 from mechvlm.masks import Sees
 from mechvlm.readings import Reading
+from mechvlm.seam import recompute
 
 S = 23
 BUDGETS = ("256MiB", "6KiB", 1)
@@ -307,6 +309,27 @@ def test_a_query_cut_from_all_it_sees_receives_nothing(vlm: mv.VLM, real: mv.Pro
     assert bool((run[Z][:, 1] == 0).all()) and bool((run[Z][:, 2] != 0).any())
 
 
+@pytest.mark.parametrize(
+    ("keys", "queries", "kernel"), [([0, 1], [2, 5], True), ([0, 1], [1], False), ([0], None, False)]
+)
+def test_a_cut_keeps_the_kernel_where_every_query_still_sees_a_key(
+    vlm: mv.VLM, real: mv.Prompt, keys: list[int], queries: list[int] | None, kernel: bool
+) -> None:
+    with pytest.MonkeyPatch.context() as patched:
+        made: list[Any] = []
+
+        def watched(*given: Any) -> Any:
+            made.append(given)
+            return recompute(*given)
+
+        patched.setattr(seam, "recompute", watched)
+        run = vlm.run(real, read=[PATTERN], edits=[mv.cut_attention(1, keys, queries, way="feature")])
+    assert bool(made) != kernel
+    plain = vlm.run(real, read=[PATTERN], edits=[mv.cut_attention(1, keys, queries, way="recompute")])
+    torch.testing.assert_close(run[PATTERN], plain[PATTERN])
+    torch.testing.assert_close(run.logits, plain.logits)
+
+
 def test_half_precision_features_hold_more_figures_than_its_numbers() -> None:
     like = torch.zeros(1, dtype=torch.bfloat16)
     to_query, to_key = bias_features(Bias((1,), 2.3), 1, torch.arange(3), 3, 3, 64**-0.5, like)
@@ -329,3 +352,17 @@ def test_a_static_cache_holds_room_that_is_not_shown(vlm: mv.VLM, real: mv.Promp
     for site in read:
         for mine, theirs in zip(static[site], grown[site], strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_a_model_with_edits_is_that_model_in_every_run(vlm: mv.VLM, real: mv.Prompt) -> None:
+    first, second = mv.bias_attention(1, real.image, 1.0), mv.Edit(Z, lambda z: z * 0.5)
+    edited = vlm.with_edits([first])
+    both = vlm.run(real, edits=[first, second])
+    assert torch.equal(edited.run(real, edits=[second]).logits, both.logits)
+    assert torch.equal(edited.with_edits([second]).run(real).logits, both.logits)
+    assert torch.equal(
+        edited.run(real, variants=[[], [second]]).logits[1:],
+        vlm.run(real, variants=[[first], [first, second]]).logits[1:],
+    )
+    assert edited.generate(real, max_new_tokens=3).tokens.equal(vlm.generate(real, [first], 3).tokens)
+    assert str(first) in edited.provenance(real)["edits"] and not vlm.edits
