@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mechvlm.batch import TEXT_LIKE
+from mechvlm.calls import MASKED
 from mechvlm.sites import told, whole
 
 REFUSED_SAMPLING = {
@@ -30,12 +31,13 @@ REFUSED_SAMPLING = {
 """Settings of a generation, and the values with which each step is one pass over one new position."""
 
 
-def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any) -> None:
+def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any, kernel: str = "sdpa") -> None:
     """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it.
 
     Args:
         sampling: what the user passed.
         own: the model's own generation configuration, which holds where neither the user nor his configuration does.
+        kernel: the attention implementation.
     """
     if whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
@@ -49,6 +51,11 @@ def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any) -
         raise ValueError(
             f"generate does not take {refused[0]}={told(settings[refused[0]])}: edits and readings rest on steps of "
             "one new position, each one pass, with a cache that grows by it."
+        )
+    if settings.get("cache_implementation") == "static" and kernel not in MASKED:
+        raise ValueError(
+            f"a static cache has room for keys to come, which {kernel} is not told to leave out; set vlm.attention = "
+            "'sdpa', or leave cache_implementation='static' out."
         )
 
 

@@ -249,7 +249,7 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        check_sampling(max_new_tokens, sampling, self.hf.generation_config)
+        check_sampling(max_new_tokens, sampling, self.hf.generation_config, self.attention)
         prompts = batches.check_prompts(prompt, self.shape)
         plan = self._plan(prompts, read_each_step, edits, steps=max_new_tokens)
         check_copies(plan.pictured(), sampling, self.hf.generation_config)

@@ -38,7 +38,7 @@ from mechvlm.archs import ARCHS
 from mechvlm.batch import check_gradients, check_kernel, check_padding
 from mechvlm.experiments.inputs import squares_of
 from mechvlm.experiments.saliency import completeness
-from mechvlm.generating import check_copies
+from mechvlm.generating import check_copies, check_sampling
 from mechvlm.grids import check_pictures, grids_of
 from mechvlm.imagemap import Grid
 from mechvlm.layout import Layout
@@ -888,6 +888,11 @@ LATER: list[Case] = [
         "generate does not take cache_implementation='offloaded': edits and readings rest on steps of one new "
         "position, each one pass, with a cache that grows by it.",
         lambda: said(generation_config=GenerationConfig(cache_implementation="offloaded")),
+    ),
+    (
+        "a static cache has room for keys to come, which flex_attention is not told to leave out; set vlm.attention = "
+        "'sdpa', or leave cache_implementation='static' out.",
+        lambda: check_sampling(2, {"cache_implementation": "static"}, GenerationConfig(), "flex_attention"),
     ),
     (
         "generate does not take guidance_scale=2.0: edits and readings rest on steps of one new position, each one "
