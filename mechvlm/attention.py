@@ -164,6 +164,21 @@ def blocks(
                 )
 
 
+def saliency(piece: Piece) -> Tensor:
+    """Gradient times attention, of a piece: what a weight, taken away, would take from the metric, to first order.
+
+    Example:
+        >>> run = vlm.run(real, read={"text.3.pattern": mv.lazy()}, grad_of=mv.logit_difference("yes", "no"))
+        >>> run.grad["text.3.pattern"].collected(saliency, [-1], len(real)).shape
+        torch.Size([1, 8, 1, 49])
+
+    Raises:
+        ValueError: where the gradient at z is not known.
+    """
+    wide = torch.promote_types(piece.pattern.dtype, torch.float32)  # products of small numbers
+    return piece.pattern.to(wide) * known(piece.gradient).to(wide)
+
+
 def known(gradient: Tensor | None) -> Tensor:
     """A gradient as it is; refused where there is none."""
     if gradient is None:

@@ -8,7 +8,7 @@ whatever the length. Shapes are those of `mechvlm.attention`.
 True
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,7 +28,7 @@ from mechvlm.attention import (
     scores,
     scores_gradient,
 )
-from mechvlm.masks import Sees, indicator
+from mechvlm.masks import Sees, indicator, within
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +73,7 @@ class Attention:
     def asked(self, queries: Sequence[int] | None) -> Int[Tensor, " some"]:
         """Queries as indices from 0."""
         count = self.q.shape[2]
-        return torch.arange(count) if queries is None else torch.tensor([query % count for query in queries])
+        return torch.arange(count) if queries is None else torch.tensor(within("queries", queries, count))
 
     def pieces(self, queries: Sequence[int] | None = None) -> Iterator[Piece]:
         """The rows asked for, in pieces that fit the budget."""
@@ -150,10 +150,11 @@ class Attention:
         """The same for what has one number a key of the piece; some keys of it, or all."""
         if keys is None:
             return self.collected(of, queries, self.k.shape[2], fill, by_key=True)
+        chosen = within("keys", keys, self.k.shape[2])
 
         def some(piece: Piece) -> Tensor:
             left, right = piece.keys.start, self.k.shape[2] - piece.keys.stop
-            return pad(of(piece), (left, right), value=fill)[..., list(keys)]
+            return pad(of(piece), (left, right), value=fill)[..., chosen]
 
         return self.collected(some, queries, len(keys), fill)
 
@@ -182,6 +183,14 @@ class Attention:
         starts = range(0, values.shape[1], width)
         return torch.cat([mixed_by_kernel(*about, values[:, at : at + width], self.budget) for at in starts], -1)
 
+    def mass(
+        self, spans: Mapping[str, Sequence[int]], queries: Sequence[int] | None = None
+    ) -> Float[Tensor, "batch head rows span"]:
+        """What queries pay to spans of keys, in the order of the spans."""
+        key = self.k.shape[2]
+        columns = [indicator(within(f"keys of {name!r}", keys, key), key) for name, keys in spans.items()]
+        return self.mixed(torch.stack(columns, -1).float(), queries)
+
     def entropy(
         self, queries: Sequence[int] | None = None, keys: Sequence[int] | None = None
     ) -> Float[Tensor, "batch head rows"]:
@@ -189,7 +198,8 @@ class Attention:
 
         Not a number where a query pays nothing to those keys.
         """
-        among = None if keys is None else indicator(keys, self.k.shape[2])
+        count = self.k.shape[2]
+        among = None if keys is None else indicator(within("keys", keys, count), count)
 
         def of(piece: Piece) -> Tensor:
             # An edited pattern need not be a softmax of its scores.
@@ -205,7 +215,7 @@ class Attention:
         self, count: int, queries: Sequence[int] | None = None, keys: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "batch head rows top"], Int[Tensor, "batch head rows top"]]:
         """The largest weights of each query, falling, and the keys they are on; among all keys or some."""
-        among = torch.arange(self.k.shape[2]) if keys is None else torch.tensor([key % self.k.shape[2] for key in keys])
+        among = torch.arange(self.k.shape[2]) if keys is None else torch.tensor(within("keys", keys, self.k.shape[2]))
         count = min(count, len(among))
         found: list[Tensor] = []
 
@@ -233,6 +243,12 @@ class Attention:
             weights: one for each query asked for and head; a head axis of 1 stands for all heads.
             of: what is taken of each piece instead of its pattern, for instance `saliency`.
         """
+        asked, heads = len(self.asked(queries)), self.q.shape[1]
+        if weights.shape[1] not in (1, heads) or weights.shape[2] != asked:
+            raise ValueError(
+                f"the weights are {list(weights.shape)} for {asked} queries and {heads} heads; give one for each of "
+                "them, with one head for all or each."
+            )
         wide = torch.promote_types(self.q.dtype, torch.float32)
         out = torch.zeros(self.q.shape[0], self.q.shape[1], self.k.shape[2], dtype=wide, device=self.q.device)
         given = weights.to(out).expand(*self.q.shape[:2], weights.shape[-1])
@@ -255,7 +271,8 @@ class Attention:
         if scores:
             return self.over_keys(lambda piece: scores_gradient(piece.pattern, known(piece.gradient)), queries, keys)
         of_z, chosen = known(self.z_gradient), self.asked(queries).to(self.q.device)
-        values = (self.v if keys is None else self.v[:, :, list(keys)])[..., : of_z.shape[-1]]
+        some = slice(None) if keys is None else within("keys", keys, self.k.shape[2])
+        values = self.v[:, :, some][..., : of_z.shape[-1]]
         return grouped(of_z[:, chosen].transpose(1, 2), values.transpose(-1, -2))
 
     def gradient_mixed(
@@ -298,18 +315,3 @@ class Attention:
             sees=self.sees.narrowed(rows, everything, everything),
             z_gradient=None if self.z_gradient is None else self.z_gradient[rows],
         )
-
-
-def saliency(piece: Piece) -> Tensor:
-    """Gradient times attention, of a piece: what a weight, taken away, would take from the metric, to first order.
-
-    Example:
-        >>> run = vlm.run(real, read={"text.3.pattern": mv.lazy()}, grad_of=mv.logit_difference("yes", "no"))
-        >>> run.grad["text.3.pattern"].collected(saliency, [-1], len(real)).shape
-        torch.Size([1, 8, 1, 49])
-
-    Raises:
-        ValueError: where the gradient at z is not known.
-    """
-    wide = torch.promote_types(piece.pattern.dtype, torch.float32)  # products of small numbers
-    return piece.pattern.to(wide) * known(piece.gradient).to(wide)

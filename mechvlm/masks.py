@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mechvlm.sites import whole_numbers
+
 Rule = Callable[[Int[Tensor, "some 1"], Int[Tensor, "1 key"]], Bool[Tensor, "*axes some key"]]
 
 
@@ -160,6 +162,24 @@ def block_rule(handed: Any, batch: int) -> Rule:
         return over_rows(rows, rows.new_zeros(()), queries[:, 0], keys[0])[:, None]
 
     return rule
+
+
+def within(what: str, indices: Sequence[int], count: int) -> list[int]:
+    """Indices among so many, counted from 0.
+
+    Raises:
+        ValueError, TypeError: for one that is not there, an empty list, or what are no whole numbers.
+
+    Example:
+        >>> within("queries", [0, -1], 3)
+        [0, 2]
+    """
+    found = whole_numbers(what, indices)
+    beyond = [index for index in found if not -count <= index < count]
+    if beyond or not found:
+        given = f"hold {beyond[0]}" if beyond else "are an empty list"
+        raise ValueError(f"the {what} {given}; this attention has {count}, counted from 0 (None means all).")
+    return [index % count for index in found]
 
 
 def indicator(positions: Sequence[int] | None, length: int) -> Bool[Tensor, " length"]:

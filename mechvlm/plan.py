@@ -235,7 +235,7 @@ def check_range(what: str, site: Site, positions: Iterable[int], lengths: Iterab
 
 def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], steps: int, gradient: bool = False) -> None:
     """Refuse a reading that is no function, or asks for rows that are not there."""
-    if reading is not None and not callable(reading):
+    if reading is not None and not isinstance(reading, Reading) and not callable(reading):
         raise TypeError(
             f"the reading of {site} is {told(reading)}; give a function of its tensor, or list the site alone."
         )

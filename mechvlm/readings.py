@@ -104,12 +104,6 @@ class Lazy:
 
     queries = None
 
-    def __call__(self, _made: Tensor) -> Attention:
-        raise ValueError(
-            "lazy() keeps attention that is not made, and an edit of scores or pattern has made it here; read rows(), "
-            "mass() or the like, or give the edit rows='each'."
-        )
-
     def of(self, attention: Attention, _kind: str) -> Attention:
         """The attention, with tensors of its own: a cache goes on writing into the model's."""
         return replace(attention, q=attention.q.clone(), k=attention.k.clone(), v=attention.v.clone())

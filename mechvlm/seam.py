@@ -26,7 +26,8 @@ from mechvlm.calls import Call, Chunked, call_of
 from mechvlm.fused import Place, change_call, must_recompute, sites
 from mechvlm.layout import Group
 from mechvlm.lazy_attention import Attention
-from mechvlm.readings import Reading
+from mechvlm.plan import name_of
+from mechvlm.readings import Lazy, Reading
 from mechvlm.sites import CROSS_KINDS
 from mechvlm.towers import Block
 from mechvlm.visit import Attended, Visit, apply_some, narrow, put
@@ -125,7 +126,8 @@ def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
     scores, pattern = sites(place)
     plan = visit.plan
     entries = [(site, entry) for site in (scores, pattern) for entry in plan.active(site, visit.step)]
-    if not plan.gradient and all(entry[2].bias is not None or entry[2].rows is not None for _, entry in entries):
+    by_query = all(entry[2].bias is not None or entry[2].rows is not None for _, entry in entries)
+    if by_query and not plan.gradient:
         return in_pieces(visit, place, call, entries)
     old = attention.scores(call.q, call.k, call.scale, call.sees.whole(call.q), call.cap)
     new = visit.touch(scores, old)
@@ -134,27 +136,47 @@ def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
     if new is old and after is before and not plan.gradient:
         return None
     z = attention.attend(after, call.v)
+    if isinstance(plan.reads.get(pattern), Lazy):
+        if not by_query or plan.grads.get(scores) or plan.grads.get(pattern):
+            raise ValueError(
+                f"attention is to be kept unmade at {name_of(pattern)} (by lazy(), or an experiment that follows it), "
+                "and an edit there has to have the whole map; give the edit rows='each' if it treats every query by "
+                "itself, or read rows(), mass() or the like."
+            )
+        own = [(group, part) for group, part, _ in edited_parts(visit, place, call, entries)]
+        read_parts(visit, pattern, own)
+        visit.graph[pattern] = Attended(own)
     return [((None, 0, None), None, z)] if plan.gradient else only_edited(visit, place, call.q.shape[0], z)
 
 
 def in_pieces(visit: Visit, place: Place, call: Call | Chunked, entries: list) -> Anew | None:
     """The same for edits that treat every query by itself, for the queries they are for, in pieces."""
     anew: Anew = []
-    own: list[tuple[Group, Attention]] = []
-    for group in groups_at(visit, place, call):
-        part = part_of(visit, place, call, group)
-        changed: list[bool] = []
-        edited = replace(part, change=editing(visit, place, group, part, entries, changed, call.q.shape[0]))
-        own.append((group, edited))
+    edited = edited_parts(visit, place, call, entries)
+    for group, part, changed in edited:
         queries = queries_of(entries, part, place)
-        z = edited.attended(queries)
+        if queries == []:
+            continue  # a step that none of its edits is for
+        z = part.attended(queries)
         if any(changed):
             anew.append((group, queries, z))
     visit.fired.update(entry[0] for _, entry in entries)
     for site in sites(place):
         if site in visit.plan.reads:
-            read_parts(visit, site, own)
+            read_parts(visit, site, [(group, part) for group, part, _ in edited])
     return anew or None
+
+
+def edited_parts(
+    visit: Visit, place: Place, call: Call | Chunked, entries: list
+) -> list[tuple[Group, Attention, list[bool]]]:
+    """The edited attention of each group, not made, and a list that is told whether an edit changed anything."""
+    found = []
+    for group in groups_at(visit, place, call):
+        part, changed = part_of(visit, place, call, group), list[bool]()
+        change = editing(visit, place, group, part, entries, changed, call.q.shape[0])
+        found.append((group, replace(part, change=change), changed))
+    return found
 
 
 def editing(

@@ -179,7 +179,7 @@ class Visit:
             self.fired.add(entry[0])
         if plan.gradient:
             x = self.track(site, x)
-        if site in plan.reads:
+        if site in plan.reads and not isinstance(plan.reads[site], Lazy):  # which is kept where it is not made
             self.keep(site, x)
         if site[0] == "logits":
             self.last = x

@@ -11,11 +11,10 @@ from torch import Tensor
 
 import mechvlm as mv
 from mechvlm import seam
-from mechvlm.attention import bytes_of
+from mechvlm.attention import bytes_of, saliency
 from mechvlm.biases import Bias, Scale, bias_features
-from mechvlm.lazy_attention import Attention, saliency
+from mechvlm.lazy_attention import Attention
 from mechvlm.masks import Sees
-from mechvlm.readings import Reading
 from mechvlm.seam import recompute
 
 S = 23
@@ -66,7 +65,7 @@ def made(kind: str, query: int = S, cap: float | None = None) -> tuple[Attention
 
 
 kinds = pytest.mark.parametrize("kind", sorted(every()))
-READINGS: dict[str, Reading] = {
+READINGS: dict[str, Any] = {
     "rows": mv.rows([-1, 3]),
     "rows of some keys": mv.rows(None, keys=[2, 5, -3]),
     "mass": mv.mass({"some": [1, 2, 9], "all": range(S), "overlapping": [2, 3]}),
@@ -366,3 +365,24 @@ def test_a_model_with_edits_is_that_model_in_every_run(vlm: mv.VLM, real: mv.Pro
     )
     assert edited.generate(real, max_new_tokens=3).tokens.equal(vlm.generate(real, [first], 3).tokens)
     assert str(first) in edited.provenance(real)["edits"] and not vlm.edits
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [
+        [mv.Edit(PATTERN, lambda p: p * 0.5, rows="each")],
+        [mv.Edit(PATTERN, lambda p: p.flip(-1), rows=[-1])],
+        [mv.bias_attention(1, [3, 4], 1.0), mv.scale_attention(1, [3, 4], 1.2), mv.scale_attention(1, [1], 0.9)],
+        [mv.cut_attention(1, [0, 1], way="recompute")],
+        [mv.bias_attention(1, [3, 4], 1.0, way="feature"), mv.scale_heads(1, [0], 0.5)],
+    ],
+    ids=["each row", "some rows", "factors behind a bias", "a cut", "features and z"],
+)
+def test_gradients_of_attention_that_is_edited_and_not_made(vlm: mv.VLM, real: mv.Prompt, edits: list[mv.Edit]) -> None:
+    metric = mv.logit_difference(7, 9)
+    made = vlm.run(real, read=[PATTERN], edits=edits, grad_of=metric)
+    kept = vlm.run(real, read={PATTERN: mv.lazy()}, edits=edits, grad_of=metric)
+    torch.testing.assert_close(kept[PATTERN].rows(), made[PATTERN])
+    torch.testing.assert_close(kept.grad[PATTERN].gradient_rows(), made.grad[PATTERN])
+    short = vlm.run(real, read={PATTERN: mv.rows([-1])}, edits=edits, grad_of=metric)
+    torch.testing.assert_close(short.grad[PATTERN], made.grad[PATTERN][:, :, [-1]])

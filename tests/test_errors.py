@@ -432,8 +432,9 @@ READINGS: list[Case] = [
         lambda: ask(read={"text.0.pattern": mv.rows([-1], keys=[99])}),
     ),
     (
-        "lazy() keeps attention that is not made, and an edit of scores or pattern has made it here; read rows(), "
-        "mass() or the like, or give the edit rows='each'.",
+        "attention is to be kept unmade at text.0.pattern (by lazy(), or an experiment that follows it), and an edit "
+        "there has to have the whole map; give the edit rows='each' if it treats every query by itself, or read "
+        "rows(), mass() or the like.",
         lambda: ask(read={"text.0.pattern": mv.lazy()}, edits=change(lambda x: x * 0.5, "text.0.pattern")),
     ),
     (
@@ -448,6 +449,15 @@ READINGS: list[Case] = [
             )
             .rows
         ),
+    ),
+    (
+        "the queries hold 99; this attention has 26, counted from 0 (None means all).",
+        lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].rows([99]),
+    ),
+    (
+        "the weights are [1, 4, 3] for 2 queries and 4 heads; give one for each of them, with one head for all or "
+        "each.",
+        lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].drawn(zeros(1, 4, 3), [0, 1]),
     ),
     (
         "this attention knows no gradient; take it from run.grad of a run with grad_of= a metric, not from the run.",

@@ -14,12 +14,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.attention import Piece
+from mechvlm.attention import Piece, saliency
 from mechvlm.experiments.record import chosen_layers, metric_unit, one_prompt, record
 from mechvlm.experiments.rollout import among_words, carried, place_of, row_of_product, unit
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers
-from mechvlm.lazy_attention import Attention, saliency
+from mechvlm.lazy_attention import Attention
 from mechvlm.masks import indicator
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt

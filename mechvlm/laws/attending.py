@@ -9,7 +9,7 @@ from torch import Tensor
 from mechvlm.attention_edits import bias_attention, cut_attention, scale_attention
 from mechvlm.laws.finding import Finding, layers_with, some_keys
 from mechvlm.prompt import Prompt
-from mechvlm.readings import Reading, entropy, mass, rows, top_keys
+from mechvlm.readings import entropy, mass, rows, top_keys
 from mechvlm.references import (
     apart,
     eager_rounding,
@@ -40,7 +40,7 @@ def patterns_at(vlm: Any, prompt: Prompt, sites: list[Site], own: dict[Site, Ten
     yield Finding(4, f"rows sum to one, {where}", one, rounding(vlm))
     keys = run[sites[0]].shape[-1]
     spans = prompt.spans if where == "text" else {"some": [1, 2, 3], "all": list(range(keys))}
-    readings: dict[str, Reading] = {
+    readings: dict[str, Any] = {
         "mass": mass(spans),
         "mass of rows": mass(spans, [-1, 2]),
         "rows": rows([-1, 2]),
