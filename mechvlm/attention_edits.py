@@ -19,6 +19,7 @@ def bias_attention(
     tower: str = "text",
     way: str = "auto",
     cross: bool = False,
+    when: str = "always",
 ) -> Edit:
     """Add a number to the attention scores of some keys: their odds are multiplied by e to that number.
 
@@ -27,7 +28,7 @@ def bias_attention(
         amount: added before the softmax, in every pass; minus infinity cuts.
         queries: the positions that look; None means all, generated ones included.
         heads: None means all.
-        way: see `Edit`.
+        way, when: see `Edit`; "decode" is for generated positions alone.
         cross: bias attention to the image's features (Mllama, Q-Formers). Keys are then the `positions` of a map in
             `prompt.images`, and its `separators`, since class tokens have seen the picture as well.
 
@@ -41,7 +42,7 @@ def bias_attention(
     if amount != amount or amount == float("inf"):
         raise ValueError(f"amount={amount} cannot be added to a score; give a number, or -inf to cut.")
     name = "cut attention" if amount == float("-inf") else f"bias {amount:+g} attention"
-    return changing(Bias(*between(keys, queries, heads, amount), cross), name, layer, tower, way)
+    return changing(Bias(*between(keys, queries, heads, amount), cross), name, layer, tower, way, when)
 
 
 def scale_attention(
@@ -53,6 +54,7 @@ def scale_attention(
     tower: str = "text",
     way: str = "auto",
     cross: bool = False,
+    when: str = "always",
 ) -> Edit:
     """Multiply the attention scores of some keys by a number, before the softmax.
 
@@ -60,7 +62,7 @@ def scale_attention(
     logarithm multiplies the weights' odds instead, whatever the sign.
 
     Args:
-        keys, queries, heads, tower, way, cross: as in `bias_attention`.
+        keys, queries, heads, tower, way, cross, when: as in `bias_attention`.
         factor: what scores are multiplied by, in every pass; 0 makes them all alike.
 
     Example:
@@ -73,9 +75,8 @@ def scale_attention(
     factor = number("factor", factor)
     if not abs(factor) < float("inf"):
         raise ValueError(f"factor={factor} cannot multiply a score; give a finite number.")
-    return changing(
-        Scale(*between(keys, queries, heads, factor), cross), f"scale attention by {factor:g}", layer, tower, way
-    )
+    scale = Scale(*between(keys, queries, heads, factor), cross)
+    return changing(scale, f"scale attention by {factor:g}", layer, tower, way, when)
 
 
 def between(
@@ -90,7 +91,7 @@ def between(
     )
 
 
-def changing(change: Change, what: str, layer: int, tower: str, way: str) -> Edit:
+def changing(change: Change, what: str, layer: int, tower: str, way: str, when: str) -> Edit:
     """A change of scores as an edit."""
     name = f"{what} to {len(change.keys)} keys"
     if change.queries is not None:
@@ -98,7 +99,8 @@ def changing(change: Change, what: str, layer: int, tower: str, way: str) -> Edi
     if change.heads is not None:
         name += f" in heads {list(change.heads)}"
     site = Site("cross_scores" if change.cross else "scores", layer, tower)
-    when = "prompt" if change.cross and change.queries else "always"  # a step's query has no position among those keys
+    if change.cross and change.queries and when == "always":
+        when = "prompt"  # a step's query has no position among those keys
     if way == "mask" and isinstance(change, Scale):
         raise ValueError("a mask is added and multiplies nothing; use way='feature', 'recompute' or 'auto'.")
     positions, heads = change.queries or (), change.heads or ()
@@ -113,6 +115,7 @@ def cut_attention(
     tower: str = "text",
     way: str = "auto",
     cross: bool = False,
+    when: str = "always",
 ) -> Edit:
     """Knock out attention from some queries to some keys: exactly zero, the rest renormalised by the softmax.
 
@@ -124,4 +127,4 @@ def cut_attention(
     Source:
         Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5.
     """
-    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, way, cross)
+    return bias_attention(layer, keys, float("-inf"), queries, heads, tower, way, cross, when)

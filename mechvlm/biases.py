@@ -132,5 +132,12 @@ def scale_features(
 
 
 def fits_together(changes: list[Change]) -> bool:
-    """Whether changes act alike one after the other and all at once: no factor stands behind another change."""
-    return not any(isinstance(change, Scale) for change in changes[1:])
+    """Whether changes act alike one after the other and all at once.
+
+    No factor stands behind a bias, or behind another factor on the same keys.
+    """
+    for at, change in enumerate(changes):
+        before = changes[:at] if isinstance(change, Scale) else []
+        if any(isinstance(other, Bias) or set(other.keys) & set(change.keys) for other in before):
+            return False
+    return True

@@ -40,7 +40,7 @@ def must_recompute(visit: Visit, place: Place, call: Call | Chunked) -> bool:
     if any(way_of(edit, call, plan.budget) == "recompute" for edit in edits):
         return True
     changes = [edit.bias for edit in edits if edit.bias is not None and edit.bias.amount != 0]
-    wide = call.q.shape[-1] * (1 + any(isinstance(change, Scale) for change in changes)) + 8 * len(changes)
+    wide = call.q.shape[-1] * (1 + sum(isinstance(change, Scale) for change in changes)) + 8 * len(changes)
     narrow_enough = call.widest is None or wide <= call.widest or not features(edits, call, plan.budget)
     return not (fits_together(changes) and narrow_enough)
 

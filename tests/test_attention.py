@@ -294,6 +294,26 @@ def test_a_factor_behind_a_bias_is_computed_anew_since_order_counts(vlm: mv.VLM,
     torch.testing.assert_close(run.logits, slow.logits)
 
 
+def test_factors_on_different_keys_keep_the_kernel(vlm: mv.VLM, real: mv.Prompt) -> None:
+    factors = [mv.scale_attention(1, real.image, 1.15), mv.scale_attention(1, real.prefix, 0.95)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(seam, "recompute", None)
+        run = vlm.run(real, edits=factors)
+    slow = [replace(edit, way="recompute") for edit in factors]
+    torch.testing.assert_close(run.logits, vlm.run(real, edits=slow).logits)
+
+
+def test_a_bias_of_decode_steps_alone(vlm: mv.VLM, real: mv.Prompt) -> None:
+    read: dict[str, Any] = {"logits": lambda x: x[:, -1]}
+    both, late, early = (
+        vlm.generate(real, [mv.bias_attention(1, real.image, 3.0, when=when)], 3, read, do_sample=False)["logits"]
+        for when in ("always", "decode", "prompt")
+    )
+    plain = vlm.generate(real, max_new_tokens=3, read_each_step=read, do_sample=False)["logits"]
+    assert torch.equal(late[0], plain[0]) and not torch.equal(late[1], plain[1])
+    assert torch.equal(early[0], both[0]) and not torch.equal(early[0], plain[0])
+
+
 @pytest.mark.parametrize("way", ["mask", "feature", "recompute"])
 def test_a_cut_is_exactly_zero_in_every_way(vlm: mv.VLM, real: mv.Prompt, way: str) -> None:
     edit = mv.bias_attention(1, real.image, float("-inf"), real.question, way=way)

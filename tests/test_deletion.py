@@ -88,8 +88,17 @@ def test_a_ranking_of_other_tokens_or_with_holes_is_refused() -> None:
     other = ranking(prompt, np.arange(16)).assign_coords(position=np.arange(16))
     with pytest.raises(ValueError, match="it must have one for each of the prompt's 16 image tokens"):
         mv.deletion_curve(vlm, prompt, other, METRIC, dark)
-    with pytest.raises(ValueError, match="holds values that are no numbers"):
+    with pytest.raises(ValueError, match="holds values that are no finite numbers"):
         mv.deletion_curve(vlm, prompt, ranking(prompt, [np.nan] * 16), METRIC, dark)
+
+
+def test_another_question_is_no_null() -> None:
+    vlm, prompt, dark = one_bright_square()
+    ids = dark.encoding["input_ids"].clone()
+    ids[0, 0] = 3
+    other = vlm.prompt(encoding={**dark.encoding, "input_ids": ids})
+    with pytest.raises(ValueError, match="only the picture may differ, so make it with prompt.with_image"):
+        mv.deletion_curve(vlm, prompt, ranking(prompt, np.arange(16)), METRIC, other)
 
 
 def test_the_figure_has_the_range_of_the_random_orders() -> None:

@@ -460,6 +460,10 @@ READINGS: list[Case] = [
         lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].drawn(zeros(1, 4, 3), [0, 1]),
     ),
     (
+        "tolerance=nan is no fraction of a difference; give a number from 0, such as 0.05.",
+        lambda: mv.integrated_gradients(vlm(), real(), mv.logit_difference(7, 9), tolerance=float("nan")),
+    ),
+    (
         "this attention knows no gradient; take it from run.grad of a run with grad_of= a metric, not from the run.",
         lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].gradient_rows([-1]),
     ),

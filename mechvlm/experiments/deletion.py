@@ -33,7 +33,7 @@ def deletion_curve(
     prompt: Prompt,
     ranking: Any,
     metric: Metric,
-    null: Prompt | None = None,
+    null: Any = None,
     counts: Sequence[int] | None = None,
     samples: int = 10,
     seed: int = 0,
@@ -47,8 +47,8 @@ def deletion_curve(
     Args:
         ranking: one number for each image token, as `attention_map`, `gradient_attribution` and their like return; the
             highest goes first, and of equal ones the first in the text.
-        null: the same words about a picture without anything to see, whose features take the places; by default a
-            black one of the same size.
+        null: the same words about a picture without anything to see, whose features take the places: a prompt, or what
+            `prompt.with_image` takes; by default `mv.images.black`.
         counts: how many tokens are taken away; by default none, 1, 2, 4, ... and all.
         samples: how many random orders.
         seed: of the random orders.
@@ -75,7 +75,7 @@ def deletion_curve(
     asked = counted(total, counts)
     if whole("samples", samples) < 1:
         raise ValueError(f"samples={samples} compares with nothing; give 1 random order or more.")
-    other = null or prompt.with_image(images.black)
+    other = nothing_to_see(prompt, null)
     sites = input_sites(vlm, "image_features")
     source = vlm.run(other, read=sites)
     draw = np.random.default_rng(seed)
@@ -117,8 +117,24 @@ def ranked_tokens(prompt: Prompt, ranking: object) -> np.ndarray:
         )
     values = ranking.sel({dim: own}).values.astype(float)
     if not np.isfinite(values).all():
-        raise ValueError("the ranking holds values that are no numbers (NaN), so tokens cannot be put in order.")
+        raise ValueError("the ranking holds values that are no finite numbers, so tokens cannot be put in order.")
     return np.argsort(-values, kind="stable")
+
+
+def nothing_to_see(prompt: Prompt, null: Any) -> Prompt:
+    """The prompt whose features take the places.
+
+    Raises:
+        ValueError: for other words, or another number of image tokens.
+    """
+    other = null if isinstance(null, Prompt) else prompt.with_image(images.black if null is None else null)
+    mine, theirs = (one.encoding["input_ids"].tolist() for one in (prompt, other))
+    if mine != theirs or prompt.features != other.features:
+        raise ValueError(
+            f"null asks {other.words!r}, with {len(other.image)} image tokens, and the prompt {prompt.words!r}, with "
+            f"{len(prompt.image)}; only the picture may differ, so make it with prompt.with_image."
+        )
+    return other
 
 
 def counted(total: int, counts: Sequence[int] | None) -> list[int]:
