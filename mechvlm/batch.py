@@ -1,11 +1,13 @@
 """Prompts as one batch, and what is checked before and after it runs."""
 
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mechvlm.edits import Edit
 from mechvlm.encode import encode
 from mechvlm.grids import grids_of
 from mechvlm.layout import Layout
@@ -297,3 +299,17 @@ def check_gradients(kernel: str, device: torch.device) -> None:
         raise ValueError(
             "PyTorch computes no gradients of flex_attention on a CPU; set vlm.attention = 'sdpa' for this run."
         )
+
+
+def provenance(vlm: Any, prompt: Prompt, edits: Sequence[Edit]) -> dict[str, str]:
+    """What a record of an experiment has to say, as plain text."""
+    return {
+        "model": str(vlm.name),
+        "revision": str(vlm.hf.config.to_dict().get("_commit_hash") or "unknown"),
+        "dtype": str(vlm.dtype).removeprefix("torch."),
+        "device": str(vlm.device),
+        "attention": vlm.attention,
+        "prompt": prompt.text,
+        "edits": "; ".join(map(str, edits)) or "none",
+        "versions": ", ".join(f"{p} {version(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
+    }

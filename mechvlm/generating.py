@@ -9,9 +9,13 @@ since edits and readings rest on that; and the first pass is the one that `run` 
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from mechvlm.batch import TEXT_LIKE
 from mechvlm.calls import MASKED
+from mechvlm.run import Generation, by_step, texts_of
 from mechvlm.sites import told, whole
+from mechvlm.visit import Visit
 
 REFUSED_SAMPLING = {
     "use_cache": (True, None),
@@ -41,6 +45,8 @@ def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any, k
     """
     if whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
+    if "read" in sampling:
+        raise ValueError("a generation reads at every step; write read_each_step= for read=.")
     given = {"inputs_embeds", "pixel_values", "position_ids", *TEXT_LIKE} & sampling.keys()
     if given:
         raise ValueError(f"{min(given)} comes from the prompt; change the prompt instead of passing it to generate.")
@@ -85,3 +91,16 @@ def answered(hf: Any, given: Mapping[str, Any], pictured: bool) -> Any:
         return hf.generate(**given)
     finally:
         del hf.input_modalities
+
+
+def generation_of(processor: Any, said: Any, start: int, alone: bool, visit: Visit) -> Generation:
+    """What was generated, and what was read on the way.
+
+    Args:
+        said: what transformers returns.
+        start: how many positions the prompt has.
+        alone: whether one prompt was given, and not a list.
+    """
+    ids = said if isinstance(said, Tensor) else said.sequences
+    tokens = ids[:, start:]
+    return Generation(texts_of(processor, tokens, alone), tokens, by_step(visit.saved, visit.plan.layout))

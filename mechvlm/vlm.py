@@ -11,7 +11,6 @@ questions into prompts, prompts into one padded batch, and a walk of the traced 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from importlib.metadata import version
 from typing import Any
 
 import nnsight
@@ -22,11 +21,11 @@ from torch import Tensor
 from mechvlm import batch as batches
 from mechvlm.attention import bytes_of, capped
 from mechvlm.edits import Edit
-from mechvlm.generating import answered, check_copies, check_sampling
+from mechvlm.generating import answered, check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
-from mechvlm.plan import Plan, check_edit, listed_edits, make_plan
+from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
-from mechvlm.run import NO_GRADIENT, Generation, Readings, Run, by_step, texts_of
+from mechvlm.run import NO_GRADIENT, Generation, Readings, Run
 from mechvlm.seam import attending
 from mechvlm.shapes import kernels_of, parts_of, shape_of
 from mechvlm.sites import Site
@@ -69,7 +68,7 @@ class VLM:
         batches.check_state(hf_model)
         self.hf: Any = hf_model
         self.processor = batches.check_processor(processor)
-        self.attention_budget: int | str = bytes_of(attention_budget)
+        self.attention_budget = bytes_of(attention_budget)
         self.edits: tuple[Edit, ...] = ()
         self.name = name or config.name_or_path or config.model_type
         with warnings.catch_warnings():
@@ -91,12 +90,21 @@ class VLM:
 
     @property
     def attention(self) -> str:
-        """The attention implementation: 'sdpa' or 'eager'. Assign to it to switch both towers without loading again."""
+        """The attention implementation, such as 'sdpa'. Assign to it to switch all towers without loading again."""
         return kernels_of(self.hf.config)["text"]
 
     @attention.setter
     def attention(self, kernel: str) -> None:
         self.hf.set_attn_implementation(batches.check_kernel(kernel, self.shape.ahead, self.shape.score_cap))
+
+    @property
+    def attention_budget(self) -> int:
+        """How many bytes the pieces of attention that readings and edits make may take at once."""
+        return self._budget
+
+    @attention_budget.setter
+    def attention_budget(self, budget: int | str) -> None:
+        self._budget = bytes_of(budget)
 
     @property
     def weights(self) -> Weights:
@@ -106,17 +114,21 @@ class VLM:
     def __repr__(self) -> str:
         towers = (f"{t} {n} layers x {self.shape.heads[t]} heads" for t, n in self.shape.layers.items())
         dtype = str(self.dtype).removeprefix("torch.")
-        kind = f"{self.hf.config.model_type}, {dtype} on {self.device}, {self.attention}"
+        edited = f", {len(self.edits)} edits" if self.edits else ""
+        kind = f"{self.hf.config.model_type}, {dtype} on {self.device}, {self.attention}{edited}"
         return f"VLM({self.name}: {kind}; {'; '.join(towers)})"
 
     def with_edits(self, edits: Sequence[Edit]) -> "VLM":
         """The same model with edits in every run and generation, before those of the run: for any experiment.
 
+        Own edits of patterns want rows="each" where attention is not made.
+
         Example:
             >>> mv.attention_profile(vlm.with_edits([mv.bias_attention(3, real.image, 2.0)]), real)
         """
-        other, more = copy(self), listed_edits("edits", edits)
-        other.edits = (*self.edits, *map(check_edit, more))
+        for edit in map(check_edit, listed_edits("edits", edits)):
+            check_site(edit.site, (), self.shape, "edit")
+        (other := copy(self)).edits = (*self.edits, *edits)
         return other
 
     # -- questions in ------------------------------------------------------------------------------------------------
@@ -205,7 +217,7 @@ class VLM:
 
     def _plan(self, prompts: Sequence[Prompt], read: Read, edits: Sequence[Edit], **more: Any) -> Plan:
         more = {"edits": [*self.edits, *listed_edits("edits", edits)], **more}
-        return make_plan(prompts, self.shape, read, budget=bytes_of(self.attention_budget), **more)
+        return make_plan(prompts, self.shape, read, budget=self._budget, **more)
 
     def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
         visit, model, arch = Visit(plan), self.model, self.arch
@@ -264,9 +276,7 @@ class VLM:
 
         self._steps(visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
         batches.check_fired(visit)
-        ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
-        tokens, alone = ids[:, start.shape[1] :], isinstance(prompt, Prompt)
-        return Generation(texts_of(self.processor, tokens, alone), tokens, by_step(visit.saved, plan.layout))
+        return generation_of(self.processor, said[0], start.shape[1], isinstance(prompt, Prompt), visit)
 
     def _steps(self, visit: Visit, answer: Callable, batch: dict[str, Tensor], **settings: Any) -> None:
         model, arch, wanted = self.model, self.arch, visit.plan.wanted()
@@ -296,16 +306,7 @@ class VLM:
 
     def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
         """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""
-        return {
-            "model": str(self.name),
-            "revision": str(self.hf.config.to_dict().get("_commit_hash") or "unknown"),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "attention": self.attention,
-            "prompt": prompt.text,
-            "edits": "; ".join(map(str, (*self.edits, *edits))) or "none",
-            "versions": ", ".join(f"{p} {version(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
-        }
+        return batches.provenance(self, prompt, [*self.edits, *edits])
 
     def check(self, prompt: Prompt | None = None) -> Any:
         """Run the laws that all else rests on, print a table of their errors, and return it as a pandas DataFrame."""

@@ -904,6 +904,10 @@ LATER: list[Case] = [
         lambda: said(generation_config=GenerationConfig(cache_implementation="offloaded")),
     ),
     (
+        "a generation reads at every step; write read_each_step= for read=.",
+        lambda: said(read=["text.0.z"]),
+    ),
+    (
         "a static cache has room for keys to come, which flex_attention is not told to leave out; set vlm.attention = "
         "'sdpa', or leave cache_implementation='static' out.",
         lambda: check_sampling(2, {"cache_implementation": "static"}, GenerationConfig(), "flex_attention"),
