@@ -99,7 +99,7 @@ def mixed_by_kernel(
         found = scaled_dot_product_attention(q, k, columns, is_causal=causal, scale=scale, enable_gqa=shared)
         return found[..., : values.shape[1]]
     out = q.new_zeros(*q.shape[:3], values.shape[1])
-    share = max(1, budget // (COPIES * batch * key * max(4, q.element_size())))
+    share = max(1, budget // (COPIES * batch * q.shape[1] * key * max(4, q.element_size())))
     for start in range(0, q.shape[2], share):
         some = torch.arange(start, min(start + share, q.shape[2]))
         keys, here = sees.reach(int(some[0]), int(some[-1])), some.to(q.device)

@@ -52,6 +52,7 @@ class Call:
         shown_anew: whether `result` is a view that the model itself does not go on with.
         cap: scores are c tanh(x / c); None where they are x.
         sees: which keys each query may look at, biases included once they are added.
+        own: the same as the model has it.
         missing: how many first keys a sliding window's cache has let go of. They are shown as masked, so that a key's
             index is its position.
         unfilled: how many keys behind the text a static cache has room for. They are not shown.
@@ -77,6 +78,7 @@ class Call:
         flag, scale = self.named.get("is_causal"), self.named.get("scaling")
         follows = not takes_mask(self.handed) and (causal if flag is None else bool(flag))
         self.sees = sees_of(self.handed, self.q, self.k, follows, self.named.get("sliding_window"), self.missing)
+        self.own = self.sees
         self.scale: float = self.q.shape[-1] ** -0.5 if scale is None else scale
         self.cap: float | None = self.named.get("softcap")
         masks = kernel_of(module) in MASKED and (self.handed is None or takes_mask(self.handed))
@@ -150,7 +152,7 @@ class Chunked:
             module.qkv.output = torch.cat([three[:, :2], values], 1).reshape(projected.shape)
         self.q, self.k = (one.transpose(0, 1)[None] for one in self.turned.output)
         stretch = torch.bucketize(torch.arange(length, device=borders.device), borders, right=True)
-        self.sees = Sees(length, length, stretch=stretch)
+        self.sees = self.own = Sees(length, length, stretch=stretch)
 
     def offer(self, offer: Offer) -> bool:
         """Offer q and k, as v was when it was made; whether one changed."""

@@ -36,7 +36,8 @@ class Edit:
         length: how many positions the function was made for, so that a run can refuse a prompt with others.
         rows: for edits of scores and pattern, which queries' rows the function is given. None: all of them, which makes
             the layer's whole map. "each": it treats every query by itself, and may be given some rows at a time, more
-            than once, so that memory stays within the budget; it cannot tell which. Positions: those rows alone, each
+            than once, so that memory stays within the budget; it cannot tell which, and must give the same for the
+            same. Positions: those rows alone, each
             once and in the order of the text, `batch head rows key`.
         bias: set by `bias_attention`, `cut_attention`, `scale_attention`, whose edits need not recompute the pattern.
         way: for those, how: an additive "mask" handed to the kernel, more "feature"s on queries and keys whose

@@ -8,57 +8,32 @@ whatever the length. Shapes are those of `mechvlm.attention`.
 True
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
 
-from mechvlm.attention import (
-    COPIES,
-    Change,
-    Piece,
-    blocks,
-    grouped,
-    known,
-    mixed_by_kernel,
-    pattern,
-    scores,
-    scores_gradient,
-)
-from mechvlm.masks import Sees, indicator, within
+from mechvlm.attention import Piece, grouped, known, mixed_by_kernel, scores_gradient
+from mechvlm.masks import indicator, within
+from mechvlm.pieces import Pieces
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Attention:
+class Attention(Pieces):
     """One layer's attention, not made. What is asked of it is computed in pieces, exactly, at any length.
 
     A reading with `mv.lazy()` gives one, `run[mv.Site("pattern", 3)]`. In a run with a gradient `run.grad` has it too,
     and there it knows the gradient at z. Queries count as positions do; negative ones from the end.
-
-    Attributes:
-        q, k, v, scale, cap, sees: what the kernel was handed.
-        budget: how many bytes the pieces may take at once.
-        z_gradient: `batch query head d_head`, or None.
-        change: edits of scores and pattern, or None.
 
     Example:
         >>> attention = vlm.run(real, read={"text.3.pattern": mv.lazy()})["text.3.pattern"]
         >>> attention.rows([-1], keys=real.image).shape
         torch.Size([1, 8, 1, 36])
     """
-
-    q: Float[Tensor, "batch head query d_head"]
-    k: Float[Tensor, "batch kv_head key d_head"]
-    v: Float[Tensor, "batch kv_head key d_value"]
-    sees: Sees
-    scale: float
-    cap: float | None = None
-    budget: int = 2**28
-    z_gradient: Float[Tensor, "batch query head d_z"] | None = None
-    change: Change | None = None
 
     def __repr__(self) -> str:
         batch, heads, queries, _ = self.q.shape
@@ -67,96 +42,6 @@ class Attention:
         return (
             f"Attention({batch} x {heads} heads, {queries} queries x {self.k.shape[2]} keys, not made{edited}{known})"
         )
-
-    # -- pieces ------------------------------------------------------------------------------------------------------
-
-    def asked(self, queries: Sequence[int] | None) -> Int[Tensor, " some"]:
-        """Queries as indices from 0."""
-        count = self.q.shape[2]
-        return torch.arange(count) if queries is None else torch.tensor(within("queries", queries, count))
-
-    def pieces(self, queries: Sequence[int] | None = None) -> Iterator[Piece]:
-        """The rows asked for, in pieces that fit the budget."""
-        chosen = self.asked(queries)
-        for batch, heads, rows in self.blocks(len(chosen)):
-            yield self.piece(batch, heads, rows, chosen[rows])
-
-    def blocks(self, rows: int) -> Iterator[tuple[slice, slice, slice]]:
-        """Where the pieces of so many rows stand. An edit has to see all heads of the whole batch."""
-        copies = COPIES if self.z_gradient is None else COPIES + 2
-        room = self.budget // (copies * self.k.shape[2] * max(4, self.q.element_size()))
-        return blocks(self.q.shape, self.k.shape, rows, room, whole_heads=self.change is not None)
-
-    def piece(self, batch: slice, heads: slice, rows: slice, queries: Int[Tensor, " some"]) -> Piece:
-        """One piece."""
-        share = self.q.shape[1] // self.k.shape[1]
-        served = slice(heads.start // share, -(-heads.stop // share))
-        keys = self.sees.reach(int(queries.min()), int(queries.max()))
-        if self.change is not None:
-            keys = slice(0, self.k.shape[2])  # edits index keys by their position
-        q = self.q[batch, heads][:, :, queries.to(self.q.device)]
-        mask = self.sees.added(queries, keys, q)
-        mask = mask[batch] if mask.shape[0] > 1 else mask
-        mask = mask[:, heads] if mask.shape[1] > 1 else mask
-        found = scores(q, self.k[batch, served, keys], self.scale, mask, self.cap)
-        if self.change is not None:
-            found = self.change("scores", found, queries)
-        made = pattern(found)
-        if self.change is not None:
-            made = self.change("pattern", made, queries)
-        return Piece(batch, heads, rows, keys, found, made, self.gradient_of(batch, heads, served, keys, queries))
-
-    def gradient_of(self, batch: slice, heads: slice, served: slice, keys: slice, queries: Tensor) -> Tensor | None:
-        """The gradient of a piece of the pattern from that of `z`: `dL/dA[q, k] = dL/dz[q] . v[k]`."""
-        if self.z_gradient is None:
-            return None
-        of_z = self.z_gradient[batch, queries.to(self.z_gradient.device)][:, :, heads].transpose(1, 2)
-        values = self.v[batch, served, keys][..., : of_z.shape[-1]]  # without what biases added behind
-        return grouped(of_z, values.transpose(-1, -2))
-
-    def collected(
-        self,
-        of: Callable[[Piece], Tensor],
-        queries: Sequence[int] | None,
-        last: int,
-        fill: float = 0.0,
-        by_key: bool = False,
-    ) -> Float[Tensor, "batch head rows last"]:
-        """What a function makes of each piece, put together.
-
-        Args:
-            of: from a piece to `batch head some last`.
-            by_key: whether its last axis are the keys of the piece, and what is asked for is by all keys.
-            fill: what stands at keys that no piece has.
-        """
-        chosen = self.asked(queries)
-        out: Tensor | None = None
-        for piece in self.pieces(queries):
-            value = of(piece)
-            if out is None:
-                shape = (*self.q.shape[:2], len(chosen), last)
-                out = torch.full(shape, fill, dtype=value.dtype, device=value.device)
-            place = piece.keys if by_key else slice(None)
-            out[piece.batch, piece.heads, piece.rows, place] = value
-        return self.q.new_full((*self.q.shape[:2], 0, last), fill) if out is None else out
-
-    def over_keys(
-        self,
-        of: Callable[[Piece], Tensor],
-        queries: Sequence[int] | None,
-        keys: Sequence[int] | None,
-        fill: float = 0.0,
-    ) -> Float[Tensor, "batch head rows key"]:
-        """The same for what has one number a key of the piece; some keys of it, or all."""
-        if keys is None:
-            return self.collected(of, queries, self.k.shape[2], fill, by_key=True)
-        chosen = within("keys", keys, self.k.shape[2])
-
-        def some(piece: Piece) -> Tensor:
-            left, right = piece.keys.start, self.k.shape[2] - piece.keys.stop
-            return pad(of(piece), (left, right), value=fill)[..., chosen]
-
-        return self.collected(some, queries, len(keys), fill)
 
     # -- readings ----------------------------------------------------------------------------------------------------
 
@@ -175,6 +60,11 @@ class Attention:
 
         Through the fused kernel where all queries are asked for; no row is made then.
         """
+        if values.ndim != 2 or values.shape[0] != self.k.shape[2] or not values.shape[1]:
+            raise ValueError(
+                f"the values are {list(values.shape)}; they must be columns of one number for each of "
+                f"{self.k.shape[2]} keys."
+            )
         if queries is not None or self.cap is not None or self.change is not None:
             return self.collected(
                 lambda piece: piece.pattern @ values[piece.keys].to(piece.pattern), queries, values.shape[1]
@@ -214,7 +104,12 @@ class Attention:
     def top(
         self, count: int, queries: Sequence[int] | None = None, keys: Sequence[int] | None = None
     ) -> tuple[Float[Tensor, "batch head rows top"], Int[Tensor, "batch head rows top"]]:
-        """The largest weights of each query, falling, and the keys they are on; among all keys or some."""
+        """The largest weights of each query, falling, and the keys they are on; among all keys or some.
+
+        Keys that a query cannot see come last, with a weight of zero.
+        """
+        if count < 1:
+            raise ValueError(f"the largest {count} weights are none; give 1 or more.")
         among = torch.arange(self.k.shape[2]) if keys is None else torch.tensor(within("keys", keys, self.k.shape[2]))
         count = min(count, len(among))
         found: list[Tensor] = []
@@ -289,6 +184,16 @@ class Attention:
 
     # -- parts -------------------------------------------------------------------------------------------------------
 
+    def attended_again(self, queries: Sequence[int] | None = None) -> Float[Tensor, "batch rows head d_value"]:
+        """The same in a graph of gradients, whose backward pass makes each piece again instead of keeping it."""
+
+        def part(q: Tensor, k: Tensor, v: Tensor, some: list[int]) -> Tensor:
+            return replace(self, q=q, k=k, v=v).attended(some)
+
+        asked, given = self.asked(queries), (self.q, self.k, self.v)
+        chunks = [asked[rows].tolist() for _, _, rows in self.blocks(len(asked))]
+        return torch.cat([checkpoint(part, *given, some, use_reentrant=False) for some in chunks], 1)
+
     def attended(self, queries: Sequence[int] | None = None) -> Float[Tensor, "batch rows head d_head"]:
         """`z` of some queries: the values, mixed by the pattern."""
         share, width = self.q.shape[1] // self.k.shape[1], self.v.shape[-1]
@@ -298,20 +203,3 @@ class Attention:
             return grouped(piece.pattern, self.v[piece.batch, served, piece.keys])
 
         return self.collected(of, queries, width).transpose(1, 2).contiguous()
-
-    def of_rows(self, rows: slice) -> "Attention":
-        """Some rows of the batch alone."""
-        if self.change is not None and self.q.shape[0] > 1:
-            raise ValueError(
-                "edited attention cannot be split into the rows of its batch; read rows(), mass() or the like instead "
-                "of lazy(), or run the rows one by one."
-            )
-        everything = slice(None)
-        return replace(
-            self,
-            q=self.q[rows],
-            k=self.k[rows],
-            v=self.v[rows],
-            sees=self.sees.narrowed(rows, everything, everything),
-            z_gradient=None if self.z_gradient is None else self.z_gradient[rows],
-        )

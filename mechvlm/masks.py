@@ -1,7 +1,8 @@
 """Which keys each query of an attention call may look at, without the square of all queries by all keys.
 
-Rule this module guards: a mask that no kernel was handed as a tensor is never made whole. It is a rule (causal, within
-a window, within one image's stretch, what a `BlockMask` says), and is written out for some queries at a time.
+Rule this module guards: nothing that is read makes a mask whole that no kernel was handed as a tensor. It is a rule
+(causal, within a window, within one image's stretch, what a `BlockMask` says), and is written out for some queries at a
+time.
 
 >>> Sees(3, 3, causal=True).added(torch.tensor([0, 2]), slice(0, 3), torch.zeros(1))
 tensor([[[[0., -inf, -inf],
@@ -34,6 +35,7 @@ class Sees:
         padding: True for keys that are there, `batch key`.
         stretch: a number for each position, rising; only positions with the same number see each other.
         rule: from indices of queries and of keys to whether they may meet.
+        kept: the same for what edits have left, `rows heads query key`, which holds beside all else.
         missing: so many first keys are seen by nobody, and the tensor does not have them.
     """
 
@@ -46,11 +48,12 @@ class Sees:
     stretch: Int[Tensor, " key"] | None = None
     rule: Rule | None = None
     missing: int = 0
+    kept: Rule | None = None
 
     @property
     def simple(self) -> bool:
         """Whether a kernel can be told by its `is_causal` alone."""
-        more = (self.handed, self.window, self.padding, self.stretch, self.rule)
+        more = (self.handed, self.window, self.padding, self.stretch, self.rule, self.kept)
         return all(one is None for one in more) and not self.missing and self.query in (1, self.key)
 
     def reach(self, first: int, last: int) -> slice:
@@ -68,6 +71,10 @@ class Sees:
 
     def added(self, queries: Int[Tensor, " some"], keys: slice, like: Tensor) -> Float[Tensor, "rows heads some keys"]:
         """What is added to the scores of some queries: zero where they may look, minus infinity where not."""
+        if self.kept is not None:
+            place = torch.arange(keys.start, keys.stop, device=like.device)[None]
+            cut = ~self.kept(queries.to(like.device)[:, None], place)
+            return torch.where(cut, -torch.inf, replace(self, kept=None).added(queries, keys, like))
         if self.handed is not None:
             inner = slice(max(keys.start - self.missing, 0), max(keys.stop - self.missing, 0))
             some = added_of(self.handed[..., queries.to(self.handed.device), :][..., inner], like)
@@ -97,7 +104,13 @@ class Sees:
     def narrowed(self, rows: list[int] | slice, queries: slice, keys: slice) -> "Sees":
         """The same for some rows of a batch, and stretches of queries and of keys."""
         (first, last, _), (start, stop, _) = queries.indices(self.query), keys.indices(self.key)
-        part = replace(self, query=last - first, key=stop - start, missing=max(self.missing - start, 0))
+        part = replace(
+            self,
+            query=last - first,
+            key=stop - start,
+            missing=max(self.missing - start, 0),
+            kept=None if self.kept is None else shifted(self.kept, first, start, rows),
+        )
         if self.handed is not None:
             own = self.handed[rows] if self.handed.shape[0] > 1 else self.handed
             inner = slice(max(start - self.missing, 0), stop - self.missing)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from mechvlm.edits import Edit
 from mechvlm.layout import Layout
 from mechvlm.prompt import Prompt
-from mechvlm.readings import Entropy, Lazy, Mass, Reading, Rows, Top
+from mechvlm.readings import Entropy, Lazy, Mass, Reading, Rows, Top, Visible
 from mechvlm.shapes import Shape
 from mechvlm.sites import CROSS_KINDS, PATTERN_KINDS, Site, as_site, told
 
@@ -243,14 +243,16 @@ def check_reading(site: Site, reading: object, prompts: Sequence[Prompt], steps:
         check_rows(site, reading, prompts, steps, gradient)
 
 
-NAMES = {Rows: "rows", Mass: "mass", Entropy: "entropy", Top: "top_keys", Lazy: "lazy"}
+NAMES = {Rows: "rows", Mass: "mass", Entropy: "entropy", Top: "top_keys", Lazy: "lazy", Visible: "visible"}
 """How the readings of attention are called where they are made."""
 
 
 def check_rows(site: Site, reading: Reading, prompts: Sequence[Prompt], steps: int, gradient: bool) -> None:
     """Refuse a reading of attention where there is none, of a gradient it has none of, or of positions out of range."""
     name = NAMES[type(reading)]
-    if site.kind not in PATTERN_KINDS or (not isinstance(reading, Rows) and not site.kind.endswith("pattern")):
+    if site.kind not in PATTERN_KINDS or (
+        not isinstance(reading, Rows | Visible) and not site.kind.endswith("pattern")
+    ):
         fitting = "scores or pattern" if isinstance(reading, Rows) else "pattern"
         raise ValueError(f"{name}() reads {fitting}, not {site}.")
     if gradient and isinstance(reading, Entropy | Top):

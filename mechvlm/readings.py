@@ -113,7 +113,21 @@ class Lazy:
         return attention
 
 
-Reading = Rows | Mass | Entropy | Top | Lazy
+@dataclass(frozen=True)
+class Visible:
+    """A reading of `scores`: one for each key that the model lets the newest query see, whatever is edited."""
+
+    queries = (-1,)
+
+    def of(self, attention: Attention, _kind: str) -> Float[Tensor, "batch 1 1 key"]:
+        """What it reads of an attention, the same for each row of a batch."""
+        seen = attention.sight().rows([-1], scores=True)
+        return (seen > -torch.inf).to(seen).expand(attention.q.shape[0], 1, 1, -1)
+
+
+VISIBLE = Visible()
+
+Reading = Rows | Mass | Entropy | Top | Lazy | Visible
 
 
 def taken(x: Tensor, indices: Some, axis: int) -> Tensor:

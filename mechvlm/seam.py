@@ -27,7 +27,7 @@ from mechvlm.fused import Place, change_call, must_recompute, sites
 from mechvlm.layout import Group
 from mechvlm.lazy_attention import Attention
 from mechvlm.plan import name_of
-from mechvlm.readings import Lazy, Reading
+from mechvlm.readings import Lazy, Reading, Visible
 from mechvlm.sites import CROSS_KINDS
 from mechvlm.towers import Block
 from mechvlm.visit import Attended, Visit, apply_some, narrow, put
@@ -83,15 +83,20 @@ def attending(visit: Visit) -> Callable:
     return callback
 
 
-def part_of(visit: Visit, place: Place, call: Call | Chunked, group: Group) -> Attention:
-    """The attention of one group of rows, over their own positions, not made."""
+def part_of(visit: Visit, place: Place, call: Call | Chunked, group: Group, live: bool = False) -> Attention:
+    """The attention of one group of rows, over their own positions, not made.
+
+    Args:
+        live: whether gradients flow through it.
+    """
     indices, start, stop = group
     chosen = slice(None) if indices is None else indices
     here = slice(start if call.q.shape[2] > 1 else 0, stop)
     there = slice(None) if place[2] else slice(start, stop)
-    q, k, v = (x.detach()[chosen] for x in (call.q, call.k, call.v))
-    sees = call.sees.narrowed(chosen, here, there)
-    return Attention(q[:, :, here], k[:, :, there], v[:, :, there], sees, call.scale, call.cap, visit.plan.budget)
+    q, k, v = (x[chosen] if live else x.detach()[chosen] for x in (call.q, call.k, call.v))
+    sees, own = (one.narrowed(chosen, here, there) for one in (call.sees, call.own))
+    given = (q[:, :, here], k[:, :, there], v[:, :, there])
+    return Attention(*given, sees, call.scale, call.cap, visit.plan.budget, own=own)
 
 
 def groups_at(visit: Visit, place: Place, call: Call | Chunked) -> list[Group]:
@@ -126,27 +131,41 @@ def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
     scores, pattern = sites(place)
     plan = visit.plan
     entries = [(site, entry) for site in (scores, pattern) for entry in plan.active(site, visit.step)]
-    by_query = all(entry[2].bias is not None or entry[2].rows is not None for _, entry in entries)
-    if by_query and not plan.gradient:
+    if unmade(visit, place, entries):
         return in_pieces(visit, place, call, entries)
+    if isinstance(plan.reads.get(pattern), Lazy):
+        raise ValueError(
+            f"attention is to be kept unmade at {name_of(pattern)} (by lazy(), or an experiment that follows it), and "
+            "an edit there has to have the whole map; give the edit rows='each' if it treats every query by itself, or "
+            "read rows(), mass() or the like."
+        )
     old = attention.scores(call.q, call.k, call.scale, call.sees.whole(call.q), call.cap)
     new = visit.touch(scores, old)
     before = attention.pattern(new)
     after = visit.touch(pattern, before)
+    if isinstance(plan.reads.get(scores), Visible):
+        read_parts(
+            visit, scores, [(group, part_of(visit, place, call, group)) for group in groups_at(visit, place, call)]
+        )
     if new is old and after is before and not plan.gradient:
         return None
     z = attention.attend(after, call.v)
-    if isinstance(plan.reads.get(pattern), Lazy):
-        if not by_query or plan.grads.get(scores) or plan.grads.get(pattern):
-            raise ValueError(
-                f"attention is to be kept unmade at {name_of(pattern)} (by lazy(), or an experiment that follows it), "
-                "and an edit there has to have the whole map; give the edit rows='each' if it treats every query by "
-                "itself, or read rows(), mass() or the like."
-            )
-        own = [(group, part) for group, part, _ in edited_parts(visit, place, call, entries)]
-        read_parts(visit, pattern, own)
-        visit.graph[pattern] = Attended(own)
     return [((None, 0, None), None, z)] if plan.gradient else only_edited(visit, place, call.q.shape[0], z)
+
+
+def unmade(visit: Visit, place: Place, entries: list) -> bool:
+    """Whether edits, and what is read beside them, need no whole map: each query is treated by itself."""
+    scores, pattern = sites(place)
+    plan = visit.plan
+    if not all(entry[2].bias is not None or entry[2].rows is not None for _, entry in entries):
+        return False
+    if not plan.gradient:
+        return True
+    # The gradient of scores is known from that of z only where no edit stands between them and the pattern.
+    read = plan.reads.get(scores)
+    fitting = read is None and scores not in plan.reads
+    fitting = fitting or (isinstance(read, Reading) and not plan.active(pattern, visit.step))
+    return fitting and not (plan.grads.get(scores) or plan.grads.get(pattern))
 
 
 def in_pieces(visit: Visit, place: Place, call: Call | Chunked, entries: list) -> Anew | None:
@@ -157,13 +176,20 @@ def in_pieces(visit: Visit, place: Place, call: Call | Chunked, entries: list) -
         queries = queries_of(entries, part, place)
         if queries == []:
             continue  # a step that none of its edits is for
+        if visit.plan.gradient:
+            live = part_of(visit, place, call, group, live=True)
+            anew.append((group, queries, replace(live, change=part.change).attended_again(queries)))
+            continue
         z = part.attended(queries)
         if any(changed):
             anew.append((group, queries, z))
     visit.fired.update(entry[0] for _, entry in entries)
+    own = [(group, part) for group, part, _ in edited]
     for site in sites(place):
         if site in visit.plan.reads:
-            read_parts(visit, site, [(group, part) for group, part, _ in edited])
+            read_parts(visit, site, own)
+            if visit.plan.gradient:
+                visit.graph[site] = Attended(own)
     return anew or None
 
 
@@ -250,7 +276,8 @@ def finish(visit: Visit, place: Place, call: Call | Chunked, wants_z: bool, new:
     z = own if own.shape[-1] == width else own[..., :width]
     where = (f"{place[2]}z", place[1], place[0])
     for group, queries, part in new or ():
-        z = part if visit.plan.gradient else replaced(z, where, group, queries, part)
+        whole = visit.plan.gradient and group == (None, 0, None) and queries is None
+        z = part if whole else replaced(z, where, group, queries, part)
     final = visit.touch(where, z) if wants_z else z
     for site in sites(place):
         attended = visit.graph.get(site)

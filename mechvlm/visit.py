@@ -20,7 +20,7 @@ from mechvlm.edits import Edit
 from mechvlm.layout import Group, Layout
 from mechvlm.lazy_attention import Attention
 from mechvlm.plan import Plan, name_of
-from mechvlm.readings import Lazy, Mass, Rows
+from mechvlm.readings import Lazy, Mass, Rows, Visible
 from mechvlm.sites import ATTENTION_KINDS
 
 RESIDUAL_KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post", "z", "cross_z", "q")
@@ -90,10 +90,10 @@ def apply_some(x: Tensor, site: tuple, edit: Edit, positions: Tensor, count: int
     """
     if edit.bias is not None:
         new = edit.bias.at(x, positions, count)
-    else:
-        new = called(f"the edit of {name_of(site)}", lambda rows: edit.on_some(rows, positions, count), x.clone())
-        check_result(new, x, site, edit.on)
-    return x if torch.equal(new, x) else new
+        return x if torch.equal(new, x) and not x.requires_grad else new
+    new = called(f"the edit of {name_of(site)}", lambda rows: edit.on_some(rows, positions, count), x.clone())
+    check_result(new, x, site, edit.on)
+    return x if torch.equal(new, x) and not x.requires_grad else new
 
 
 def called(what: str, function: Callable[[Tensor], Any], x: Tensor) -> Any:
@@ -179,7 +179,7 @@ class Visit:
             self.fired.add(entry[0])
         if plan.gradient:
             x = self.track(site, x)
-        if site in plan.reads and not isinstance(plan.reads[site], Lazy):  # which is kept where it is not made
+        if site in plan.reads and not isinstance(plan.reads[site], Lazy | Visible):  # kept where nothing is made
             self.keep(site, x)
         if site[0] == "logits":
             self.last = x
@@ -205,8 +205,12 @@ class Visit:
         tensors = {site: kept.z if isinstance(kept, Attended) else kept for site, kept in held.items()}
         if not tensors:
             return  # only the metric's value was asked for
-        found = torch.autograd.grad(metric.sum(), list(tensors.values()), allow_unused=True)
-        for (site, tensor), reached in zip(tensors.items(), found, strict=True):
+        # What no picture and no word has reached yet, such as a Q-Former's first pattern, is in no graph.
+        asked = {site: tensor for site, tensor in tensors.items() if tensor.requires_grad}
+        found = torch.autograd.grad(metric.sum(), list(asked.values()), allow_unused=True) if asked else ()
+        reaching = dict(zip(asked, found, strict=True))
+        for site, tensor in tensors.items():
+            reached = reaching.get(site)
             if site not in self.plan.reads:
                 continue
             # Autograd hands out a hooked tensor's gradient before or after the hook, as it happens; the edit's is kept.

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import zoo
 from torch import Tensor
 
 import mechvlm as mv
@@ -406,3 +407,150 @@ def test_gradients_of_attention_that_is_edited_and_not_made(vlm: mv.VLM, real: m
     torch.testing.assert_close(kept.grad[PATTERN].gradient_rows(), made.grad[PATTERN])
     short = vlm.run(real, read={PATTERN: mv.rows([-1])}, edits=edits, grad_of=metric)
     torch.testing.assert_close(short.grad[PATTERN], made.grad[PATTERN][:, :, [-1]])
+
+
+# -- several changes at once -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ways", [("auto", "auto"), ("mask", "feature"), ("feature", "mask"), ("feature", "recompute")])
+def test_cuts_that_blind_a_query_only_together(vlm: mv.VLM, real: mv.Prompt, ways: tuple[str, str]) -> None:
+    rest = [at for at in range(len(real)) if at not in real.image]
+    cuts = [mv.cut_attention(1, keys, real.last, way=way) for keys, way in zip((real.image, rest), ways, strict=True)]
+    run = vlm.run(real, read=[PATTERN, Z], edits=cuts)
+    assert bool((run[PATTERN][:, :, -1] == 0).all()) and bool((run[Z][:, -1] == 0).all())
+    half = [mv.cut_attention(1, real.image, heads=[0]), mv.cut_attention(1, rest, heads=[1])]
+    seen = vlm.run(real, read=[PATTERN], edits=half)[PATTERN][:, :, -1]
+    assert bool((seen[:, 0, real.image] == 0).all()) and bool((seen[:, 1, rest] == 0).all())
+    torch.testing.assert_close(seen.sum(-1), torch.ones_like(seen[..., 0]))
+
+
+@pytest.mark.parametrize("way", ["mask", "feature", "recompute"])
+def test_scores_show_what_is_cut_in_every_way(vlm: mv.VLM, real: mv.Prompt, way: str) -> None:
+    short = vlm.prompt(tiny.picture(), "is it ?")
+    edits = [mv.cut_attention(1, real.image, real.last, heads=[0, 2], way=way)]
+    run = vlm.run([real, short], read={SCORES: mv.rows([-1])}, variants=None, edits=edits[:0])
+    plain = run.rows[0][SCORES][:, :, 0]
+    cut = vlm.run(real, read={SCORES: mv.rows([-1])}, edits=edits)[SCORES][:, :, 0]
+    expected = plain.clone()
+    expected[:, [[0], [2]], real.image] = -torch.inf
+    torch.testing.assert_close(cut, expected)
+
+
+@pytest.mark.parametrize("way", ["mask", "feature", "recompute"])
+@pytest.mark.parametrize("what", ["bias", "factor"])
+def test_cross_attention_of_a_padded_batch_is_changed_at_its_own_keys(what: str, way: str) -> None:
+    if what == "factor" and way == "mask":
+        pytest.skip("a mask multiplies nothing")
+    vlm = zoo.build("mllama", dtype=torch.float64)
+    first, second = (zoo.ask(vlm, tiny.picture(width=48, height=48), words) for words in (zoo.QUESTION, "red dog ?"))
+    make, amount = (mv.bias_attention, 2.0) if what == "bias" else (mv.scale_attention, 1.5)
+    edits = [make(1, [0, 1, 2, 3], amount, queries=[2, 3], heads=[1], cross=True, way=way)]
+    site = mv.Site("cross_pattern", 1)
+    batch = vlm.run([first, second], read={site: mv.rows([2])}, edits=edits)
+    for row, prompt in zip(batch.rows, (first, second), strict=True):
+        alone = vlm.run(prompt, read={site: mv.rows([2])}, edits=[replace(edits[0], way="recompute")])
+        torch.testing.assert_close(row[site], alone[site])
+        torch.testing.assert_close(row.logits, alone.logits)
+
+
+def test_cuts_of_a_padded_batch_are_looked_at_by_each_prompts_own_positions() -> None:
+    vlm = zoo.build("gemma3", dtype=torch.float64)
+    real = zoo.ask(vlm, tiny.picture(width=48, height=48))
+    words = vlm.prompt(None, "red dog ?")
+    at = min(len(words) - 1, real.image[0])
+    cut = mv.cut_attention(0, range(at + 1), [at], way="feature")
+    batch = vlm.run([real, words], read={"text.0.z": lambda z: z[:, at]}, edits=[cut])
+    assert bool((batch.rows[1]["text.0.z"] == 0).all())
+    alone = vlm.run(real, read={"text.0.z": lambda z: z[:, at]}, edits=[cut])
+    torch.testing.assert_close(batch.rows[0]["text.0.z"], alone["text.0.z"])
+
+
+def test_variants_that_scale_keep_the_kernel_and_share_columns(vlm: mv.VLM, real: mv.Prompt) -> None:
+    variants = [[mv.scale_attention(1, real.image, factor)] for factor in (0.5, 1.5, 2.0)]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(seam, "recompute", None)
+        together = vlm.run(real, variants=variants)
+    for row, edits in enumerate(variants):
+        alone = vlm.run(real, edits=[replace(edits[0], way="recompute")])
+        torch.testing.assert_close(together.logits[row : row + 1], alone.logits)
+
+
+@pytest.mark.parametrize("factor", [0.0, -1.0])
+@pytest.mark.parametrize("way", ["feature", "recompute"])
+def test_a_factor_of_zero_or_below_leaves_what_is_masked(vlm: mv.VLM, real: mv.Prompt, factor: float, way: str) -> None:
+    every = list(range(len(real)))
+    plain = vlm.run(real, read=[SCORES])[SCORES]
+    scores = vlm.run(real, read=[SCORES], edits=[mv.scale_attention(1, every, factor, way=way)])[SCORES]
+    torch.testing.assert_close(scores, torch.where(plain == -torch.inf, plain, plain * factor))
+
+
+def test_an_edit_of_pieces_may_index_heads_whatever_the_budget(vlm: mv.VLM, real: mv.Prompt) -> None:
+    def third(scores: Tensor) -> Tensor:
+        scores[:, 3] += 1.0
+        scores[:, 3, :, :5] -= 2.0
+        return scores
+
+    whole = vlm.run(real, edits=[mv.Edit(SCORES, third)])
+    vlm.attention_budget = 500
+    pieces = vlm.run(real, edits=[mv.Edit(SCORES, third, rows="each")])
+    vlm.attention_budget = "256MiB"
+    torch.testing.assert_close(pieces.logits, whole.logits)
+
+
+def test_gradients_of_edited_pieces_make_no_map(vlm: mv.VLM, real: mv.Prompt) -> None:
+    metric, edit = mv.logit_difference(7, 9), mv.Edit(PATTERN, blind(real), rows="each")
+    read: dict[Any, Any] = {PATTERN: mv.rows([-1]), "text.0.resid_post": None}
+    whole = vlm.run(real, read, [replace(edit, rows=None)], grad_of=metric)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Sees, "whole", None)
+        vlm.attention_budget = "4KiB"
+        pieces = vlm.run(real, read, [edit], grad_of=metric)
+        vlm.attention_budget = "256MiB"
+    for site in read:
+        torch.testing.assert_close(pieces.grad[site], whole.grad[site])
+
+
+def test_gradients_of_variants_edited_in_pieces(vlm: mv.VLM, real: mv.Prompt) -> None:
+    metric = mv.logit_difference(7, 9)
+    read: dict[Any, Any] = {PATTERN: mv.rows([-1]), "text.0.resid_post": None}
+    variants = [[mv.Edit(PATTERN, blind(real), rows="each")], [], [mv.Edit(PATTERN, blind(real), rows=real.last)]]
+    together = vlm.run(real, read, variants=variants, grad_of=metric)
+    for row, edits in zip(together.rows, variants, strict=True):
+        by_hand = [replace(edit, rows=None) if edit.rows == "each" else edit for edit in edits]
+        alone = vlm.run(real, read, edits=by_hand, grad_of=metric)
+        for site in read:
+            torch.testing.assert_close(row.grad[site], alone.grad[site])
+
+
+def test_attention_kept_from_a_step_is_not_written_over_by_later_ones() -> None:
+    vlm = zoo.build("llava_next-sliding")
+    prompt = zoo.ask(vlm, tiny.picture(width=48, height=48))
+    read: dict[Any, Any] = {PATTERN: mv.lazy(), SCORES: mv.rows([-1])}
+    steps = vlm.generate(prompt, (), 5, read, do_sample=False, cache_implementation="static")
+    for kept, scores in zip(steps[PATTERN], steps[SCORES], strict=True):
+        torch.testing.assert_close(kept.rows([-1], scores=True), scores)
+
+
+def test_what_generated_tokens_look_at_is_what_is_edited(vlm: mv.VLM, real: mv.Prompt) -> None:
+    even = vlm.with_edits([mv.Edit(PATTERN, lambda p: torch.full_like(p, 1 / p.shape[-1]), "decode")])
+    found = mv.attention_profile(even, real, queries="generated", max_new_tokens=3)
+    lengths = [len(real) + 1, len(real) + 2]
+    expected = sum(len(real.image) / length for length in lengths) / 2
+    assert abs(float(found.mass.sel(span="image")[0, 1, 0]) - expected) < 1e-6
+
+
+def test_a_cut_of_one_head_leaves_what_the_others_are_compared_with(vlm: mv.VLM, real: mv.Prompt) -> None:
+    plain = mv.attention_profile(vlm, real)
+    for way in ("mask", "feature", "recompute"):
+        cut = mv.attention_profile(vlm.with_edits([mv.cut_attention(1, [1, 2], heads=[0], way=way)]), real)
+        for head in (1, 2, 3):
+            gap = abs(cut.lift[0, 1, head] - plain.lift[0, 1, head])
+            assert float(gap.max()) < 1e-5
+
+
+def test_a_queries_tower_without_a_picture_behind_it_has_a_gradient_of_zero() -> None:
+    vlm = zoo.build("blip2-opt")
+    prompt = zoo.ask(vlm, tiny.picture(width=48, height=48))
+    token = int(vlm.run(prompt).logits.argmax())
+    run = vlm.run(prompt, read={"qformer.0.pattern": mv.rows([-1])}, grad_of=lambda logits: logits[:, token])
+    assert bool((run.grad["qformer.0.pattern"] == 0).all())

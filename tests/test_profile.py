@@ -220,16 +220,16 @@ def test_no_map_of_all_queries_by_all_keys_is_made(
     vlm: mv.VLM, prompts: list[mv.Prompt], queries: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With room for one row at a time the numbers are the same, and no piece has more."""
-    from mechvlm import lazy_attention
+    from mechvlm import pieces
 
     expected, made = mv.attention_profile(vlm, prompts[:3], queries), []
-    own = lazy_attention.scores
+    own = pieces.scores
 
     def watched(q: torch.Tensor, *more: Any) -> torch.Tensor:
         made.append(q.shape[2])
         return own(q, *more)
 
-    monkeypatch.setattr(lazy_attention, "scores", watched)
+    monkeypatch.setattr(pieces, "scores", watched)
     monkeypatch.setattr(vlm, "attention_budget", 1)
     found = mv.attention_profile(vlm, prompts[:3], queries)
     assert max(made) == 1

@@ -21,7 +21,7 @@ from mechvlm.experiments.selection import Without, kept, keys_out, queries_of
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.readings import lazy, mass, rows
+from mechvlm.readings import VISIBLE, lazy, mass, rows
 from mechvlm.sites import Site, whole, whole_numbers
 from mechvlm.vlm import VLM
 
@@ -188,19 +188,19 @@ def _generated(
 ) -> Iterator[tuple[int, int, Look]]:
     """The same for the tokens of a greedy answer, each in the decode step that looks from it."""
     layers = own_layers(vlm)
-    read = {Site("scores", layer): rows([-1]) for layer in layers}
+    read: dict[Site, Any] = {Site("pattern", layer): rows([-1]) for layer in layers}
+    read |= {Site("scores", layer): VISIBLE for layer in layers}
     for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False, delay=1)):
         steps = vlm.generate(prompt, max_new_tokens=most, read_each_step=read, do_sample=False, num_beams=1).steps[1:]
         left = kept(prompt, names, out[number])
         for layer in layers if steps else ():
             looks = []
             for count, step in enumerate(steps, 1):
-                scores = step[Site("scores", layer)][0, :, 0].double()
+                weights = step[Site("pattern", layer)][0, :, 0].double()
+                there = step[Site("scores", layer)][0, 0].double()
                 spans = {**left, "generated": tuple(range(len(prompt), len(prompt) + count))}
-                columns = mass({name: spans[name] for name in names}).columns(scores.shape[-1]).to(scores)
-                looks.append(
-                    (scores.softmax(-1) @ columns, (scores[0] > -torch.inf).to(scores) @ columns, columns.sum(0))
-                )
+                columns = mass({name: spans[name] for name in names}).columns(weights.shape[-1]).to(weights)
+                looks.append((weights @ columns, there[0] @ columns, columns.sum(0)))
             masses, seen, keys = (torch.stack(part) for part in zip(*looks, strict=True))
             yield number, layer, (numbers(masses.transpose(0, 1)), numbers(seen), numbers(keys))
 

@@ -9,7 +9,6 @@ averages, never an average of ratios.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -95,14 +94,9 @@ def visible(
     attention: Attention, columns: Float[torch.Tensor, "key span"], queries: Sequence[int] | None
 ) -> Float[np.ndarray, "query span"]:
     """How many keys of each span each query may look at, as the layer's own mask has it, in pieces."""
-    seen = first_head(attention).collected(
+    seen = attention.sight().collected(
         lambda piece: (piece.scores > -torch.inf).float() @ columns[piece.keys].to(piece.scores.device),
         queries,
         columns.shape[1],
     )
     return seen[0, 0].double().cpu().numpy()
-
-
-def first_head(attention: Attention) -> Attention:
-    """The first head of the first row alone: enough to say who sees whom."""
-    return replace(attention, q=attention.q[:1, :1], k=attention.k[:1, :1], v=attention.v[:1, :1], z_gradient=None)

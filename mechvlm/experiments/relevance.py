@@ -225,13 +225,16 @@ def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[
 
     def summed(piece: Piece) -> Tensor:
         weighted = saliency(piece)
-        held, seen = columns[piece.keys].to(weighted), (piece.scores > -torch.inf).to(weighted)
-        return torch.cat([weighted.abs_() @ held, seen @ held], -1)
+        return weighted.abs_() @ columns[piece.keys].to(weighted)
 
-    by_query = numbers(attention.collected(summed, None, 2 * count)[0])  # head query 2 x span
+    def seen(piece: Piece) -> Tensor:
+        there = (piece.scores > -torch.inf).float()
+        return there @ columns[piece.keys].to(there)
+
+    sizes, pairs = attention.collected(summed, None, count), attention.sight().collected(seen, None, count)
     into = numbers(columns)
-    summed_up = np.einsum("hqs,qt->hts", by_query, into)
-    return summed_up[..., :count], summed_up[0, :, count:]
+    by_span = [np.einsum("hqs,qt->hts", numbers(by_query[0]), into) for by_query in (sizes, pairs)]
+    return by_span[0], by_span[1][0]
 
 
 def _spans(prompt: Prompt, spans: Mapping[str, Sequence[int]] | None) -> dict[str, tuple[int, ...]]:

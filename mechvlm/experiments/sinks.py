@@ -17,7 +17,6 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from mechvlm.experiments.ratios import first_head
 from mechvlm.experiments.record import chosen_layers, one_prompt, record
 from mechvlm.experiments.sight import NOWHERE, cross_layers, named, own_layers
 from mechvlm.experiments.sweep import numbers
@@ -168,7 +167,7 @@ def column_mass(attention: Attention) -> Float[Tensor, "batch head key"]:
         Yu et al. (2024), "Unveiling and Harnessing Hidden Attention Sinks" (ACT).
     """
     every = attention.q.new_ones(attention.q.shape[:3])
-    seen_by = first_head(attention).drawn(every[:1, :1], of=lambda piece: (piece.scores > -torch.inf).float())
+    seen_by = attention.sight().drawn(every[:1, :1], of=lambda piece: (piece.scores > -torch.inf).float())
     return attention.drawn(every) / seen_by
 
 
