@@ -213,6 +213,22 @@ def test_without_bos_is_without_its_column(vlm: mv.VLM, real: mv.Prompt) -> None
     np.testing.assert_array_equal(found.rollout.values, attention_rollout(vlm, real, discard=[0]).rollout.values)
 
 
+def test_what_is_discarded_can_be_said_as_for_a_profile(vlm: mv.VLM, real: mv.Prompt) -> None:
+    found = mv.sinks(vlm, real, threshold=1.0)
+    held = mv.sink_positions(found)
+    assert held
+    said: list[tuple[Any, list[int]]] = [("bos", [0]), (lambda prompt: prompt.image[:2], real.image[:2]), (found, held)]
+    for discard, positions in said:
+        rollout = attention_rollout(vlm, real, discard=discard)
+        xr.testing.assert_identical(rollout, attention_rollout(vlm, real, discard=positions))
+        assert rollout.attrs["discarded"] == ", ".join(map(str, positions))
+
+
+def test_the_position_that_looks_is_counted_from_the_first(vlm: mv.VLM, real: mv.Prompt) -> None:
+    assert gradient_attention(vlm, real, answer)["query"] == len(real) - 1
+    assert gradient_attention(vlm, real, answer, queries=[-2, 3])["query"].values.tolist() == [len(real) - 2, 3]
+
+
 def test_a_row_that_has_nothing_but_bos_keeps_to_itself(vlm: mv.VLM, real: mv.Prompt) -> None:
     found = attention_rollout(vlm, real, position=0, without_bos=True)
     assert float(found.by_span.sel(span="bos")) == 1 and np.count_nonzero(found.rollout) == 0
@@ -250,7 +266,7 @@ def test_one_query_of_one_layer_is_a_part_of_all(vlm: mv.VLM, real: mv.Prompt) -
     several = gradient_attention(vlm, real, answer, queries=[3, -1])
     alone = gradient_attention(vlm, real, answer, layers=[1]).attribution
     assert alone.dims == ("layer", "head", "position")
-    np.testing.assert_allclose(alone.values, several.attribution.sel(layer=[1], query=-1).values, atol=1e-12)
+    np.testing.assert_allclose(alone.values, several.attribution.sel(layer=[1], query=len(real) - 1).values, atol=1e-12)
 
 
 class Largest(TorchDispatchMode):
@@ -373,7 +389,19 @@ REFUSED: list[tuple[Callable[[mv.VLM, mv.Prompt], object], str]] = [
     ),
     (
         lambda vlm, real: attention_rollout(vlm, real, discard=[2, 99]),
-        "discard holds position 99, and the prompt has 30.",
+        "discard holds position 99; give positions of the prompt, which has 30.",
+    ),
+    (
+        lambda vlm, real: attention_rollout(vlm, real, discard="image"),
+        "discard='image' is not known; write 'bos', or give positions or a function of a prompt.",
+    ),
+    (
+        lambda vlm, real: attention_rollout(vlm, real, discard=range(30)),
+        "discard takes out all positions of the prompt; leave at least one.",
+    ),
+    (
+        lambda vlm, real: relevancy(vlm, real, answer, layers=[0, 1, 1]),
+        "layers holds 1 more than once; give each layer once.",
     ),
     (
         lambda vlm, real: attention_rollout(*made("paligemma"), without_bos=True),

@@ -47,7 +47,8 @@ def chosen_layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:
     """Layers of the language model as they were given, or all of them for None.
 
     Raises:
-        ValueError: for an empty list. A layer that is not there is refused by the run that reads or edits it.
+        ValueError: for an empty list, or a layer given twice. A layer that is not there is refused by the run that
+            reads or edits it.
         TypeError: for what is no list of whole numbers.
     """
     if layers is None:
@@ -55,6 +56,9 @@ def chosen_layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:
     chosen = whole_numbers("layers", layers)
     if not chosen:
         raise ValueError("layers is empty; give at least one, or None for all.")
+    twice = [layer for at, layer in enumerate(chosen) if layer in chosen[:at]]
+    if twice:
+        raise ValueError(f"layers holds {twice[0]} more than once; give each layer once.")
     return list(chosen)
 
 

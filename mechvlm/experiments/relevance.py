@@ -48,8 +48,8 @@ def gradient_attention(
         `attribution`, attention times gradient, in the metric's unit; `attention`, the weights; `gradient`, the
         metric's change per unit of weight, which is not zero on keys that a query cannot see. All over axes layer, head
         and position, image tokens only, with image, tile, row and column as further coordinates, -1 for what stands for
-        no place; and query, where several were asked for. In layers of cross-attention the axis is `key` instead of
-        position. The sum is not the metric, since the model is not linear.
+        no place; and query, where several were asked for, counted from 0. In layers of cross-attention the axis is
+        `key` instead of position. The sum is not the metric, since the model is not linear.
 
     Raises:
         ValueError: for a prompt without an image, or a layer, query or position that is not there, or a layer that
@@ -88,7 +88,7 @@ def gradient_attention(
         coords={
             "layer": chosen,
             "head": np.arange(weights.shape[1]),
-            "query": asked,
+            "query": [at % len(prompt) for at in asked],
             **image_coordinates(prompt),
         },
         attrs=record(vlm, [prompt], metric, metric_position=place_of(prompt, position)),
@@ -159,9 +159,10 @@ def span_flow(
     Returns:
         `flow` over axes layer, head, source and target: the size of attention times gradient, summed over the pairs of
         a query in the target and a key in the source, and divided by the number of pairs of which the query sees the
-        key, itself included. In the metric's unit; sum it over head for the paper's. Not a number where no query of the
-        target sees the source. `pairs` counts them, by layer: a layer with a window sees fewer. Sizes do not say
-        whether what flows speaks for the metric or against it.
+        key, itself included. A position that sees only itself (the first) has weight 1 on itself, whatever the model.
+        In the metric's unit; sum it over head for the paper's. Not a number where no query of the target sees the
+        source. `pairs` counts them, by layer: a layer with a window sees fewer. Sizes do not say whether what flows
+        speaks for the metric or against it.
 
     Raises:
         ValueError: for spans of no position or of one that is not there, a layer that is not there or attends to the
@@ -184,7 +185,7 @@ def span_flow(
     unit_of = metric_unit(metric)
     with np.errstate(invalid="ignore"):
         flow = np.where(pairs[:, None] > 0, sums / pairs[:, None], np.nan)
-    long = {"long_name": "size of gradient x attention, mean over pairs", "units": unit_of}
+    long = {"long_name": "|gradient x attention| per pair", "units": unit_of}
     return xr.Dataset(
         {
             "flow": (["layer", "head", "target", "source"], flow, long),

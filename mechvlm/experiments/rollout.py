@@ -19,13 +19,14 @@ from torch import Tensor
 from mechvlm.attention import Piece
 from mechvlm.batch import check_ends
 from mechvlm.experiments.record import chosen_layers, one_prompt, record
+from mechvlm.experiments.selection import Without, keys_out
 from mechvlm.experiments.sight import cross_layers, image_coordinates, named
 from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import indicator
 from mechvlm.prompt import Prompt
 from mechvlm.readings import lazy
-from mechvlm.sites import Site, number, whole_numbers
+from mechvlm.sites import Site, number
 from mechvlm.vlm import VLM
 
 Row = Float[Tensor, " pos"]
@@ -38,7 +39,7 @@ def attention_rollout(
     position: int = -1,
     residual: float = 0.5,
     without_bos: bool = False,
-    discard: Sequence[int] | None = None,
+    discard: Without = None,
     layers: Sequence[int] | None = None,
 ) -> xr.Dataset:
     """Where one position's attention comes from, through all layers: attention maps multiplied, as if they were all.
@@ -50,7 +51,8 @@ def attention_rollout(
         residual: the share of the residual stream, from 0 to 1. 0.5 is the paper's: the map plus the identity, its rows
             made to sum to 1.
         without_bos: leave out the first token's column, which most heads rest on and which hides all else.
-        discard: further positions whose columns are left out, for instance sinks.
+        discard: further columns that are left out, as `without` of `attention_profile`: positions, "bos", a function
+            from a prompt to positions, or what `mv.sinks` found.
         layers: which maps to multiply, in the model's order; None means all.
 
     Returns:
@@ -61,8 +63,8 @@ def attention_rollout(
 
     Raises:
         ValueError: for a prompt without an image, a model that sees its picture by cross-attention, a residual that is
-            no share, or a position or layer that is not there.
-        TypeError: for several prompts.
+            no share, a position or layer that is not there, or columns of which none is left.
+        TypeError: for several prompts, or columns that are no positions.
 
     Example:
         >>> found = mv.attention_rollout(vlm, real, without_bos=True)
@@ -202,7 +204,7 @@ def among_words(vlm: VLM, prompt: Prompt, layers: Sequence[int] | None) -> list[
             f"this model sees its picture by cross-attention, in {named(across)}, and its words' attention to each "
             "other never reaches it; mv.attention_map and mv.gradient_attention show each of these layers by itself."
         )
-    return sorted(set(chosen_layers(vlm, layers)))
+    return sorted(chosen_layers(vlm, layers))
 
 
 def place_of(prompt: Prompt, position: int) -> int:
@@ -242,15 +244,12 @@ def row_of_product(
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _dropped(prompt: Prompt, without_bos: bool, discard: Sequence[int] | None) -> list[int]:
+def _dropped(prompt: Prompt, without_bos: bool, discard: Without) -> list[int]:
     """The positions whose columns are left out, counted from 0."""
     if without_bos and not prompt.bos:
         raise ValueError("without_bos=True, and this prompt begins with no such token; leave it out, or use discard=.")
-    given = whole_numbers("discard", [] if discard is None else discard)
-    beyond = [position for position in given if not -len(prompt) <= position < len(prompt)]
-    if beyond:
-        raise ValueError(f"discard holds position {beyond[0]}, and the prompt has {len(prompt)}.")
-    return sorted({*(prompt.bos if without_bos else ()), *(position % len(prompt) for position in given)})
+    (given,) = keys_out([prompt], discard, "discard")
+    return sorted({*(prompt.bos if without_bos else ()), *given})
 
 
 def _rolled(row: Row, attention: Attention, dropped: Sequence[int]) -> Row:

@@ -43,11 +43,11 @@ def positions_of(prompt: Prompt, name: str, positions: Any) -> tuple[int, ...]:
     return tuple(position % len(prompt) for position in chosen)
 
 
-def keys_out(prompts: Sequence[Prompt], without: Without) -> list[tuple[int, ...]]:
-    """The keys that are taken out of each prompt."""
+def keys_out(prompts: Sequence[Prompt], without: Without, name: str = "without") -> list[tuple[int, ...]]:
+    """The keys that are taken out of each prompt; `name` is the argument's, for what is refused."""
     if isinstance(without, xr.Dataset) and len(prompts) > 1:
         raise ValueError(
-            f"without holds the sinks of one prompt, and there are {len(prompts)}; give a list with one dataset for "
+            f"{name} holds the sinks of one prompt, and there are {len(prompts)}; give a list with one dataset for "
             "each, or a function of a prompt."
         )
     given = None if isinstance(without, xr.Dataset) or callable(without) else listed(without)
@@ -55,26 +55,37 @@ def keys_out(prompts: Sequence[Prompt], without: Without) -> list[tuple[int, ...
     if given is not None and not any(isinstance(one, xr.Dataset) or listed(one) is not None for one in given):
         each = [given] * len(prompts)
     if len(each) != len(prompts):
-        raise ValueError(f"without holds {len(each)} lists, and there are {len(prompts)} prompts; give one each.")
-    return [_out(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        raise ValueError(f"{name} holds {len(each)} lists, and there are {len(prompts)} prompts; give one each.")
+    return [_out(prompt, one, name) for prompt, one in zip(prompts, each, strict=True)]
 
 
-def _out(prompt: Prompt, without: Any) -> tuple[int, ...]:
+def _out(prompt: Prompt, without: Any, name: str) -> tuple[int, ...]:
     """The keys that are taken out of one prompt."""
     if isinstance(without, str) and without != "bos":
-        raise ValueError(f"without={without!r} is not known; write 'bos', or give positions or a function of a prompt.")
+        raise ValueError(f"{name}={without!r} is not known; write 'bos', or give positions or a function of a prompt.")
     found = without(prompt) if callable(without) else without
     if isinstance(found, xr.Dataset):
-        found = sink_positions(found)
+        found = _of_its_own(prompt, found, name)
     elif found is None or isinstance(found, str):
         found = prompt.bos if found else []
     given = listed(found)
     if given is None:
-        raise TypeError(f"without={told(found)} says no keys; give 'bos', positions, sinks, or a function of a prompt.")
-    taken = positions_of(prompt, "without", given) if given else ()
+        raise TypeError(f"{name}={told(found)} says no keys; give 'bos', positions, sinks, or a function of a prompt.")
+    taken = positions_of(prompt, name, given) if given else ()
     if len(set(taken)) == len(prompt):
-        raise ValueError("without takes out all positions of the prompt; leave at least one.")
+        raise ValueError(f"{name} takes out all positions of the prompt; leave at least one.")
     return tuple(sorted(set(taken)))
+
+
+def _of_its_own(prompt: Prompt, found: xr.Dataset, name: str) -> list[int]:
+    """The sinks of a prompt; those of one with another number of positions are refused."""
+    held = sink_positions(found)
+    if found.sizes["position"] != len(prompt):
+        raise ValueError(
+            f"{name} holds the sinks of a prompt with {found.sizes['position']} positions, and this one has "
+            f"{len(prompt)}; make them with mv.sinks(vlm, prompt)."
+        )
+    return held
 
 
 def kept(prompt: Prompt, names: Sequence[str], out: Sequence[int]) -> dict[str, tuple[int, ...]]:
