@@ -165,7 +165,7 @@ def test_generated_tokens_look_as_they_would_in_one_pass(vlm: mv.VLM, prompts: l
     }
     whole = vlm.prompt(encoding=encoding)
     spans = {**prompt.spans, "generated": list(range(len(prompt), len(prompt) + count))}
-    assert count > 1 and found.n_queries == count and found.n_keys.sel(span="generated") == count
+    assert count > 1 and (found.n_queries == count).all() and found.n_keys.sel(span="generated") == count
     for layer in range(3):
         own = own_patterns(vlm, whole)[mv.Site("pattern", layer)][0].double().numpy()
         expected = by_numpy(own, spans, spans["generated"], out)
@@ -215,6 +215,30 @@ def profile(vlm: mv.VLM, prompts: Any, without: Any) -> Any:
     return mv.attention_profile(vlm, prompts, "text", without=without)
 
 
+def test_rows_that_have_nothing_left_are_not_counted(vlm: mv.VLM, prompts: list[mv.Prompt]) -> None:
+    """Without the first three keys the first three queries have nothing left."""
+    without = mv.attention_profile(vlm, prompts[0], [0, 2, 5, -1], without=[0, 1, 2])
+    alone = mv.attention_profile(vlm, prompts[0], [5, -1], without=[0, 1, 2])
+    assert without.n_queries.dims == ("example", "layer", "head") and (without.n_queries == 2).all()
+    np.testing.assert_allclose(without.mass, alone.mass, rtol=1e-12)
+
+
+def test_a_layer_with_a_window_counts_its_own_rows() -> None:
+    vlm = zoo.build("llava_next-sliding")
+    prompt = zoo.ask(vlm, noise(0))
+    found = mv.attention_profile(vlm, prompt, "all", without=range(len(prompt) - 3)).n_queries.isel(example=0)
+    for layer in range(vlm.shape.layers["text"]):
+        own = own_patterns(vlm, prompt)[mv.Site("pattern", layer)][0]
+        expected = (own[..., len(prompt) - 3 :] > 0).any(-1).sum(-1)
+        assert found.sel(layer=layer).values.tolist() == expected.tolist()
+
+
+def test_the_position_that_looks_is_counted_from_the_first(vlm: mv.VLM, prompts: list[mv.Prompt]) -> None:
+    last = len(prompts[0]) - 1
+    assert mv.attention_map(vlm, prompts[0], 1)["query"] == last
+    assert mv.attention_map(vlm, prompts[0], 1, query=[-1, 4])["query"].values.tolist() == [last, 4]
+
+
 @pytest.mark.parametrize("queries", ["last", "text", "all"])
 def test_no_map_of_all_queries_by_all_keys_is_made(
     vlm: mv.VLM, prompts: list[mv.Prompt], queries: str, monkeypatch: pytest.MonkeyPatch
@@ -262,6 +286,16 @@ WRONG: list[tuple[Call, str]] = [
     (
         lambda vlm, prompts: profile(vlm, prompts, [99]),
         "without holds position 99; give positions of the prompt, which has 27.",
+    ),
+    (
+        lambda vlm, prompts: mv.attention_profile(vlm, prompts[:2], [0], without="bos"),
+        "without takes out all that the queries of prompt 0 look at (queries: 1); take out fewer keys, or ask "
+        "positions that see others.",
+    ),
+    (
+        lambda vlm, prompts: profile(vlm, prompts[0], mv.sinks(vlm, prompts[1])),
+        "without holds the sinks of a prompt with 24 positions, and this one has 27; make them with "
+        "mv.sinks(vlm, prompt).",
     ),
     (
         lambda vlm, prompts: profile(vlm, prompts[0], range(27)),

@@ -47,7 +47,7 @@ def attention_profile(
             see it; "generated", the tokens of a greedy answer as they look back in their decode steps (the last one
             made is never looked from), each prompt by itself; or positions.
         without: keys taken out, for instance sinks. Each query's row is made to sum to one over the keys that are left
-            before anything is averaged; a query that looks at nothing else is left out. "bos"; a list of
+            before anything is averaged; a query that has nothing left is not among the averaged. "bos"; a list of
             positions; a function from a prompt to positions; what `mv.sinks` found for a single prompt, whose
             `mv.sink_positions` are taken out in every layer; or a list with positions or sinks for each prompt.
         even: what lift compares with. "visible": attention spread evenly over what each query sees by the layer's own
@@ -62,15 +62,16 @@ def attention_profile(
         position once. `density` (span): mass divided by the number of the span's keys. `density_share`: the image's
         density over the sum of it and that of all other keys together. `lift` (span): mass over what even attention
         would give (1: even), not a number where none of the queries sees the span. `vas`: attention to the image over
-        attention to system tokens, bos and prefix, both summed over queries; that of several heads is the ratio of
-        their summed masses, not the mean of their ratios.
-        `n_keys` counts a span's keys, without those taken out; `n_queries` the queries. The span `generated` holds
-        generated tokens.
+        attention to system tokens, bos and prefix, both summed over queries. A mean of it over heads is ruled by heads
+        that pay the system tokens next to nothing; take the median, or sum `mass` over heads before dividing.
+        `n_keys` counts a span's keys, without those taken out; `n_queries`, over example, layer and head, the queries
+        that were averaged over, without those that had nothing left. The span `generated` holds generated tokens.
         Layers that attend to the picture's keys instead of the text (Mllama's cross-attention) divide nothing over its
         spans; they are not numbers, and `attrs` name them in `note`. `attention_map` shows what they look at.
 
     Raises:
-        ValueError: without prompts, or for positions that a prompt has not, or keys of which none is left.
+        ValueError: without prompts, or for positions that a prompt has not, or keys of which none is left, to the
+            prompt or to any of its queries.
 
     Example:
         >>> mv.attention_profile(vlm, [real, null]).mass.mean("head").sel(span="image")
@@ -112,11 +113,11 @@ def attention_map(
         query: the position that looks; by default the last, which answers. Or several.
 
     Returns:
-        Attention weights over axis position, image tokens only, and for several queries over query and position. Their
-        sum is the image's mass, at most 1. Image, tile, row and column are further coordinates, -1 for what stands
-        for no place. In a layer of cross-attention the axis is `key` instead: all keys of the picture, which sum to 1.
-        In a model with a Q-Former the tokens are its queries, which stand for no place; `queries_to_patches` says how
-        those look at the picture.
+        Attention weights over axis position, image tokens only, and for several queries over query and position;
+        coordinate `query` is the position counted from 0. Their sum is the image's mass, at most 1. Image, tile, row
+        and column are further coordinates, -1 for what stands for no place. In a layer of cross-attention the axis is
+        `key` instead: all keys of the picture, which sum to 1. In a model with a Q-Former the tokens are its queries,
+        which stand for no place; `queries_to_patches` says how those look at the picture.
 
     Raises:
         ValueError: for a prompt without an image, or a layer, head or query that is not there, or a layer that attends
@@ -139,7 +140,7 @@ def attention_map(
     maps = xr.DataArray(
         weights if dim == "key" else weights[:, prompt.image],
         dims=["query", dim],
-        coords={"query": asked, **image_coordinates(prompt)},
+        coords={"query": [at % len(prompt) for at in asked], **image_coordinates(prompt)},
         name="attention",
         attrs={**record(vlm, [prompt], layer=int(layer), head=which, site=str(site)), "long_name": "attention weight"},
     )
@@ -208,18 +209,30 @@ def _generated(
 def _table(
     vlm: VLM, looks: Iterator[tuple[int, int, Look]], names: Sequence[str], out: Sequence[tuple[int, ...]], even: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """What `averaged` makes of all prompts and layers, and how many keys and queries each prompt has."""
+    """What `averaged` makes of all prompts and layers, how many keys each prompt has, and how many queries counted.
+
+    Raises:
+        ValueError: where the keys that are taken out leave nothing to any query of a prompt.
+    """
     sizes = (len(out), vlm.shape.layers["text"], vlm.shape.heads["text"])
     spans, image = (len(names),), [name == "image" for name in names]
     shapes: dict[str, tuple[int, ...]] = {"mass": sizes + spans, "density": sizes + spans}
     shapes |= {"even": sizes[:2] + spans, "rest": sizes}
     table = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
-    n_keys, n_queries = np.zeros((len(out), len(names)), dtype=int), np.zeros(len(out), dtype=int)
+    table["queries"] = np.zeros(sizes, dtype=int)
+    n_keys, asked = np.zeros((len(out), len(names)), dtype=int), {}
     for number, layer, (masses, seen, keys) in looks:
-        n_keys[number], n_queries[number] = keys[-1], len(keys)
+        n_keys[number], asked[number] = keys[-1], len(keys)
         base = seen if even == "visible" else keys
         for name, values in averaged(masses, base, keys, image, part=bool(out[number])).items():
             table[name][number, layer] = values
+    n_queries = table.pop("queries")
+    for number, count in asked.items():
+        if not n_queries[number].any():
+            raise ValueError(
+                f"without takes out all that the queries of prompt {number} look at (queries: {count}); take out fewer "
+                "keys, or ask positions that see others."
+            )
     return table, n_keys, n_queries
 
 
@@ -246,7 +259,7 @@ def _dataset(
         {
             **{name: (axes[: values.ndim], values, named_by[name]) for name, values in found.items()},
             "n_keys": (["example", "span"], n_keys),
-            "n_queries": ("example", n_queries),
+            "n_queries": (axes[:3], n_queries),
         },
         coords={
             "example": np.arange(len(prompts)),

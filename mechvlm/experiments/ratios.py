@@ -45,7 +45,7 @@ def averaged(
 
     Returns:
         `mass` and `density` over head and span, `even` over span, and `rest`, the density of all keys that are not
-        the image's, over head. Not a number where no query is left.
+        the image's, over head. Not a number where no query is left. `queries` over head: how many are.
     """
     left = masses.sum(-1, keepdims=True)
     there = left > 0
@@ -62,6 +62,7 @@ def averaged(
             "density": np.where(there, dense, 0.0).sum(1) / count,
             "even": np.where(sees > 0, evens, 0.0).sum(0) / (sees > 0).sum(0),
             "rest": (np.where(there, rest, 0.0).sum(1) / count)[:, 0],
+            "queries": count[:, 0],
         }
 
 
