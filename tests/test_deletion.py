@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -107,3 +108,32 @@ def test_the_figure_has_the_range_of_the_random_orders() -> None:
     figure = mv.plot.deletion(found)
     assert [trace.name for trace in figure.data if trace.showlegend is not False] == ["random", "ranked"]
     np.testing.assert_allclose(figure.data[0].y, found.random.min("sample"))
+    assert figure.layout.annotations[-1].text.replace("<br>", " ") == (
+        "ranked: in the order of the map, the highest first. random: the mean of 3 random orders; the band reaches "
+        "from the lowest to the highest of them."
+    )
+
+
+def test_counts_stand_at_even_distances_while_there_is_room() -> None:
+    def drawn(counts: range | list[int]) -> Any:
+        values = np.zeros((2, len(counts)))
+        found = xr.Dataset({"ranked": ("count", values[0]), "random": (("sample", "count"), values)})
+        return mv.plot.deletion(found.assign_coords(count=list(counts)))
+
+    few, many = drawn([0, 1, 2, 4, 576]), drawn(range(100))
+    assert list(few.data[-1].x) == [0, 1, 2, 3, 4] and list(few.layout.xaxis.ticktext) == ["0", "1", "2", "4", "576"]
+    assert list(many.data[-1].x) == list(range(100))
+
+
+@pytest.mark.parametrize(
+    "wrong, given",
+    [(xr.DataArray([1.0]), "a DataArray"), (xr.Dataset({"mass": 1}), "a Dataset with mass"), ([1], "a list")],
+)
+def test_nothing_but_a_deletion_curve_is_drawn(wrong: Any, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(TypeError) as caught:
+        mv.plot.deletion(wrong)
+    assert str(caught.value) == (
+        f"deletion draws what deletion_curve returns, and was given {given}; make it with "
+        "mv.deletion_curve(vlm, prompt, ranking, metric)."
+    )

@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import Callable, Iterator
+from inspect import isfunction
 from io import BytesIO
 from typing import Any
 
@@ -259,6 +260,8 @@ def test_a_dataset_is_not_one_array() -> None:
     draw: dict[str, Callable[[], object]] = {
         "lines": lambda: plot.lines(lens([1]), "layer"),  # type: ignore[arg-type]
         "heatmap": lambda: plot.heatmap(lens([1])),  # type: ignore[arg-type]
+        "over_image": lambda: plot.over_image(lens([1]), image_map(), picture()),  # type: ignore[arg-type]
+        "pixels_over_image": lambda: plot.pixels_over_image(lens([1]), image_map(), picture()),  # type: ignore[arg-type]
     }
     for name, make in draw.items():
         message = f"^{name} draws a DataArray, not a Dataset; choose a variable, like result\\.mass\\.$"
@@ -478,7 +481,27 @@ def test_what_no_picture_can_show(make: Callable[[], object], message: str) -> N
         make()
 
 
+@pytest.mark.usefixtures("untyped")
+def test_a_map_and_a_picture_cannot_change_places() -> None:
+    draw: dict[str, Callable[[Any, Any], object]] = {
+        "over_image": lambda first, second: plot.over_image(range(6), first, second),
+        "pixels_over_image": lambda first, second: plot.pixels_over_image(points(), first, second),
+    }
+    for name, make in draw.items():
+        with pytest.raises(TypeError) as caught:
+            make(picture(), image_map())
+        assert str(caught.value) == (
+            f"{name} takes values, then an ImageMap, then a picture, and was given Image and ImageMap for these; write "
+            f"{name}(values, prompt.images[0], prompt.pictures[0])."
+        )
+
+
 # All figures
+
+
+def test_help_lists_every_figure() -> None:
+    assert all(f"`{name}`" in (plot.__doc__ or "") and callable(vars(plot)[name]) for name in plot.__all__)
+    assert not {name for name, one in vars(plot).items() if isfunction(one)} - set(plot.__all__)
 
 
 def every_figure() -> dict[str, Any]:

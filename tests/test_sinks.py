@@ -1,5 +1,6 @@
 """Sinks where they were planted, by numpy on the model's own states and patterns, and drawn where they are."""
 
+import html
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -143,6 +144,18 @@ def test_numbers_are_numpys_on_the_models_own_states_and_patterns(kind: str) -> 
     assert ("note" in found.attrs) == (kind == "mllama")
 
 
+def test_a_threshold_that_no_state_reaches_is_noted() -> None:
+    vlm = tiny.vlm()
+    prompt = vlm.prompt(tiny.picture(1), "is there a cat ?")
+    found = mv.sinks(vlm, prompt)
+    assert found.attrs["note"] == (
+        "no state reaches the threshold of 20, since phi is at most 5.7 in a model of width 32: take a smaller one"
+    )
+    assert "note" not in mv.sinks(vlm, prompt, threshold=5.6).attrs
+    caption = mv.plot.sinks_over_image(found, prompt).layout.annotations[-1].text.replace("<br>", " ")
+    assert caption.endswith(f"Note: {found.attrs['note']}.")
+
+
 def test_dimensions_are_the_first_tokens_largest_in_the_middle_layers() -> None:
     vlm = tiny.vlm(layers=5)
     prompt = vlm.prompt(tiny.picture(1), "is there a cat ?")
@@ -212,6 +225,30 @@ def test_the_squares_are_coloured_by_the_layer_where_they_are_most_massive(
     assert np.array_equal(np.array(one.z, dtype=float).flatten(), found.phi.sel(position=prompt.image, layer=1))
 
 
+def test_colours_end_at_the_threshold_and_are_pale_below_half_of_it(drawn: tuple[mv.Prompt, xr.Dataset]) -> None:
+    prompt, found = drawn
+    axis = mv.plot.sinks_over_image(found, prompt).layout.coloraxis
+    assert (axis.cmin, axis.cmax) == (0, 100)
+    strength = {at: float(ink.rstrip(")").split(",")[-1]) for at, ink in axis.colorscale}
+    assert strength[0.0] == 0 and strength[0.5] < 0.2 and strength[1.0] <= 0.5
+
+
+def test_the_caption_names_the_sinks_that_are_not_in_the_picture(drawn: tuple[mv.Prompt, xr.Dataset]) -> None:
+    prompt, found = drawn
+    found = found.copy(deep=True)
+    found.sink_by_activation.loc[{"position": [0, prompt.last[0]], "layer": 2}] = True
+    found.label.loc[{"position": 0}] = "primary"
+
+    def caption(layer: int | None = None) -> str:
+        return mv.plot.sinks_over_image(found, prompt, layer).layout.annotations[-1].text.replace("<br>", " ")
+
+    last, word = prompt.last[0], html.escape(prompt.tokens[prompt.last[0]], quote=False)
+    begin = html.escape(prompt.tokens[0], quote=False)
+    named = f"Sinks that stand for no place in this picture: 0 '{begin}' (primary), {last} '{word}' (massive only)."
+    assert caption().startswith(named)
+    assert caption(1).startswith("No sink in layer 1 by activation (threshold 100) or by mass (alpha 100).")
+
+
 WRONG: list[tuple[Callable[[mv.VLM, mv.Prompt, xr.Dataset], object], str]] = [
     (
         lambda vlm, prompt, _: mv.sinks(vlm, prompt, dims=[32]),
@@ -233,6 +270,14 @@ WRONG: list[tuple[Callable[[mv.VLM, mv.Prompt, xr.Dataset], object], str]] = [
         lambda _, __, found: mv.sink_positions(found[["phi"]]),
         "sinks are a dataset with sink_by_activation and sink_by_mass, and this one has phi; make it with "
         "mv.sinks(vlm, prompt).",
+    ),
+    (
+        lambda vlm, prompt, _: mv.sinks(vlm, prompt, layers=[1, 0, 1]),
+        "layers holds 1 more than once; give each layer once.",
+    ),
+    (
+        lambda vlm, _, found: mv.plot.sinks_over_image(found, vlm.prompt(tiny.picture(1), "is there ?")),
+        "the sinks are of a prompt with 26 positions, and this one has 24; make them with mv.sinks(vlm, prompt).",
     ),
     (
         lambda _, prompt, found: mv.plot.sinks_over_image(found, prompt, layer=9),

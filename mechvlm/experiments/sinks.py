@@ -50,7 +50,8 @@ def sinks(
             Vicuna-7B. None finds them: the two in which the first token's state is largest, relative to its root mean
             square, on average over the middle half of the layers. `attrs` tell them.
         threshold: of `phi`, above which a position is a sink by activation. `phi` is never above the square root of the
-            model's width, so that the published 20 finds nothing in models narrower than 400.
+            model's width, so that the published 20 finds nothing in models narrower than 400 and a smaller one is
+            needed there; `note` says so.
         alpha: a position is a sink by mass where its column mass is above `alpha` divided by the number of positions.
             The default is this package's: five times what attention spread evenly over all positions would pay.
         layers: by default all. Lifetimes are counted over, and relative to, those given.
@@ -96,8 +97,6 @@ def sinks(
     columns = np.full((len(chosen), vlm.shape.heads["text"], len(prompt)), np.nan)
     for layer in own:
         columns[chosen.index(layer)] = numbers(column_mass(run[Site("pattern", layer)])[0])
-    across = [layer for layer in cross_layers(vlm) if layer in chosen]
-    note: dict[str, Any] = {"note": f"{named(across)}: attention to the picture's keys alone"} if across else {}
     about = record(
         vlm,
         [prompt],
@@ -106,7 +105,7 @@ def sinks(
         dims=", ".join(map(str, massive)),
         first=f"position {first}, " + ("the bos token" if prompt.bos else "since the prompt has no bos token"),
         mass_threshold=times / len(prompt),
-        **note,
+        **_note(vlm, chosen, above),
     )
     return _dataset(prompt, chosen, seen, columns, about)
 
@@ -209,6 +208,19 @@ def _dataset(
         coords={"layer": list(layers), "head": np.arange(columns.shape[1]), **_places(prompt)},
         attrs=about,
     )
+
+
+def _note(vlm: VLM, layers: Sequence[int], threshold: float) -> dict[str, Any]:
+    """What must be known to read the result: a threshold that no state reaches, and layers without column masses."""
+    width = vlm.shape.d_model["text"]
+    across = [layer for layer in cross_layers(vlm) if layer in layers]
+    said = [f"{named(across)}: attention to the picture's keys alone"] if across else []
+    if threshold >= width**0.5:
+        said.append(
+            f"no state reaches the threshold of {threshold:g}, since phi is at most {width**0.5:.1f} in a model of "
+            f"width {width}: take a smaller one"
+        )
+    return {"note": "; ".join(said)} if said else {}
 
 
 def _places(prompt: Prompt) -> dict[str, Any]:

@@ -4,10 +4,9 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `points` its pixels one by one, `curves`
-draws an order against chance, `look` is what all figures have in common.
-`charts` draws arrays, `pictures` draws on the picture a prompt asks about, `marks` the sinks on it, `look` is what all
-figures have in common.
+Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. On the picture that a prompt
+asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
+logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -22,3 +21,15 @@ from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
 from mechvlm.plot.points import pixels_over_image as pixels_over_image
+
+__all__ = [
+    "bars",
+    "deletion",
+    "heatmap",
+    "lines",
+    "over_image",
+    "pixels_over_image",
+    "sinks_over_image",
+    "token_grid",
+    "tokens_over_image",
+]

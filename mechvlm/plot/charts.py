@@ -14,7 +14,7 @@ import xarray as xr
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
-from mechvlm.plot.look import DASHES, NOTHING, PALETTE, colours, faded, finished, label, plain, tick_step
+from mechvlm.plot.look import DASHES, NOTHING, PALETTE, colours, faded, finished, label, one_array, plain, tick_step
 
 Band = tuple[xr.DataArray, xr.DataArray]
 """A lower and an upper bound, shaped like the array that they bound."""
@@ -159,10 +159,7 @@ def hover_texts(array: xr.DataArray, more: dict[str, object] | None = None) -> n
 
 def _check(array: xr.DataArray, drawer: str, wanted: Sequence[str | None]) -> None:
     """Raises: ValueError, TypeError: where an array is not one of numbers with exactly the dims that are drawn."""
-    if not isinstance(array, xr.DataArray):
-        raise TypeError(
-            f"{drawer} draws a DataArray, not a {type(array).__name__}; choose a variable, like result.mass."
-        )
+    one_array(array, drawer)
     dims, drawn = [str(dim) for dim in array.dims], [dim for dim in wanted if dim is not None]
     for dim in drawn:
         if dim not in dims:

@@ -78,6 +78,18 @@ def label(array: xr.DataArray, dim: str | None = None) -> str:
     return plain(f"{text} ({named.attrs['units']})" if "units" in named.attrs else text)
 
 
+def one_array(array: object, drawer: str) -> None:
+    """Refuse what is no array with named dims.
+
+    Raises:
+        TypeError: for a dataset, and anything else.
+    """
+    if not isinstance(array, xr.DataArray):
+        raise TypeError(
+            f"{drawer} draws a DataArray, not a {type(array).__name__}; choose a variable, like result.mass."
+        )
+
+
 def plain(text: str) -> str:
     """A text from data, so that plotly shows it as it is: `<s>` is a token and not a tag."""
     return html.escape(text, quote=False)  # of quotation marks plotly would show the code

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mechvlm.imagemap import ImageMap
 from mechvlm.plot.canvas import COUNTED_BY, Canvas
-from mechvlm.plot.look import INK, colours, finished, label, plain, tick_step
+from mechvlm.plot.look import INK, colours, finished, label, one_array, plain, tick_step
 from mechvlm.prompt import Prompt
 
 # The lowest values are clear, so that what matters least hides nothing of the picture.
@@ -71,10 +71,14 @@ def over_image(
     Raises:
         ValueError: if no value belongs to the image, or the picture is another, or values by position are given where
             no position stands for a place in it.
+        TypeError: for a dataset, or where image_map and picture are something else.
 
     Example:
         >>> over_image(attention_map(vlm, real, layer=3, head=5), real.images[0], real.pictures[0])
     """
+    on_picture("over_image", image_map, picture)
+    if isinstance(values, xr.Dataset):
+        one_array(values, "over_image")
     known = _by_position(values, image_map)
     name = label(values) if isinstance(values, xr.DataArray) else "value"
     texts = {position: f"<b>{name} {value:.4g}</b>" for position, value in known.items()}
@@ -156,6 +160,19 @@ def token_grid(prompt: Prompt, image: int = 0, title: str = "", caption: str = "
                 side = "left" if number == 1 else "right"
                 figure.update_yaxes(title_text="row", side=side, **_numbers(tiles[0].y), col=number)
     return finished(figure.update_layout(showlegend=False), title, caption, canvas.width, canvas.height)
+
+
+def on_picture(drawer: str, image_map: object, picture: object) -> None:
+    """Refuse what is no place to draw on.
+
+    Raises:
+        TypeError: where one of them is something else, for instance the other.
+    """
+    if not isinstance(image_map, ImageMap) or not isinstance(picture, Image.Image):
+        raise TypeError(
+            f"{drawer} takes values, then an ImageMap, then a picture, and was given {type(image_map).__name__} and "
+            f"{type(picture).__name__} for these; write {drawer}(values, prompt.images[0], prompt.pictures[0])."
+        )
 
 
 def _numbers(lines: list[float]) -> dict[str, object]:

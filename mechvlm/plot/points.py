@@ -16,8 +16,8 @@ from PIL import Image
 
 from mechvlm.imagemap import ImageMap
 from mechvlm.plot.canvas import SIDE, embedded
-from mechvlm.plot.look import colours, finished, label
-from mechvlm.plot.pictures import BOTH_SIGNS, ONE_SIGN
+from mechvlm.plot.look import colours, finished, label, one_array
+from mechvlm.plot.pictures import BOTH_SIGNS, ONE_SIGN, on_picture
 
 FINEST = 600  # points along the longer side that are drawn of a larger picture
 SHOWN = 99.5  # percent of the values, by their size, that the colours tell apart; single pixels stand out far
@@ -46,11 +46,14 @@ def pixels_over_image(
 
     Raises:
         ValueError: for other dims, an image or a tile that is not in the values, or another picture.
+        TypeError: for a dataset, or where image_map and picture are something else.
 
     Example:
         >>> found = mv.integrated_gradients(vlm, real, mv.logit_difference("yes", "no"), at="pixels")
         >>> pixels_over_image(found.pixel_attribution, real.images[0], real.pictures[0])
     """
+    on_picture("pixels_over_image", image_map, picture)
+    one_array(values, "pixels_over_image")
     if {*values.dims} - {"channel"} != {"square", "y", "x"} or not {"image_of", "tile_of"} <= {*values.coords}:
         raise ValueError(
             "pixels_over_image draws square, channel, y and x with the coordinates image_of and tile_of, and the array "
