@@ -198,7 +198,8 @@ def top_keys(count: int, queries: Sequence[int] | None = None, keys: Sequence[in
     """Read the keys that queries look at most: a pair of tensors `batch head query top`, weights falling and positions.
 
     Args:
-        count: how many.
+        count: how many; where there are fewer keys, that many are returned. Keys that a query cannot see come last,
+            with weight 0.
         queries: positions; None means all. Negative ones count from the end.
         keys: among these only, for instance `prompt.image`. None means all.
 

@@ -50,6 +50,21 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not vlm.run(real).logits.equal(vlm.run(real, edits=names[edits]).logits)
 
 
+def test_every_line_of_the_second_table_runs() -> None:
+    import mechvlm as mv
+
+    vlm = mv.load("demo")
+    real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
+    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "yes": mv.logit_difference("yes", "no")}
+    part = README.split("\n## More of it\n")[1].split("\n## ")[0]
+    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
+        names[name] = eval(code, names)
+    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
+    assert len(rows) == 12
+    for code in rows:
+        assert type(eval(code, names)).__name__ in ("Dataset", "Figure"), code
+
+
 def test_the_code_is_short() -> None:
     code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

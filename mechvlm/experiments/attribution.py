@@ -18,9 +18,11 @@ def gradient_attribution(vlm: VLM, prompt: Prompt, metric: Metric) -> xr.Dataset
     Returns:
         `attribution`, the gradient of the metric at the image features times the features, summed over `d_model`, in
         the metric's unit: positive where a token, scaled up, would raise the metric. The sum over tokens is not the
-        metric, since the model is not linear. `gradient_norm`, the length of the gradient, has no sign. Both over axis
-        position, image tokens only, with image, tile, row and column as further coordinates, -1 for what stands for no
-        place.
+        metric, since the model is not linear: where the metric hardly changes near the picture, because it is
+        saturated, a token that it rests on can have next to none. `integrated_gradients` takes the whole way from a
+        picture without anything to see, and `deletion_curve` tells whether a map points at what matters.
+        `gradient_norm`, the length of the gradient, has no sign. Both over axis position, image tokens only, with
+        image, tile, row and column as further coordinates, -1 for what stands for no place.
 
         Where the picture enters the language model otherwise, that is what is taken: the keys of cross-attention, with
         axis `key` instead of position (Mllama); or a Q-Former's queries, none of which stands for a place. Where
