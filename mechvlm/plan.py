@@ -250,9 +250,8 @@ NAMES = {Rows: "rows", Mass: "mass", Entropy: "entropy", Top: "top_keys", Lazy: 
 def check_rows(site: Site, reading: Reading, prompts: Sequence[Prompt], steps: int, gradient: bool) -> None:
     """Refuse a reading of attention where there is none, of a gradient it has none of, or of positions out of range."""
     name = NAMES[type(reading)]
-    if site.kind not in PATTERN_KINDS or (
-        not isinstance(reading, Rows | Visible) and not site.kind.endswith("pattern")
-    ):
+    either = isinstance(reading, Rows | Visible)
+    if site.kind not in PATTERN_KINDS or not (either or site.kind.endswith("pattern")):
         fitting = "scores or pattern" if isinstance(reading, Rows) else "pattern"
         raise ValueError(f"{name}() reads {fitting}, not {site}.")
     if gradient and isinstance(reading, Entropy | Top):

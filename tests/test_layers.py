@@ -18,6 +18,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "sites",
             "masks",
             "attention",
+            "pieces",
             "lazy_attention",
             "readings",
             "biases",
