@@ -3,6 +3,7 @@
 Rule this module guards: no map of all queries by all keys is held, but pieces of it that fit a budget of memory,
 whatever the length. Shapes are those of `mechvlm.attention`.
 
+>>> from mechvlm.masks import Sees
 >>> q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
 >>> Attention(q, k, k, Sees(5, 5, causal=True), 8**-0.5).rows([-1]).sum(-1).allclose(torch.ones(1, 4, 1))
 True

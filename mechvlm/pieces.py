@@ -4,7 +4,7 @@ Rule this module guards: no map of all queries by all keys is held; a piece has 
 Shapes are those of `mechvlm.attention`.
 
 >>> q, k = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
->>> [piece.keys.stop for piece in Pieces(q, k, k, Sees(5, 5, causal=True), 8**-0.5, budget=700).pieces([0, 3])]
+>>> [piece.keys.stop for piece in Pieces(q, k, k, Sees(5, 5, causal=True), 8**-0.5, budget=400).pieces([0, 3])]
 [1, 4]
 """
 

@@ -451,6 +451,14 @@ READINGS: list[Case] = [
         ),
     ),
     (
+        "the values are [3, 2]; they must be columns of one number for each of 26 keys.",
+        lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].mixed(zeros(3, 2)),
+    ),
+    (
+        "the largest 0 weights are none; give 1 or more.",
+        lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].top(0),
+    ),
+    (
         "the queries hold 99; this attention has 26, counted from 0 (None means all).",
         lambda: ask(read={"text.0.pattern": mv.lazy()})["text.0.pattern"].rows([99]),
     ),

@@ -1,6 +1,7 @@
 """Laws 4 and 6: patterns and masses are the model's own, and biases do what they say."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from mechvlm.attention_edits import bias_attention, cut_attention, scale_attention
 from mechvlm.laws.finding import Finding, layers_with, some_keys
 from mechvlm.prompt import Prompt
-from mechvlm.readings import entropy, mass, rows, top_keys
+from mechvlm.readings import entropy, lazy, mass, rows, top_keys
 from mechvlm.references import (
     apart,
     eager_rounding,
@@ -48,13 +49,14 @@ def patterns_at(vlm: Any, prompt: Prompt, sites: list[Site], own: dict[Site, Ten
         "entropy": entropy(),
         "largest weights": top_keys(3),
     }
-    budget = vlm.attention_budget
+    kept = vlm.run(prompt, read={site: lazy() for site in sites})
     for name, reading in readings.items():
-        vlm.attention_budget = keys * 256 if name in ("rows", "entropy") else budget  # the same in pieces
-        short = vlm.run(prompt, read={site: reading for site in sites})
+        in_run = vlm.run(prompt, read={site: reading for site in sites}) if name == "mass" else None
+        room = keys * 256 if name in ("rows", "entropy") else vlm.attention_budget  # the same in smaller pieces
+        asked = {site: replace(kept[site], budget=room) for site in sites}
+        short = {site: in_run[site] if in_run else reading.of(asked[site], "pattern") for site in sites}
         worst = max(apart(first(short[site]), first(reading(run[site].double()))) for site in sites)
         yield Finding(4, f"{name} without the map, {where}", worst, rounding(vlm))
-    vlm.attention_budget = budget
 
 
 def first(reading: Any) -> Tensor:
