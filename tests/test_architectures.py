@@ -4,7 +4,6 @@ What is found here has to be what docs/architectures.md says, so that its matrix
 """
 
 import json
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def model(name: str, attention: str, dtype: torch.dtype) -> Any:
 
 
 @every
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=zoo.second_environment)])
 def test_every_law_holds(name: str, attention: str) -> None:
     vlm = model(name, attention, torch.float32)
     prompt = zoo.ask(vlm, tiny.picture(width=48, height=48))
@@ -49,7 +48,7 @@ def test_every_law_holds(name: str, attention: str) -> None:
 
 
 @every
-@pytest.mark.skipif(find_spec("torchvision") is None, reason="runs in the environment of .ci/run that has torchvision")
+@zoo.second_environment
 def test_what_is_left_is_rounding(name: str) -> None:
     """Where a difference is rounding, it shrinks with the type; a bug stays. tests/test_laws.py has LLaVA's always."""
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float64)
@@ -58,6 +57,7 @@ def test_what_is_left_is_rounding(name: str) -> None:
 
 
 @every
+@zoo.second_environment
 def test_exact_laws_hold_in_bfloat16(name: str) -> None:
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.bfloat16)
     prompt = zoo.ask(vlm, tiny.picture(width=48, height=48))

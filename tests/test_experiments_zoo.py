@@ -208,6 +208,7 @@ def test_lens_is_each_layers_output_through_norm_and_unembedding(case: str) -> N
 
 
 @every
+@zoo.second_environment
 def test_ablation_is_a_hook_before_the_output_matrix(case: str) -> None:
     vlm, real, null = parts(case)
     found, clean, width = mv.ablate_each_head(vlm, real, METRIC), own_metric(vlm, real), vlm.shape.d_head["text"]
@@ -288,6 +289,7 @@ def test_features_added_behind_later_layers_are_said_to_be_patched_with_the_imag
 
 @every
 @pytest.mark.parametrize("kind", ["resid_mid", "z", "mlp_out"])
+@zoo.second_environment
 def test_other_activations_are_patched_or_refused_by_name(case: str, kind: str) -> None:
     vlm, real, null = parts(case)
     everywhere = {"positions": list(range(len(real)))}
@@ -405,6 +407,7 @@ def test_a_sweep_is_one_run_for_each_point(case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [case for case in BY_WORDS if case not in PARALLEL])
+@zoo.second_environment
 def test_a_ready_encoding_gives_what_the_words_gave(case: str) -> None:
     vlm, real, _ = parts(case)
     bare = mv.VLM(vlm.hf, None, name=case)
@@ -562,6 +565,7 @@ SAID = {
 
 
 @pytest.mark.parametrize("case", SAID)
+@zoo.second_environment
 def test_a_report_says_what_it_leaves_out(case: str, tmp_path: Path) -> None:
     vlm, real, _ = parts(case)
     text = report(vlm, real, real.with_image(mv.images.black), tmp_path, answers=(30, 31)).read_text(encoding="utf-8")

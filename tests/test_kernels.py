@@ -76,6 +76,7 @@ def uncompiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, training: bool
 
 @pytest.mark.filterwarnings("ignore:(?s).*flex_attention called without torch.compile:UserWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch, of its own code
+@zoo.second_environment
 def test_every_law_without_gradients_holds_under_flex_attention(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uncompiled: PyTorch would compile the kernel anew for every shape, for minutes, and it is handed the same."""
     monkeypatch.setattr(flex, "compile_friendly_flex_attention", uncompiled)

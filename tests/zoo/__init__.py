@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
@@ -25,6 +26,12 @@ def there(name: str) -> str:
     if name == "molmo2" and "molmo2" not in CONFIG_MAPPING:
         return f"transformers {transformers.__version__} has no Molmo2; it came with 5.20"
     return ""
+
+
+second_environment = pytest.mark.skipif(
+    find_spec("torchvision") is None, reason="runs in the environment of .ci/run that has torchvision"
+)
+"""For what takes long and is about every model once more: eager attention, other types, whole reports."""
 
 
 def build(
