@@ -1,11 +1,12 @@
 """What reading and changing attention costs at any length, against the raw forward pass and eager `output_attentions`.
 
-A random LLaVA of about 60 million parameters, under SDPA in float32, with 1, 4 and 16 images: 600, 2,400 and 9,600
-positions. Calls are run in pairs with the raw forward pass, in turn; a ratio is the median of the pairs. Peak memory is
-how far a call raises the process's resident memory above what the raw forward does. Equality with eager attention is
-asserted, absolutely, to 1e-6; queries and keys are scaled so that scores have a spread of about one.
+A random LLaVA, 512 wide, of about 60 million parameters with 12 layers, under SDPA in float32, with 1, 4 and 16 images:
+600, 2,400 and 9,600 positions. Calls are run in pairs with the raw forward pass, in turn; a ratio is the median of the
+pairs. Peak memory is how far a call raises the process's resident memory above what the raw forward does. Equality with
+eager attention is asserted, absolutely, to 1e-6; queries and keys are scaled so that scores have a spread of about one.
 
-    python bench/attention.py [--lengths 600 2400 9600] [--pairs 7] [--threads 2] [--device cuda] [--parts readings ...]
+    python bench/attention.py [--lengths 600 2400 9600] [--layers 12] [--pairs 7] [--threads 2] [--device cuda]
+        [--parts readings gradients edits]
 """
 
 import argparse
@@ -16,16 +17,16 @@ from typing import Any
 
 import torch
 import transformers
-from overhead import HEADS, IMAGE, LAYERS, model, peak, timed
+from overhead import HEADS, IMAGE, model, peak, timed
 
 import mechvlm as mv
 
 TOLERANCE = 1e-6
 
 
-def sharp_model(device: str) -> Any:
+def sharp_model(device: str, layers: int) -> Any:
     """The model of bench/overhead.py with wider scores, and room for more positions."""
-    hf = model(2**15)
+    hf = model(2**15, layers)
     for layer in hf.model.language_model.layers:
         layer.self_attn.q_proj.weight.data *= 2
         layer.self_attn.k_proj.weight.data *= 2
@@ -47,9 +48,9 @@ def encoding(length: int, device: str) -> dict[str, torch.Tensor]:
     return {name: x.to(device) for name, x in given.items()}
 
 
-def patterns(reading: Any) -> dict[mv.Site, Any]:
+def patterns(at: "Setting", reading: Any) -> dict[mv.Site, Any]:
     """One reading of every layer's pattern."""
-    return {mv.Site("pattern", layer): reading for layer in range(LAYERS)}
+    return {mv.Site("pattern", layer): reading for layer in range(at.layers)}
 
 
 def readings(prompt: mv.Prompt) -> dict[str, Any]:
@@ -96,6 +97,7 @@ class Setting:
 
     def __init__(self, hf: Any, length: int, device: str) -> None:
         self.vlm, self.length, self.cuda = mv.VLM(hf), length, device == "cuda"
+        self.layers = self.vlm.shape.layers["text"]
         self.given = encoding(length, device)
         self.prompt = self.vlm.prompt(encoding=self.given)
 
@@ -116,7 +118,7 @@ class Setting:
     @property
     def fits(self) -> bool:
         """Whether eager patterns of all layers fit a small machine."""
-        return LAYERS * HEADS * self.length**2 * 4 < 6 * 2**30
+        return self.layers * HEADS * self.length**2 * 4 < 6 * 2**30
 
 
 def first(value: Any) -> torch.Tensor:
@@ -127,7 +129,7 @@ def first(value: Any) -> torch.Tensor:
 def part_readings(at: Setting, pairs: int) -> None:
     """Time, memory and exactness of every reading. Where a pass takes minutes there are two pairs, or one."""
     plain, long = most(at.raw, at.cuda), at.length > 5000 and not at.cuda
-    size, own = LAYERS * HEADS * at.length**2 * 4 / 2**20, None
+    size, own = at.layers * HEADS * at.length**2 * 4 / 2**20, None
     if at.fits:
         risen, ratio = most(at.eager, at.cuda) - plain, paired(at.raw, at.eager, 2, at.cuda)
         print(f"| {at.length} | eager output_attentions | {ratio:.2f} | {risen:+.0f} | |", flush=True)
@@ -136,7 +138,7 @@ def part_readings(at: Setting, pairs: int) -> None:
         print(f"| {at.length} | eager output_attentions | | does not fit: {size:.0f} MiB of maps | |", flush=True)
     for name, reading in readings(at.prompt).items():
         gap = "" if own is None else f"{reading_gap(at, name, reading, own, logits):.1e}"
-        call = partial(at.vlm.run, at.prompt, read=patterns(reading))
+        call = partial(at.vlm.run, at.prompt, read=patterns(at, reading))
         often = 2 if name in ("last row", "mass by span, all queries") else 1
         ratio = paired(at.raw, call, often, at.cuda, False) if long else paired(at.raw, call, pairs, at.cuda)
         risen = most(call, at.cuda) - plain
@@ -145,10 +147,10 @@ def part_readings(at: Setting, pairs: int) -> None:
 
 def reading_gap(at: Setting, name: str, reading: Any, own: Any, logits: torch.Tensor) -> float:
     """How far a reading is from that of the eager maps, summed exactly; refused above the tolerance."""
-    run = at.vlm.run(at.prompt, read=patterns(reading))
+    run = at.vlm.run(at.prompt, read=patterns(at, reading))
     assert torch.equal(run.logits, logits), "reading changed the logits"
     worst = 0.0
-    for layer in range(LAYERS):
+    for layer in range(at.layers):
         want = torch.cat([first(reading(head.double())) for head in own[layer].split(1, 1)], 1)
         worst = max(worst, float((first(run[mv.Site("pattern", layer)]) - want).abs().max()))
     scale = 10.0 if "entropy" in name else 1.0  # nats, up to about eight
@@ -159,7 +161,7 @@ def reading_gap(at: Setting, name: str, reading: Any, own: Any, logits: torch.Te
 def part_gradients(at: Setting, pairs: int) -> None:
     """The gradient of the last row of all patterns, against a plain forward and backward pass of the model."""
     metric = mv.logit_difference(7, 9)
-    read = patterns(mv.rows([-1]))
+    read = patterns(at, mv.rows([-1]))
 
     def raw() -> torch.Tensor:
         words = at.vlm.hf.get_input_embeddings()(at.given["input_ids"]).requires_grad_(True)
@@ -186,7 +188,7 @@ def part_gradients(at: Setting, pairs: int) -> None:
 
 def gradient_gap(at: Setting, metric: mv.metrics.WordMetric) -> float:
     """How far gradients of rows are from autograd's on the eager model, relative to the largest."""
-    run = at.vlm.run(at.prompt, read=patterns(mv.rows([-1])), grad_of=metric)
+    run = at.vlm.run(at.prompt, read=patterns(at, mv.rows([-1])), grad_of=metric)
     at.vlm.attention = "eager"
     at.vlm.hf.requires_grad_(True)
     shown = at.vlm.hf(**at.given, use_cache=False, output_attentions=True)
@@ -194,7 +196,7 @@ def gradient_gap(at: Setting, metric: mv.metrics.WordMetric) -> float:
     at.vlm.hf.requires_grad_(False)
     at.vlm.attention = "sdpa"
     worst = 0.0
-    for layer in range(LAYERS):
+    for layer in range(at.layers):
         mine, theirs = run.grad[mv.Site("pattern", layer)][:, :, 0], own[layer][:, :, -1]
         worst = max(worst, float((mine - theirs).abs().max() / theirs.abs().max().clamp(min=1e-3)))
     assert worst <= 1e-5, f"gradients differ from eager autograd by {worst:.1e}"
@@ -206,7 +208,7 @@ def part_edits(at: Setting, pairs: int) -> None:
     image, plain = at.prompt.image, most(at.raw, at.cuda)
 
     def edits(make: Callable, way: str) -> list[mv.Edit]:
-        return [make(layer, image, way) for layer in range(LAYERS)]
+        return [make(layer, image, way) for layer in range(at.layers)]
 
     def bias(layer: int, keys: list[int], way: str) -> mv.Edit:
         return mv.bias_attention(layer, keys, 1.5, way=way)
@@ -243,14 +245,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", type=int, nargs="+", default=[600, 2400, 9600])
     parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS))
+    parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    hf = sharp_model(options.device)
+    hf = sharp_model(options.device, options.layers)
     millions = sum(weight.numel() for weight in hf.parameters()) / 1e6
-    print(f"{millions:.1f} M parameters, {LAYERS} layers x {HEADS} heads, {options.threads} threads, {hf.device}")
+    print(
+        f"{millions:.1f} M parameters, {options.layers} layers x {HEADS} heads, {options.threads} threads, {hf.device}"
+    )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}, {options.pairs} pairs")
     for name in options.parts:
         print(f"\n{name}\n\n| positions | what | time / raw | MiB above raw | largest difference |")

@@ -25,8 +25,8 @@ import mechvlm as mv
 LAYERS, HEADS, IMAGE = 12, 8, 31
 
 
-def model(positions: int = 2048) -> LlavaForConditionalGeneration:
-    """A LLaVA shape: 24 x 24 image tokens, 12 decoder layers 512 wide, a small tower; and how long it may get."""
+def model(positions: int = 2048, layers: int = LAYERS) -> LlavaForConditionalGeneration:
+    """A LLaVA shape: 24 x 24 image tokens, decoder layers 512 wide, a small tower; and how long it may get."""
     vision = CLIPVisionConfig(
         hidden_size=256,
         intermediate_size=1024,
@@ -38,7 +38,7 @@ def model(positions: int = 2048) -> LlavaForConditionalGeneration:
     text = LlamaConfig(
         hidden_size=512,
         intermediate_size=1792,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         vocab_size=8000,
