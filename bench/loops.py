@@ -122,8 +122,8 @@ def lens_loop(at: Setting, name: str, points: Sequence[Point]) -> np.ndarray:
     return torch.stack(found).double().cpu().numpy()
 
 
-def ours(at: Setting, name: str, batch_size: int | None) -> Any:
-    """All points by `mv.sweep`."""
+def ours(at: Setting, name: str, batch_size: int | None, layers: int | None = None) -> Any:
+    """All points by `mv.sweep`, or those of the first layers."""
 
     def of_position(layer: int, position: int) -> list[mv.Edit]:
         site = at.site(name, layer)
@@ -136,11 +136,7 @@ def ours(at: Setting, name: str, batch_size: int | None) -> Any:
         change = partial(overwrite, at, name, (layer, head))
         return [mv.Edit(site, change, "prompt", label="patch", positions=(at.length - 1,), heads=(head,))]
 
-    layers = range(at.layers)
-    if SWEEPS[name] == "z":
-        return mv.sweep(
-            at.vlm, at.prompt, of_head, METRIC, batch_size, **at.settings, layer=layers, head=range(at.heads)
-        )
-    return mv.sweep(
-        at.vlm, at.prompt, of_position, METRIC, batch_size, **at.settings, layer=layers, position=at.positions
-    )
+    axes: dict[str, Any] = {"layer": range(layers or at.layers)}
+    heads = SWEEPS[name] == "z"
+    axes |= {"head": range(at.heads)} if heads else {"position": at.positions}
+    return mv.sweep(at.vlm, at.prompt, of_head if heads else of_position, METRIC, batch_size, **at.settings, **axes)

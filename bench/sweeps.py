@@ -94,7 +94,7 @@ def measure(at: Setting, name: str, options: argparse.Namespace) -> Measured:
     if at.lens is not None:
         loops["TransformerLens"] = lambda: lens_loop(at, name, some)
     # What a first pass allocates is nobody's time.
-    plain(at, name, some[:2]), ours(at, "last", options.batch_size)
+    plain(at, name, some[:2]), ours(at, "last", options.batch_size, layers=1)
     if at.lens is not None:
         lens_loop(at, name, some[:2])
     clock, names = CLOCKS[options.clock], list(loops)
