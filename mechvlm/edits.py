@@ -56,8 +56,8 @@ class Edit:
     when: str = "always"
     on: str = "value"
     label: str = ""
-    positions: tuple[int, ...] = ()
-    heads: tuple[int, ...] = ()
+    positions: Sequence[int] = ()
+    heads: Sequence[int] = ()
     length: int | None = None
     bias: Change | None = None
     way: str = "auto"

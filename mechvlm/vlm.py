@@ -1,7 +1,7 @@
 """A vision-language model that can be read and edited at named sites.
 
-Rule this module guards: it is the only one that opens nnsight traces. It holds the model and its processor, turns
-questions into prompts, prompts into one padded batch, and a walk of the traced model into a `Run`.
+It holds the model and its processor, turns questions into prompts, prompts into one padded batch, and a walk of the
+traced model into a `Run`.
 
 >>> vlm = mv.load("demo")
 >>> real = vlm.prompt(image, "Is there a 7 in the image?")
@@ -23,14 +23,14 @@ from mechvlm.attention import bytes_of, capped
 from mechvlm.edits import Edit
 from mechvlm.generating import answered, check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
+from mechvlm.passes import forward, steps
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
-from mechvlm.run import NO_GRADIENT, Generation, Readings, Run
-from mechvlm.seam import attending
+from mechvlm.run import Generation, Run
 from mechvlm.shapes import kernels_of, parts_of, shape_of
 from mechvlm.sites import Site
 from mechvlm.visit import Visit
-from mechvlm.walk import at, walk
+from mechvlm.walk import at
 from mechvlm.weights import Weights
 
 Read = Iterable[Site | str] | Mapping[Site | str, Callable[[Tensor], Any] | None]
@@ -131,6 +131,11 @@ class VLM:
         (other := copy(self)).edits = (*self.edits, *edits)
         return other
 
+    def without_edits(self) -> "VLM":
+        """The same model with no edits of its own."""
+        (other := copy(self)).edits = ()
+        return other
+
     # -- questions in ------------------------------------------------------------------------------------------------
 
     def prompt(
@@ -209,38 +214,22 @@ class VLM:
         """
         prompts = batches.check_prompts(prompt, self.shape)
         ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
-        plan = self._plan(prompts, read, edits, variants=variants, gradient=grad_of is not None)
+        plan = self.plan(prompts, read, edits, variants=variants, gradient=grad_of is not None)
         metric = None if grad_of is None else self.metric(grad_of)
         if metric is not None:
             batches.check_gradients(self.attention, self.device)
-        return self._forward(plan, self._batch(prompts, plan), metric, ends)
+        return forward(self, Visit(plan), self.batch(prompts, plan), metric, ends)
 
-    def _plan(self, prompts: Sequence[Prompt], read: Read, edits: Sequence[Edit], **more: Any) -> Plan:
+    def plan(self, prompts: Sequence[Prompt], read: Read = (), edits: Sequence[Edit] = (), **more: Any) -> Plan:
+        """Reads and edits of a run, the model's own edits first, sorted by site; see `mechvlm.plan`."""
         more = {"edits": [*self.edits, *listed_edits("edits", edits)], **more}
         return make_plan(prompts, self.shape, read, budget=self._budget, **more)
 
-    def _forward(self, plan: Plan, batch: dict[str, Tensor], metric: Metric | None, ends: list[int]) -> Run:
-        visit, model, arch = Visit(plan), self.model, self.arch
-        wanted, pictures = plan.wanted(), "pixel_values" in batch
-        whole = ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads}
-        keep = {"logits_to_keep": 0 if whole else -min(ends)} if arch.row.keeps else {}
-        shown: dict[str, Tensor] = {}
-        with torch.set_grad_enabled(metric is not None):
-            with model.trace(**batch, use_cache=False, **keep):
-                walk(model, arch, wanted, visit.touch, attending(visit), pictures)
-                shown["logits"] = visit.logits(at(model, arch.unembed), ends, self.shape.logit_cap)
-            if metric is not None:
-                values = batches.scored(metric, shown["logits"])
-                visit.gradients(values)
-        batches.check_fired(visit)
-        batches.check_finite(shown["logits"])
-        return Run(
-            shown["logits"].detach(),
-            Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
-            Readings(visit.grads, plan.layout, NO_GRADIENT),
-            None if metric is None else values.detach(),
-            self,
-        )
+    def batch(self, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Tensor]:
+        """Prompts as one batch, where the model is."""
+        batches.check_padding(plan.layout, self.attention, self.dtype, self.shape.crosses)
+        batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0, self.arch.row.positions)
+        return {n: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for n, x in batch.items()}
 
     def generate(
         self,
@@ -263,9 +252,9 @@ class VLM:
         """
         check_sampling(max_new_tokens, sampling, self.hf.generation_config, self.attention)
         prompts = batches.check_prompts(prompt, self.shape)
-        plan = self._plan(prompts, read_each_step, edits, steps=max_new_tokens)
+        plan = self.plan(prompts, read_each_step, edits, steps=max_new_tokens)
         check_copies(plan.pictured(), sampling, self.hf.generation_config)
-        batch = self._batch(prompts, plan)
+        batch = self.batch(prompts, plan)
         start = batch.pop("input_ids")
         batch.pop("position_ids", None)
         visit, said = Visit(plan), []
@@ -274,27 +263,14 @@ class VLM:
             said.append(answered(self.hf, given, plan.pictured()))
             return said[-1]
 
-        self._steps(visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
+        steps(self, visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
         batches.check_fired(visit)
         return generation_of(self.processor, said[0], start.shape[1], isinstance(prompt, Prompt), visit)
-
-    def _steps(self, visit: Visit, answer: Callable, batch: dict[str, Tensor], **settings: Any) -> None:
-        model, arch, wanted = self.model, self.arch, visit.plan.wanted()
-        pictures, callback = "pixel_values" in batch, attending(visit)
-        with warnings.catch_warnings(), torch.no_grad():
-            # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
-            warnings.filterwarnings("ignore", message="(?s).*was never reached")
-            with model.trace(**batch, **settings, fn=answer) as tracer:
-                for step in tracer.iter[:]:
-                    visit.step = step
-                    walk(model, arch, wanted, visit.touch, callback, pictures and step == 0)
-                    # Something has to be read in every step, or the loop would not end.
-                    visit.logits(at(model, arch.unembed), [-1])
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
         prompts = batches.check_prompts(prompt, self.shape)
-        return self.model.trace(**self._batch(prompts, make_plan(prompts, self.shape)), **settings)
+        return self.model.trace(**self.batch(prompts, make_plan(prompts, self.shape)), **settings)
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
@@ -313,8 +289,3 @@ class VLM:
         from mechvlm.laws import check  # laws stand above the engine: they use what every user can
 
         return check(self, prompt)
-
-    def _batch(self, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Tensor]:
-        batches.check_padding(plan.layout, self.attention, self.dtype, self.shape.crosses)
-        batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0, self.arch.row.positions)
-        return {n: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for n, x in batch.items()}

@@ -42,6 +42,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "batch",
             "generating",
             "weights",
+            "passes",
+            *("start", "reach", "schedule", "rerun", "points"),
             "vlm",
             "load",
         ),

@@ -16,12 +16,11 @@ import xarray as xr
 from torch import Tensor
 
 from mechvlm import images
-from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.inputs import input_sites
 from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import image_coordinates, image_dim
-from mechvlm.experiments.sweep import numbers, runs_of
+from mechvlm.experiments.sweep import measured
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, told, whole, whole_numbers
@@ -81,9 +80,8 @@ def deletion_curve(
     draw = np.random.default_rng(seed)
     orders = [order, *(draw.permutation(total) for _ in range(samples))]
     variants = [without(sites, source, one[:count]) for one in orders for count in asked]
-    measure = vlm.metric(metric)
-    values = [metric_values(measure, run.logits) for run in runs_of(vlm, prompt, variants, None, batch_size)]
-    found = numbers(torch.cat(values)).reshape(len(orders), len(asked))
+    values, how = measured(vlm, prompt, variants, metric, batch_size)
+    found = values.reshape(len(orders), len(asked))
     about = {"long_name": metric_name(metric), "units": metric_unit(metric)}
     return xr.Dataset(
         {
@@ -95,7 +93,9 @@ def deletion_curve(
             "count": ("count", asked, {"long_name": "image tokens taken away"}),
             "sample": np.arange(samples),
         },
-        attrs=record(vlm, [prompt], metric, null=other.text, tokens=total, ranking=str(ranking.name), seed=seed),
+        attrs=record(
+            vlm, [prompt], metric, null=other.text, tokens=total, ranking=str(ranking.name), seed=seed, engine=how
+        ),
     )
 
 

@@ -1,7 +1,8 @@
-"""Sweeps: one run for each point of a grid of experiments, many of them in one forward pass.
+"""Sweeps: one experiment for each point of a grid, and as little work for each as is exact.
 
-Rule this module guards: a sweep is exact. Every point is a full forward pass of its own row, with that row's edits;
-what is saved is the pictures' features, which all rows share, and the overhead of many small passes.
+Rule this module guards: a sweep is exact. Every point has the answer of a full forward pass with that point's edits;
+what is left out is what the edits cannot change: the picture, the layers before the first edit, the positions before
+the first one that is edited, and all of the last layer but its last position (`mechvlm.points`).
 
 >>> sweep(vlm, real, lambda layer, head: [mv.ablate_heads(layer, [head])], yes, layer=range(8), head=range(8))
 """
@@ -9,6 +10,7 @@ what is saved is the pictures' features, which all rows share, and the overhead 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,15 +21,13 @@ from tqdm import tqdm
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import one_prompt, record
+from mechvlm.experiments.shards import Shards, fingerprint
 from mechvlm.metrics import Metric
+from mechvlm.points import answers, rows_for, way_of
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
 from mechvlm.sites import Site, listed, told, whole
 from mechvlm.vlm import VLM
-
-POSITIONS_AT_ONCE = 8192
-"""Positions of all rows of a batch together, which bounds the memory of a sweep."""
-ROWS_AT_ONCE = 64
 
 
 def sweep(
@@ -36,21 +36,34 @@ def sweep(
     point_to_edits: Callable[..., Sequence[Edit]],
     metric: Metric,
     batch_size: int | None = None,
+    out: str | Path | None = None,
+    fast: bool = True,
     **axes: Iterable[Any],
 ) -> xr.DataArray:
     """A metric at each point of a grid of experiments.
 
+    The prompt runs once. A point is then run from the first layer that its edits change, and from the first position:
+    the one an edit names (`positions`, `queries`, `rows`), or, where it names none, the first that it is found to
+    change. Points that begin near each other are rows of one batch. Edits before the language model (of the vision
+    tower, say) need full passes, which share the picture where the architecture lets them. Edits that all points have
+    in common belong to the model: `vlm.with_edits`.
+
     Args:
         point_to_edits: from a point of the grid, as named arguments, to the edits to make there.
         metric: a function of the last position's logits, such as `logit_difference("yes", "no")`.
-        batch_size: points in one forward pass; by default what some 8,000 positions allow, at most 64.
+        batch_size: at most so many points in one batch; by default as many as are worth it and fit the free memory.
+            Where memory does not suffice after all, a batch is halved.
+        out: a folder in which each finished batch is kept; the same sweep, started again, goes on from there.
+        fast: False makes each point a row of a full forward pass, to compare with.
         axes: the values of each axis: numbers or names. Every combination of them is a point.
 
     Returns:
-        The metric of each point, in its own unit, over the axes in their order.
+        The metric of each point, in its own unit, over the axes in their order. `attrs["engine"]` says how the points
+        were run.
 
     Raises:
-        ValueError: without axes, for an axis without values, or for a function that takes other names.
+        ValueError: without axes, for an axis without values, for a function that takes other names, or for a folder
+            that holds another sweep.
         TypeError: for values of an axis that are neither numbers nor names, or a function that returns no list.
 
     Example:
@@ -62,15 +75,57 @@ def sweep(
     check_grid(grid, point_to_edits)
     points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     variants = [edits_at(point, point_to_edits(**point)) for point in points]
-    measure = vlm.metric(metric)
-    values = [metric_values(measure, run.logits) for run in runs_of(vlm, prompt, variants, batch_size=batch_size)]
+    values, how = measured(vlm, prompt, variants, metric, batch_size, out, fast)
     return xr.DataArray(
-        numbers(torch.cat(values)).reshape([len(along) for along in grid.values()]),
+        values.reshape([len(along) for along in grid.values()]),
         dims=list(grid),
         coords=grid,
         name="metric",
-        attrs=record(vlm, [prompt], metric, value="the metric of the last position's logits, with each point's edits"),
+        attrs={
+            **record(vlm, [prompt], metric, value="the metric of the last position's logits, with each point's edits"),
+            "engine": how,
+        },
     )
+
+
+def measured(
+    vlm: VLM,
+    prompt: Prompt,
+    variants: Sequence[Sequence[Edit]],
+    metric: Metric,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    fast: bool = True,
+) -> tuple[np.ndarray, str]:
+    """A metric of each of some lists of edits, and how they were run.
+
+    Args:
+        batch_size, out, fast: as in `sweep`.
+    """
+    measure, values = vlm.metric(metric), np.full(len(variants), np.nan)
+    shards = None if out is None else Shards(out, sweep_print(vlm, prompt, variants, measure))
+    if shards is not None:
+        for point, value in shards.values().items():
+            values[point] = value
+    left = np.flatnonzero(np.isnan(values)).tolist()
+    if not left:
+        return values, f"read from {Path(str(out)).name}"
+    with tqdm(total=len(variants), initial=len(variants) - len(left), unit="point", leave=False, delay=1) as bar:
+        way = way_of(vlm, prompt, variants, batch_size, fast, left)
+        for points, logits in answers(way):
+            found = metric_values(measure, logits)
+            values[list(points)] = numbers(found)
+            if shards is not None:
+                shards.add(points, found)
+            bar.update(len(points))
+    return values, way.how
+
+
+def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:
+    """What a sweep is: model, prompt, metric and edits."""
+    about = {name: text for name, text in vlm.provenance(prompt).items() if name not in ("device", "edits")}
+    own = [parameter.flatten()[:64] for parameter in vlm.hf.parameters()]
+    return fingerprint(about, own, prompt.encoding, list(vlm.edits), [list(edits) for edits in variants], measure)
 
 
 def runs_of(
@@ -81,7 +136,9 @@ def runs_of(
     batch_size: int | None = None,
     grad_of: Metric | None = None,
 ) -> Iterator[Run]:
-    """Run variants of a prompt, some at a time, with a progress bar where it takes more than a second.
+    """Run variants of a prompt by full passes, some at a time, with a progress bar where it takes more than a second.
+
+    For what is read of them, or for gradients; where the last logits are all, `measured` is faster.
 
     Raises:
         ValueError: for a batch size below one.
@@ -94,11 +151,6 @@ def runs_of(
             rows = variants[start : start + size]
             yield vlm.run(prompt, read=read or (), variants=rows, grad_of=grad_of)
             bar.update(len(rows))
-
-
-def rows_for(prompt: Prompt) -> int:
-    """How many rows of a prompt to run at once."""
-    return min(ROWS_AT_ONCE, max(1, POSITIONS_AT_ONCE // len(prompt)))
 
 
 def numbers(values: torch.Tensor) -> np.ndarray:

@@ -14,6 +14,7 @@ from mechvlm.laws.attending import law_4_patterns, law_6_biases
 from mechvlm.laws.exact import law_1_reading, law_2_writing_back, law_3_residuals, law_5_patching
 from mechvlm.laws.finding import Finding as Finding
 from mechvlm.laws.runs import law_7_lens, law_8_batches, law_9_generation, law_10_gradients, law_13_positions
+from mechvlm.laws.sweeps import law_8_sweeps
 from mechvlm.prompt import Prompt
 
 
@@ -55,6 +56,7 @@ LAWS = (
     law_6_biases,
     law_7_lens,
     law_8_batches,
+    law_8_sweeps,
     law_9_generation,
     law_10_gradients,
     law_13_positions,

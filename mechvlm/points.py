@@ -1,0 +1,174 @@
+"""Many experiments on one prompt: each a list of edits, all answered by the last position's logits.
+
+The prompt is run once. A point is then run from where its edits begin, many points as rows of one batch
+(`mechvlm.rerun`), or, where that cannot be, as a row of a full pass. Both are exact; `how` says which it was, and why.
+
+Rule this module guards: that layers may be called by themselves is tried on this model and this prompt, and believed
+only where the logits come out the same.
+
+>>> way = way_of(vlm, real, [[mv.ablate_heads(layer, [0])] for layer in range(8)])
+>>> way.how
+'rerun from the edited layer; earlier positions reused; last layer for the last position'
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mechvlm.edits import Edit
+from mechvlm.prompt import Prompt
+from mechvlm.reach import Reach, reach_of, tried
+from mechvlm.rerun import Reaching, rerun
+from mechvlm.schedule import Batch, batches, cost_of
+from mechvlm.sites import whole
+from mechvlm.start import Start, start_of
+
+FEW = 4
+"""Points from which on the run that is kept, and its trial, are worth their time."""
+POSITIONS_AT_ONCE = 8192
+"""Positions of all rows of a full pass together, which bounds its memory."""
+ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Way:
+    """How points are to be run.
+
+    Attributes:
+        start: the run they begin from; None where all are full passes.
+        batches: points that are rerun together.
+        full: points that need a full pass.
+        rows: so many of these in one pass.
+        how: the same in words.
+    """
+
+    vlm: Any
+    prompt: Prompt
+    variants: Sequence[Sequence[Edit]]
+    start: Start | None
+    batches: Sequence[Batch]
+    full: Sequence[int]
+    rows: int
+    how: str
+
+
+def rows_for(prompt: Prompt) -> int:
+    """How many rows of a prompt to run at once."""
+    return min(ROWS_AT_ONCE, max(1, POSITIONS_AT_ONCE // len(prompt)))
+
+
+def way_of(
+    vlm: Any,
+    prompt: Prompt,
+    variants: Sequence[Sequence[Edit]],
+    rows: int | None = None,
+    fast: bool = True,
+    points: Sequence[int] | None = None,
+) -> Way:
+    """How to run points, each a list of edits.
+
+    Args:
+        rows: at most so many in one batch.
+        fast: False makes each point a row of a full pass.
+        points: those to run, by their number; None for all.
+
+    Raises:
+        ValueError, TypeError: for a number of rows below one, or edits that cannot be.
+    """
+    if rows is not None and whole("batch_size", rows) < 1:
+        raise ValueError(f"batch_size={rows} runs nothing; give 1 or more.")
+    asked = list(range(len(variants))) if points is None else list(points)
+    size = rows_for(prompt) if rows is None else rows
+    if variants:
+        vlm.plan([prompt], variants=list(variants))  # what cannot be is said before anything runs
+    if not fast or len(asked) < FEW:
+        why = "they are few" if fast else "it was asked for"
+        return Way(vlm, prompt, variants, None, (), asked, size, f"a full pass for each point, since {why}")
+    start = tested(start_of(vlm, prompt, {site for point in asked for site in tried(variants[point])}))
+    reaches = [reach_of(start, variants[point]) for point in asked]
+    full = [point for point, reach in zip(asked, reaches, strict=True) if reach is None]
+    known = [(point, reach) for point, reach in zip(asked, reaches, strict=True) if reach is not None]
+    cost = cost_of(vlm, len(prompt), rows)
+    made = batches([reach for _, reach in known], len(prompt), start.layers, cost)
+    made = [replace(one, points=tuple(known[at][0] for at in one.points)) for one in made]
+    return Way(vlm, prompt, variants, start, made, full, size, told_how(start, made, full))
+
+
+def tested(start: Start) -> Start:
+    """A start, once layers called by themselves have given the logits that the whole model gave."""
+    if start.hindrance:
+        return start
+    own = rerun(start, [[]], Reach(0, start.cut(len(start.prompt) // 2)))
+    gap, scale = float((own - start.logits).abs().max()), float(start.logits.abs().max())
+    if gap <= (0.1 if start.logits.dtype.itemsize == 2 else 2e-5) * scale:
+        return start
+    return replace(start, hindrance=f"layers called by themselves answer otherwise than the model, by {gap:.2g}")
+
+
+def told_how(start: Start, made: Sequence[Batch], full: Sequence[int]) -> str:
+    """How points are run, in words."""
+    if not made:
+        why = start.hindrance or "the edits act where the picture is still being read"
+        return f"a full pass for each point, since {why}"
+    reused = any(one.reach.first and not one.reach.last for one in made)
+    bidirectional = len(start.cuts) < len(start.prompt)
+    parts = ["rerun from the edited layer"]
+    if reused:
+        parts.append("earlier positions reused")
+    elif len(start.cuts) == 1:
+        parts.append("earlier positions not reused, since all words see each other")
+    if reused and bidirectional:
+        parts.append("image tokens that see each other rerun together")
+    parts.append("last layer for the last position")
+    if full:
+        parts.append(f"{len(full)} points by full passes")
+    return "; ".join(parts)
+
+
+def answers(way: Way) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The points that ran together, by their number, and their logits, `batch vocab`."""
+    for batch in way.batches:
+        yield from rerun_some(way, batch.points, batch.reach)
+    for at in range(0, len(way.full), way.rows):
+        yield from full_passes(way, tuple(way.full[at : at + way.rows]))
+
+
+def rerun_some(way: Way, points: tuple[int, ...], reach: Reach) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """A batch of reruns; two halves of it where memory does not suffice."""
+    assert way.start is not None
+    try:
+        yield points, rerun(way.start, [way.variants[point] for point in points], reach)
+        return
+    except Reaching:
+        halves = [(points, Reach(reach.begin, 0))]
+    except RuntimeError as error:
+        if len(points) == 1 or not out_of_memory(error):
+            raise
+        halves = [(half, reach) for half in halved(points)]
+    for half, begins in halves:
+        yield from rerun_some(way, half, begins)
+
+
+def full_passes(way: Way, points: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """A batch of full passes; two halves of it where memory does not suffice."""
+    try:
+        yield points, way.vlm.run(way.prompt, variants=[way.variants[point] for point in points]).logits
+        return
+    except RuntimeError as error:
+        if len(points) == 1 or not out_of_memory(error):
+            raise
+    for half in halved(points):
+        yield from full_passes(way, half)
+
+
+def halved(points: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Two halves."""
+    return [points[: len(points) // 2], points[len(points) // 2 :]]
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that memory does not suffice."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
