@@ -2,6 +2,7 @@
 
 Rule this module guards: with `mechvlm.rerun` it is the only one that opens traces.
 
+>>> plan = vlm.plan([real])
 >>> forward(vlm, Visit(plan), vlm.batch([real], plan))
 Run(1 rows; nothing read)
 """

@@ -8,7 +8,7 @@ only where the logits come out the same.
 
 >>> way = way_of(vlm, real, [[mv.ablate_heads(layer, [0])] for layer in range(8)])
 >>> way.how
-'rerun from the edited layer; earlier positions reused; last layer for the last position'
+'rerun from the edited layer; last layer for the last position'
 """
 
 from collections.abc import Iterator, Sequence

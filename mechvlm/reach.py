@@ -5,7 +5,8 @@ that is where a rerun begins, and a rerun that sees it change another one is beg
 it does not say, it is tried on the activation it would be given, which is known. What acts before the language model,
 or in a way that is not known here, is left to a full pass.
 
->>> reach_of(start, [mv.patch("text.3.resid_pre", source, [20])])
+>>> from mechvlm.start import start_of
+>>> reach_of(start_of(vlm, real, []), [mv.steer("text.3.resid_pre", direction, 1.0, [20])])
 Reach(begin=3, first=20, last=False)
 """
 

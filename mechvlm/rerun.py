@@ -9,7 +9,10 @@ Rules this module guards:
 
 A layer whose inside is edited is run in a trace, others are called as they are.
 
->>> logits = rerun(start, [[mv.ablate_heads(3, [0])], [mv.ablate_heads(3, [1])]], Reach(begin=3, first=0))
+>>> from mechvlm.start import start_of
+>>> start = start_of(vlm, real, [("z", 3, "text")])
+>>> rerun(start, [[mv.ablate_heads(3, [0])], [mv.ablate_heads(3, [1])]], Reach(begin=3, first=0)).shape[0]
+2
 """
 
 from collections.abc import Sequence
