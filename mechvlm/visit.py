@@ -52,9 +52,12 @@ def parts(x: Tensor, site: tuple, rows: Sequence[int] | None, layout: Layout) ->
     return found
 
 
-def put(x: Tensor, site: tuple, group: Group, new: Tensor) -> Tensor:
-    """The tensor with one part replaced."""
+def put(x: Tensor, site: tuple, group: Group, new: Tensor, owned: bool = False) -> Tensor:
+    """The tensor with one part replaced; the same one where it is `owned`, a copy that may be written into."""
     indices, start, stop = group
+    if owned and indices is not None and not start and stop is None and site[0] != "pixels":
+        x[indices] = new.reshape(x[indices].shape)
+        return x
     if indices is None and not start and stop is None:
         # Kernels round by how a tensor lies in memory, so it goes on lying as it did.
         return new if new.stride() == x.stride() else torch.empty_like(x).copy_(new)
@@ -69,8 +72,8 @@ def put(x: Tensor, site: tuple, group: Group, new: Tensor) -> Tensor:
     return x.index_copy(0, torch.tensor(indices, device=x.device), rows)
 
 
-def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: bool) -> Tensor:
-    """The tensor after one edit; the very same object where the edit changed nothing."""
+def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: bool, owned: bool = False) -> Tensor:
+    """The tensor after one edit; the very same object where the edit changed nothing, or where it is `owned`."""
     _, rows, edit = entry
     for group, part in parts(x, site, rows, layout):
         given = part.clone()
@@ -78,7 +81,7 @@ def apply_edit(x: Tensor, site: tuple, entry: tuple, layout: Layout, gradient: b
         check_result(new, part, site, edit.on)
         unchanged = torch.equal(new, part) and (new is given or not gradient)
         if not unchanged:
-            x = put(x, site, group, new)
+            x = put(x, site, group, new, owned)
     return x
 
 
@@ -176,8 +179,11 @@ class Visit:
                 f"step {self.step} of this generation has {x.shape[1]} positions at {name_of(site)}, where one new "
                 "position is due; generate with a cache that grows by one, and one pass a step."
             )
+        owned = False
         for entry in plan.active(site, self.step):
-            x = apply_edit(x, site, entry, plan.layout, plan.gradient)
+            before, x = x, apply_edit(x, site, entry, plan.layout, plan.gradient, owned)
+            # What put one row in its place is a copy; what an edit of all rows returned may be its own.
+            owned = owned if x is before else not plan.gradient and entry[1] is not None and len(plan.layout.pads) > 1
             self.fired.add(entry[0])
         if plan.gradient:
             x = self.track(site, x)
