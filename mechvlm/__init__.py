@@ -9,8 +9,10 @@ Figure(...)
 
 Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
 ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
-mass, entropy, top_keys, lazy (an Attention, not made). Metrics: logit_difference, log_probability, probability.
-Experiments: attention_profile, attention_map, sinks, logit_lens, ablate_each_head, patch_spans, gradient_attribution,
+mass, entropy, top_keys, lazy (an Attention, not made). Metrics: logit_difference, log_probability, probability,
+rank, kl_divergence.
+Experiments: attention_profile, attention_map, sinks, logit_lens, tuned_lens, object_map,
+segmentation_scores, word_share, ablate_each_head, patch_spans, gradient_attribution,
 input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
 attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep.
 Figures: plot.
@@ -32,9 +34,11 @@ from mechvlm.edits import steer as steer
 from mechvlm.imagemap import ImageMap as ImageMap
 from mechvlm.lazy_attention import Attention as Attention
 from mechvlm.load import load as load
+from mechvlm.metrics import kl_divergence as kl_divergence
 from mechvlm.metrics import log_probability as log_probability
 from mechvlm.metrics import logit_difference as logit_difference
 from mechvlm.metrics import probability as probability
+from mechvlm.metrics import rank as rank
 from mechvlm.prompt import Prompt as Prompt
 from mechvlm.readings import entropy as entropy
 from mechvlm.readings import lazy as lazy
@@ -57,6 +61,9 @@ if TYPE_CHECKING:
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.lens import logit_lens as logit_lens
+    from mechvlm.experiments.lens_maps import object_map as object_map
+    from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
+    from mechvlm.experiments.lens_maps import word_share as word_share
     from mechvlm.experiments.patching import patch_spans as patch_spans
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
@@ -73,6 +80,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.sinks import sink_positions as sink_positions
     from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
+    from mechvlm.experiments.translators import tuned_lens as tuned_lens
 
 __version__ = "0.1.0"
 
@@ -86,6 +94,9 @@ _LATER = {
     "deletion_curve": "mechvlm.experiments.deletion",
     "dose_response": "mechvlm.experiments.dose",
     "logit_lens": "mechvlm.experiments.lens",
+    "object_map": "mechvlm.experiments.lens_maps",
+    "segmentation_scores": "mechvlm.experiments.lens_maps",
+    "word_share": "mechvlm.experiments.lens_maps",
     "patch_spans": "mechvlm.experiments.patching",
     "attention_map": "mechvlm.experiments.profile",
     "attention_profile": "mechvlm.experiments.profile",
@@ -104,6 +115,7 @@ _LATER = {
     "sink_positions": "mechvlm.experiments.sinks",
     "sinks": "mechvlm.experiments.sinks",
     "sweep": "mechvlm.experiments.sweep",
+    "tuned_lens": "mechvlm.experiments.translators",
 }
 
 

@@ -729,6 +729,31 @@ METRICS: list[Case] = [
         lambda: mv.probability("yes")(zeros(1, 64)),
     ),
     (
+        "kl_divergence compares with a run or with logits, batch by vocab, and got 'yes'.",
+        lambda: mv.kl_divergence("yes"),
+    ),
+    (
+        "the reference's logits hold values that are not a number (NaN); compare with another run.",
+        lambda: mv.kl_divergence(zeros(1, 3) * float("nan")),
+    ),
+    (
+        "kl_divergence takes logits, batch by vocab, for instance run.logits, and got (64,).",
+        lambda: mv.kl_divergence(zeros(1, 64))(zeros(64)),
+    ),
+    (
+        "the reference's logits are 3 by 64, and the run's 1 by 64; give one row, or one for each of the run's, of the "
+        "same model.",
+        lambda: ask(grad_of=mv.kl_divergence(zeros(3, 64))),
+    ),
+    (
+        "the metric does not depend on the logits it was given, so it has no gradient.",
+        lambda: ask(grad_of=mv.rank("yes")),
+    ),
+    (
+        "piece=0 holds no token; give how many of the vocabulary to decode at once.",
+        lambda: mv.logit_lens(vlm(), real(), piece=0),
+    ),
+    (
         "token id 64 is not in the vocabulary of 64.",
         lambda: vlm().metric(mv.log_probability(64))(zeros(1, 64)),
     ),

@@ -42,6 +42,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "batch",
             "generating",
             "weights",
+            "unembedding",
             "passes",
             *("start", "reach", "schedule", "rerun", "points"),
             "vlm",

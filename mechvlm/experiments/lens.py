@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,13 @@ from torch import Tensor
 from mechvlm.experiments.record import chosen_layers, one_prompt, record, word_list
 from mechvlm.experiments.sight import check_layers_run
 from mechvlm.experiments.sweep import numbers
+from mechvlm.experiments.translators import by_layer, said_of, translated
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, whole, whole_numbers
+from mechvlm.unembedding import Decoded
 from mechvlm.vlm import VLM
+
+KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
 
 def logit_lens(
@@ -25,70 +30,100 @@ def logit_lens(
     layers: Sequence[int] | None = None,
     top: int = 5,
     words: Sequence[str | int] = (),
+    kind: str = "resid_post",
+    translators: Any = None,
+    piece: int | None = None,
 ) -> xr.Dataset:
     """The words that each position's residual stream stands for, were it decoded after each layer.
 
     What a layer leaves (`resid_post`) goes through the model's own final norm and unembedding. After the last layer, at
-    the last position, this is the model's own prediction. Only the answers leave the forward pass.
+    the last position, this is the model's own prediction. Only the answers leave the forward pass, and the logits of
+    all positions over all the vocabulary are never held together where they would not fit `vlm.attention_budget`.
 
     Args:
         positions: which; None means all. Negative ones count from the end.
         layers: after which layers, counted from 0; None means all.
         top: how many of the likeliest tokens to keep.
-        words: words, or token ids, whose probability to keep as well.
+        words: words, or token ids, whose probability and rank to keep as well.
+        kind: what to decode: the stream as it enters a layer (`resid_pre`), between attention and MLP (`resid_mid`) or
+            leaves it (`resid_post`); or what attention or the MLP adds (`attn_out`, `mlp_out`). What is added is normed
+            by itself, so that its words say where it points, and not what it adds to the logits.
+        translators: functions from `pos d_model` to `pos d_model`, applied before the norm: one for all layers, or a
+            list or mapping by layer, such as `mv.tuned_lens` makes. They get the stream in the model's precision.
+        piece: how many tokens of the vocabulary are decoded at once; by default what the budget allows. It changes no
+            result.
 
     Returns:
-        `token`, text, and `probability`, both over axes layer, position, rank (from 1); with words also
-        `word_probability` over layer, position, word, a word's single-token spellings summed.
+        `token`, text, and `probability`, both over axes layer, position, rank (from 1); with words also over layer,
+        position, word: `word_probability`, a word's single-token spellings summed, and `word_rank`, the place of its
+        best placed spelling among all tokens, 1 the top; tokens of equal logits share the best place.
 
     Raises:
-        ValueError: for positions or layers that are not there, a word that is no single token, or no token to keep.
-        TypeError: for positions, layers or words that are no list.
+        ValueError: for positions or layers that are not there, a word that is no single token, no token to keep,
+            another kind, or translators that are missing, fail, or return another shape.
+        TypeError: for positions, layers or words that are no list, or translators that are no functions.
 
     Example:
         >>> lens = mv.logit_lens(vlm, real, positions=real.image, words=["red"])
         >>> mv.plot.tokens_over_image(lens, real, layer=6)
+        >>> mv.plot.words_by_layer(lens, "rank")
 
     Source:
         nostalgebraist (2020), "interpreting GPT: the logit lens"; for image tokens Neo et al. (2024), "Towards
-        Interpreting Visual Information Processing in Vision-Language Models", section 5.
+        Interpreting Visual Information Processing in Vision-Language Models", section 5; translators: Belrose et al.
+        (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 3.
     """
     where, after = _positions(one_prompt(prompt), positions), check_layers_run(vlm, prompt, chosen_layers(vlm, layers))
     words = word_list(words)
-    most = vlm.shape.vocabulary
-    if not 1 <= whole("top", top) <= most:
-        raise ValueError(f"top={top} tokens cannot be kept; give 1 to {most}, the size of the vocabulary.")
-    ids = [[word] if isinstance(word, int) else vlm.token_ids(word) for word in words]
-    beyond = [number for same in ids for number in same if not 0 <= number < vlm.shape.vocabulary]
-    if beyond:
-        raise ValueError(f"token id {beyond[0]} is not in the vocabulary of {vlm.shape.vocabulary}.")
+    ids = _checked(vlm, words, top, kind)
+    sites = [Site(kind, layer) for layer in after]
+    through = by_layer(translators, sites)
 
-    def decode(h: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:  # batch pos d_model
-        shares = vlm.unembed(h[0, where]).float().softmax(-1)
-        return *shares.topk(top), [shares[:, same].sum(-1) for same in ids]
+    def decoding(site: Site) -> Any:
+        def decode(h: Tensor) -> Decoded:  # batch pos d_model
+            streams = h[0, where]
+            streams = translated(through[site], streams, site) if site in through else streams
+            return Decoded.of(vlm, streams, top, ids, piece)
 
-    sites = [Site("resid_post", layer) for layer in after]
-    run = vlm.run(prompt, read=dict.fromkeys(sites, decode))
-    axes = ["layer", "position", "rank"]
-    shares, tokens, of_words = zip(*(run[site] for site in sites), strict=True)
-    lens = xr.Dataset(
-        {
-            "token": (axes, _texts(vlm, torch.stack(tokens))),
-            "probability": (axes, numbers(torch.stack(shares)), {"long_name": "probability"}),
-        },
+        return decode
+
+    run = vlm.run(prompt, read={site: decoding(site) for site in sites})
+    tokens, shares, of_words, ranks = (torch.stack(part) for part in zip(*(run[site] for site in sites), strict=True))
+    axes = ["layer", "position"]
+    found: dict[str, Any] = {
+        "token": ([*axes, "rank"], _texts(vlm, tokens)),
+        "probability": ([*axes, "rank"], numbers(shares.exp()), {"long_name": "probability"}),
+    }
+    if words:
+        found["word_probability"] = ([*axes, "word"], numbers(of_words.exp()), {"long_name": "probability"})
+        found["word_rank"] = ([*axes, "word"], ranks.cpu().numpy(), {"long_name": "rank, 1 the top"})
+    norm = "" if translators is None else "translator, then "
+    about = {"decoded": f"{norm}final norm, then unembedding, then softmax", "translators": said_of(translators)}
+    return xr.Dataset(
+        found,
         coords={
             "layer": after,
             "position": where,
             "rank": np.arange(1, top + 1),
             "input_token": ("position", np.array([prompt.tokens[position] for position in where], dtype=str)),
+            **({"word": [str(word) for word in words]} if words else {}),
         },
-        attrs=record(vlm, [prompt], site="resid_post", decoded="final norm, then unembedding, then softmax"),
+        attrs={**record(vlm, [prompt], site=kind), **about},
     )
-    if words:
-        stacked = np.stack([np.stack([numbers(one) for one in each], -1) for each in of_words])
-        lens["word_probability"] = (["layer", "position", "word"], stacked, {"long_name": "probability"})
-        lens = lens.assign_coords(word=[str(word) for word in words])
-    return lens
+
+
+def _checked(vlm: VLM, words: Sequence[str | int], top: int, kind: str) -> list[list[int]]:
+    """The token ids of words; what cannot be decoded is refused."""
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is nothing that can be decoded; choose from {', '.join(KINDS)}.")
+    most = vlm.shape.vocabulary
+    if not 1 <= whole("top", top) <= most:
+        raise ValueError(f"top={top} tokens cannot be kept; give 1 to {most}, the size of the vocabulary.")
+    ids = [[word] if isinstance(word, int) else vlm.token_ids(word) for word in words]
+    beyond = [number for same in ids for number in same if not 0 <= number < most]
+    if beyond:
+        raise ValueError(f"token id {beyond[0]} is not in the vocabulary of {most}.")
+    return ids
 
 
 def _positions(prompt: Prompt, positions: Sequence[int] | None) -> list[int]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mechvlm.edits import name_of
-from mechvlm.metrics import Metric, WordMetric
+from mechvlm.metrics import DivergenceMetric, Metric, WordMetric
 from mechvlm.prompt import Prompt
 from mechvlm.sites import told, whole_numbers
 from mechvlm.vlm import VLM
@@ -34,13 +34,12 @@ def record(
 
 def metric_name(metric: Metric) -> str:
     """How a metric is written: `logit_difference('yes', 'no')`, or the name of the function."""
-    return str(metric) if isinstance(metric, WordMetric) else name_of(metric)
+    return str(metric) if isinstance(metric, WordMetric | DivergenceMetric) else name_of(metric)
 
 
 def metric_unit(metric: Metric) -> str:
-    """The unit of a metric, for axes: logits, nats, probability, or the name of the function."""
-    units = {"logit_difference": "logits", "log_probability": "nats", "probability": "probability"}
-    return units[metric.name] if isinstance(metric, WordMetric) else name_of(metric)
+    """The unit of a metric, for axes: logits, nats, probability, rank, or the name of the function."""
+    return metric.unit if isinstance(metric, WordMetric | DivergenceMetric) else name_of(metric)
 
 
 def chosen_layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:

@@ -4,9 +4,10 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. On the picture that a prompt
-asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
-logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
+Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Words of the logit lens from
+layer to layer: `words_by_layer`. On the picture that a prompt asks about: `over_image` (a colour for each image token),
+`pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention
+sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -16,6 +17,7 @@ from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.curves import deletion as deletion
+from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
@@ -32,4 +34,5 @@ __all__ = [
     "sinks_over_image",
     "token_grid",
     "tokens_over_image",
+    "words_by_layer",
 ]
