@@ -4,6 +4,7 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -79,15 +80,11 @@ def logit_lens(
     sites = [Site(kind, layer) for layer in after]
     through = by_layer(translators, sites)
 
-    def decoding(site: Site) -> Any:
-        def decode(h: Tensor) -> Decoded:  # batch pos d_model
-            streams = h[0, where]
-            streams = translated(through[site], streams, site) if site in through else streams
-            return Decoded.of(vlm, streams, top, ids, piece)
+    def decode(h: Tensor, site: Site) -> Decoded:  # batch pos d_model
+        streams = translated(through[site], h[0, where], site) if site in through else h[0, where]
+        return Decoded.of(vlm, streams, top, ids, piece)
 
-        return decode
-
-    run = vlm.run(prompt, read={site: decoding(site) for site in sites})
+    run = vlm.run(prompt, read={site: partial(decode, site=site) for site in sites})
     tokens, shares, of_words, ranks = (torch.stack(part) for part in zip(*(run[site] for site in sites), strict=True))
     axes = ["layer", "position"]
     found: dict[str, Any] = {
@@ -102,9 +99,7 @@ def logit_lens(
     return xr.Dataset(
         found,
         coords={
-            "layer": after,
-            "position": where,
-            "rank": np.arange(1, top + 1),
+            **{"layer": after, "position": where, "rank": np.arange(1, top + 1)},
             "input_token": ("position", np.array([prompt.tokens[position] for position in where], dtype=str)),
             **({"word": [str(word) for word in words]} if words else {}),
         },

@@ -59,5 +59,7 @@ def words_by_layer(
     said = f"The median over {len(chosen)} positions; the band holds the middle half of them." if several else ""
     figure = lines(median, "layer", "word", band=(low, high) if several else None, title=title, caption=caption or said)
     if value == "rank":
-        figure.update_yaxes(type="log", autorange="reversed")
+        # Plotly's own ticks between powers of ten leave the power out.
+        ticks = [step * 10**power for power in range(7) for step in (1, 2, 5)]
+        figure.update_yaxes(type="log", autorange="reversed", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks])
     return figure
