@@ -2,7 +2,7 @@
 
 Rule this module guards: a translator is applied where it was trained. One that knows its site is refused anywhere else.
 
->>> shift = Translator(torch.zeros(64, 64), direction)
+>>> shift = Translator(torch.eye(len(direction)), direction)
 >>> mv.logit_lens(vlm, real, positions=[-1], translators=shift).attrs["translators"]
 'Translator'
 """
