@@ -488,3 +488,14 @@ def test_words_by_layer_draws_medians_and_quartiles_and_ranks_downwards() -> Non
     assert (figure.layout.yaxis.type, figure.layout.yaxis.autorange) == ("log", "reversed")
     single = mv.plot.words_by_layer(found, positions=[7])
     assert [trace.name for trace in single.data] == ["cat", "5"]
+
+
+def test_maps_scores_and_shares_survive_netcdf(tmp_path: Path) -> None:
+    real = asked()[1]
+    held = mv.object_map(words_lens(), real, "cat")
+    for name, found in {"map": held, "scores": scores(held), "share": share()}.items():
+        found.to_netcdf(tmp_path / f"{name}.nc", engine="h5netcdf")
+        opened = xr.load_dataset(tmp_path / f"{name}.nc", engine="h5netcdf")
+        same = opened if isinstance(found, xr.Dataset) else opened[str(found.name)]
+        xr.testing.assert_equal(same, found)
+        assert (same.attrs["model"], same.attrs["word"]) == ("tiny", "cat")
