@@ -101,7 +101,7 @@ def tested(start: Start) -> Start:
     """A start, once layers called by themselves have given the logits that the whole model gave."""
     if start.hindrance:
         return start
-    own = rerun(start, [[]], Reach(0, start.cut(len(start.prompt) // 2)))
+    own = rerun(start, [[]], [Reach(0, start.cut(len(start.prompt) // 2))])
     gap, scale = float((own - start.logits).abs().max()), float(start.logits.abs().max())
     if gap <= (0.1 if start.logits.dtype.itemsize == 2 else 2e-5) * scale:
         return start
@@ -113,7 +113,7 @@ def told_how(start: Start, made: Sequence[Batch], full: Sequence[int]) -> str:
     if not made:
         why = start.hindrance or "the edits act where the picture is still being read"
         return f"a full pass for each point, since {why}"
-    reused = any(one.reach.first and not one.reach.last for one in made)
+    reused = any(reach.first and not reach.last for one in made for reach in one.reaches)
     bidirectional = len(start.cuts) < len(start.prompt)
     parts = ["rerun from the edited layer"]
     if reused:
@@ -131,24 +131,30 @@ def told_how(start: Start, made: Sequence[Batch], full: Sequence[int]) -> str:
 def answers(way: Way) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """The points that ran together, by their number, and their logits, `batch vocab`."""
     for batch in way.batches:
-        yield from rerun_some(way, batch.points, batch.reach)
+        yield from rerun_some(way, batch)
     for at in range(0, len(way.full), way.rows):
         yield from full_passes(way, tuple(way.full[at : at + way.rows]))
 
 
-def rerun_some(way: Way, points: tuple[int, ...], reach: Reach) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """A batch of reruns; two halves of it where memory does not suffice."""
+def rerun_some(way: Way, batch: Batch, first: int | None = None) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """A batch of reruns; two halves of it where memory does not suffice.
+
+    Args:
+        first: the position to begin with; by default the first that a point begins with.
+    """
     assert way.start is not None
+    halves, begins = [batch], 0
     try:
-        yield points, rerun(way.start, [way.variants[point] for point in points], reach)
+        yield batch.points, rerun(way.start, [way.variants[point] for point in batch.points], batch.reaches, first)
         return
     except Reaching:
-        halves = [(points, Reach(reach.begin, 0))]
+        pass
     except RuntimeError as error:
-        if len(points) == 1 or not out_of_memory(error):
+        if len(batch.points) == 1 or not out_of_memory(error):
             raise
-        halves = [(half, reach) for half in halved(points)]
-    for half, begins in halves:
+        pairs = zip(halved(batch.points), halved(batch.reaches), strict=True)
+        halves, begins = [Batch(*pair) for pair in pairs], first
+    for half in halves:
         yield from rerun_some(way, half, begins)
 
 
@@ -164,7 +170,7 @@ def full_passes(way: Way, points: tuple[int, ...]) -> Iterator[tuple[tuple[int, 
         yield from full_passes(way, half)
 
 
-def halved(points: tuple[int, ...]) -> list[tuple[int, ...]]:
+def halved(points: tuple) -> list[tuple]:
     """Two halves."""
     return [points[: len(points) // 2], points[len(points) // 2 :]]
 

@@ -1,23 +1,27 @@
-"""Some rows of edits, run from where they begin: at a layer, and at a position.
+"""Some rows of edits, run from where they begin: each from its layer, all from one position.
+
+Rows join at the layer that their edits begin with; until then they would be the run before. From there on each layer is
+called for the positions from the first edited one on, with the keys and values of those before as its cache.
 
 Rules this module guards:
 
-* Exact: what a row would have been given is what it is given. Positions before the first one that is edited have the
-  keys, values and activations they had in the run before, and an edit that changes one of them after all is found out.
+* Exact: what a row would have been given is what it is given. Edits see all positions, those before as they were, and
+  an edit that changes one of them after all is found out.
 * The last layer is computed for the last position only, whose logits are asked for; of the others it makes the keys and
-  values. An edit within it that needs more makes the whole layer.
+  values. An edit within it, or of what leaves it, makes the whole layer.
 
-A layer whose inside is edited is run in a trace, others are called as they are.
+A layer whose inside is edited is run in a trace, for the rows that edit it; for others it is called as it is.
 
 >>> from mechvlm.start import start_of
->>> start = start_of(vlm, real, [("z", 3, "text")])
->>> rerun(start, [[mv.ablate_heads(3, [0])], [mv.ablate_heads(3, [1])]], Reach(begin=3, first=0)).shape[0]
+>>> start = start_of(vlm, real, [("z", 3, "text"), ("z", 5, "text")])
+>>> rows = [mv.ablate_heads(3, [0])], [mv.ablate_heads(5, [1])]
+>>> rerun(start, rows, [Reach(begin=3, first=0), Reach(begin=5, first=0)]).shape[0]
 2
 """
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,160 +31,255 @@ from torch import Tensor
 from mechvlm import batch as batches
 from mechvlm.attention import capped
 from mechvlm.edits import Edit
-from mechvlm.plan import Plan
+from mechvlm.handed import CACHE, Enough, Prefix, arguments, packs
+from mechvlm.plan import Plan, key_of
 from mechvlm.reach import Reach
 from mechvlm.seam import attending
-from mechvlm.start import ALONG, CACHE, FEATURES, REPEATED, Start, own_edits
-from mechvlm.visit import RESIDUAL_KINDS, Visit
+from mechvlm.start import FEATURES, Start
+from mechvlm.visit import RESIDUAL_KINDS, Visit, apply_edit
 from mechvlm.walk import at, walk_layer
+
+STREAM = ("resid_pre", "resid_post", "deepstack", "image_features")
+"""What is edited between layers; anything else is inside one."""
 
 
 class Reaching(Exception):  # noqa: N818 - found out and answered within the engine
     """An edit changed a position before the one that it was taken to begin with."""
 
 
-class Resumed(Visit):
-    """A visit of the last positions of a prompt, in which edits see all of them.
+@dataclass(frozen=True)
+class Rows:
+    """Rows of edits on their way.
 
     Attributes:
         start: the run before.
-        reach: where this one begins.
+        edits: of each row, in the order of the layers that the rows begin with.
+        first: the first position that is run.
+        loose: whether a row's last position sees nothing of what its edits do to those before.
+        masks: those made for calls, since layers share them.
     """
 
-    def __init__(self, plan: Plan, start: Start, reach: Reach) -> None:
+    start: Start
+    edits: tuple[tuple[Edit, ...], ...]
+    first: int
+    loose: tuple[bool, ...]
+    masks: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def at(self, site: tuple, row: int) -> list[Edit]:
+        """The edits that a row has at a site, the model's own first."""
+        return [edit for edit in (*self.start.vlm.edits, *self.edits[row]) if key_of(edit.site) == site]
+
+    def some(self, which: Sequence[int]) -> "Rows":
+        """Some of the rows."""
+        edits, loose = (tuple(held[row] for row in which) for held in (self.edits, self.loose))
+        return replace(self, edits=edits, loose=loose)
+
+    def inside(self, layer: int, row: int) -> list[Edit]:
+        """The edits that a row has inside a layer."""
+        return [edit for edit in self.edits[row] if inside(edit, layer)]
+
+
+def inside(edit: Edit, layer: int) -> bool:
+    """Whether an edit acts inside a layer of the language model."""
+    site = edit.site
+    return site.tower == "text" and site.layer == layer and site.kind not in STREAM
+
+
+class Resumed(Visit):
+    """A visit of the last positions of a prompt, in which edits see all of them."""
+
+    def __init__(self, plan: Plan, rows: Rows, loose: Sequence[bool]) -> None:
         super().__init__(plan)
-        self.start, self.reach = start, reach
+        self.rows, self.loose = rows, loose
 
     def offer(self, site: tuple, x: Tensor) -> Tensor:
         """Show edits the whole text, the positions before as they were, and go on with what is run."""
-        first = self.reach.first
-        if not first or site[0] not in RESIDUAL_KINDS or site[2] != "text" or not self.plan.active(site, 0):
+        entries = self.plan.active(site, 0)
+        if not self.rows.first or site[0] not in RESIDUAL_KINDS or not entries:
             return super().offer(site, x)
-        before = self.start.sites[site][:, :first]
-        whole = torch.cat([before.expand(x.shape[0], *before.shape[1:]), x], 1)
-        new = super().offer(site, whole)
-        if new is whole:
-            return x
-        if not self.reach.last and not torch.equal(
-            new[:, :first], self.start.after(site)[:, :first].expand_as(whole[:, :first])
-        ):
-            raise Reaching
-        return new[:, first:]
+        self.fired.update(number for number, _, _ in entries)
+        changed = x
+        for row in range(len(x)):
+            edits = [edit for _, rows, edit in entries if rows is None or row in rows]
+            new = edited(self.rows, site, x[row : row + 1], edits, self.loose[row]) if edits else x
+            if edits and new.data_ptr() != x[row].data_ptr():
+                changed = x.clone() if changed is x else changed
+                changed[row] = new[0]
+        return changed
 
 
-@dataclass
-class Prefix:
-    """What a layer takes for its cache: the keys and values of the positions before.
-
-    Attributes:
-        held: keys and values, `batch kv_head pos d_head`.
-        whole: whether they are those of all positions already.
-        taking: whether the layer is to end where its keys and values are made.
-    """
-
-    held: tuple[Tensor, ...]
-    whole: bool = False
-    taking: bool = False
-
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, ...]:
-        """All keys and values, as a layer asks its cache for them."""
-        if not self.whole:
-            pairs = zip(self.held, (keys, values), strict=True)
-            self.held = tuple(torch.cat([x.expand(len(y), *x.shape[1:]), y], 2) for x, y in pairs)
-        if self.taking:
-            raise Enough
-        return self.held
-
-
-class Enough(Exception):  # noqa: N818 - ends a layer where its keys and values are made
-    """A layer's keys and values are there, and the rest of it is not wanted."""
-
-
-def rerun(start: Start, rows: Sequence[Sequence[Edit]], reach: Reach) -> Float[Tensor, "batch vocab"]:
-    """The last position's logits of rows of edits, run from where they begin.
-
-    Raises:
-        Reaching: where an edit changed a position before `reach.first`.
-        ValueError, TypeError: as `vlm.run` does.
-    """
-    features = any(edit.site.kind == "image_features" for row in rows for edit in row)
-    vlm = start.vlm.without_edits()
-    plan = vlm.plan([start.prompt], (), own_edits(start, reach.begin, features), variants=rows)
-    visit = Resumed(plan, start, reach)
-    with torch.no_grad():
-        h = entered(visit, features)
-        for layer in range(reach.begin, start.layers):
-            h = behind(visit, layer, through(visit, layer, h))
-        norm, head = at(vlm.hf, vlm.arch.norm), at(vlm.hf, vlm.arch.unembed)
-        logits = capped(head(norm(h[:, -1])), vlm.shape.logit_cap)
-    batches.check_fired(visit)
-    batches.check_finite(logits)
-    return logits
-
-
-def entered(visit: Resumed, features: bool) -> Tensor:
-    """The residual stream that the first layer is given, but for edits of it.
+def edited(rows: Rows, site: tuple, x: Tensor, edits: Sequence[Edit], loose: bool) -> Tensor:
+    """A row's activation after its edits; the very same object where they changed nothing.
 
     Args:
-        features: whether the picture's features are edited.
+        x: of the positions that are run.
     """
-    start, (begin, first) = visit.start, (visit.reach.begin, visit.reach.first)
-    rows = len(visit.plan.layout.pads)
-    site = ("resid_post", begin - 1, "text") if begin else ("resid_pre", 0, "text")
-    h = start.sites[site][:, first:]
-    h = h.expand(rows, *h.shape[1:])
-    if begin:
-        return behind(visit, begin - 1, visit.touch(site, h) if visit.plan.active(site, 0) else h)
-    return placed(visit, FEATURES, h, add=False) if features else h
+    first, layout = rows.first, rows.start.plan.layout
+    whole = torch.cat([rows.start.sites[site][:, :first], x], 1) if first else x
+    new = whole
+    for edit in edits:
+        new = apply_edit(new, site, (0, None, edit), layout, False)
+    if new is whole:
+        return x
+    if first and not loose and not torch.equal(new[:, :first], rows.start.after(site)[:, :first]):
+        raise Reaching
+    return new[:, first:]
 
 
-def behind(visit: Resumed, layer: int, h: Tensor) -> Tensor:
-    """The residual stream with what is added to image tokens behind a layer."""
-    site = ("deepstack", layer, "text")
-    return placed(visit, site, h, add=True) if site in visit.start.sites else h
+def rerun(
+    start: Start, variants: Sequence[Sequence[Edit]], reaches: Sequence[Reach], first: int | None = None
+) -> Float[Tensor, "batch vocab"]:
+    """The last position's logits of rows of edits, run from where they begin.
+
+    Args:
+        first: the position to begin with; by default the first that a row begins with.
+
+    Raises:
+        Reaching: where an edit changed a position before that.
+        ValueError, TypeError: as `vlm.run` does.
+    """
+    order = sorted(range(len(variants)), key=lambda row: reaches[row].begin)
+    begin = min(reach.first for reach in reaches) if first is None else first
+    loose = tuple(reaches[row].last and bool(begin) for row in order)
+    rows = Rows(start, tuple(tuple(variants[row]) for row in order), begin, loose)
+    vlm = start.vlm
+    with torch.no_grad():
+        h = start.sites[("resid_pre", 0, "text")][:0, begin:]
+        for layer in range(reaches[order[0]].begin, start.layers):
+            h = entering(rows, layer, joined(rows, layer, h, sum(reach.begin <= layer for reach in reaches)))
+            h = through(rows, layer, h) if layer < start.layers - 1 else last_positions(rows, layer, h)
+        h = joined(rows, start.layers, h if len(h) else h[:, -1:], len(order))
+        norm, head = at(vlm.hf, vlm.arch.norm), at(vlm.hf, vlm.arch.unembed)
+        said = capped(head(norm(h[:, -1])), vlm.shape.logit_cap)
+    batches.check_finite(said)
+    return said[torch.tensor(order).argsort().to(said.device)]
 
 
-def placed(visit: Resumed, site: tuple, h: Tensor, add: bool) -> Tensor:
-    """The picture's features, edited, put or added where image tokens stand."""
-    start, first, rows = visit.start, visit.reach.first, h.shape[0]
-    x = start.sites[site].reshape(-1, h.shape[-1])
-    if visit.plan.active(site, 0):
-        x = visit.touch(site, x if visit.plan.layout.shared > 1 else x.repeat(rows, 1))
-        own = start.after(site).reshape(-1, h.shape[-1])
-        before = [token for token, position in enumerate(start.prompt.image) if position < first]
-        if not torch.equal(x.reshape(rows, -1, h.shape[-1])[:, before], own[before].expand(rows, -1, -1)):
-            raise Reaching
-    x = x.reshape(-1, len(start.prompt.image), h.shape[-1]).to(h)
-    here = [(token, position - first) for token, position in enumerate(start.prompt.image) if position >= first]
-    if not here:
+def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
+    """The residual stream that enters a layer, with the rows that begin there; what left the one before is edited.
+
+    Args:
+        count: rows that have begun by this layer.
+    """
+    start = rows.start
+    own = start.sites[("resid_post", layer - 1, "text") if layer else ("resid_pre", 0, "text")][:, rows.first :]
+    done, new = len(h), own.expand(count - len(h), *own.shape[1:])
+    if layer == start.layers:
+        # Of rows that came by the last layer only the last position is left, edited already.
+        late = [leaving(rows, layer - 1, row, new[row - done : row - done + 1])[:, -1:] for row in range(done, count)]
+        return torch.cat([h, *late])
+    h = torch.cat([h, new]) if len(new) else h
+    for row in range(count) if layer else ():
+        put_row(h, row, leaving(rows, layer - 1, row, h[row : row + 1]))
+    return (
+        placed(rows, ("deepstack", layer - 1, "text"), h, add=True) if layer else placed(rows, FEATURES, h, add=False)
+    )
+
+
+def leaving(rows: Rows, layer: int, row: int, x: Tensor) -> Tensor:
+    """What leaves a layer in a row, after the row's edits of it."""
+    site = ("resid_post", layer, "text")
+    edits = rows.at(site, row)
+    return edited(rows, site, x, edits, rows.loose[row]) if edits else x
+
+
+def put_row(h: Tensor, row: int, new: Tensor) -> None:
+    """Write a row that changed into a batch that is no one else's."""
+    if new.data_ptr() != h[row].data_ptr():
+        h[row] = new[0]
+
+
+def entering(rows: Rows, layer: int, h: Tensor) -> Tensor:
+    """What enters a layer, after edits of it."""
+    site = ("resid_pre", layer, "text")
+    for row in range(len(h)):
+        edits = rows.at(site, row)
+        if edits:
+            put_row(h, row, edited(rows, site, h[row : row + 1], edits, rows.loose[row]))
+    return h
+
+
+def placed(rows: Rows, site: tuple, h: Tensor, add: bool) -> Tensor:
+    """The picture's features, edited, put or added where image tokens stand.
+
+    Args:
+        add: whether every row has them added; else those that edit them have them put.
+    """
+    start, first = rows.start, rows.first
+    if site not in start.sites:
         return h
-    tokens, places = (torch.tensor(one, device=h.device) for one in zip(*here, strict=True))
-    new = x[:, tokens].expand(rows, -1, -1)
-    return h.index_copy(1, places, h[:, places] + new if add else new)
+    here = [(token, position - first) for token, position in enumerate(start.prompt.image) if position >= first]
+    tokens, places = (torch.tensor([pair[at] for pair in here], dtype=torch.long, device=h.device) for at in (0, 1))
+    own = start.after(site).reshape(-1, h.shape[-1]).to(h)
+    for row in range(len(h)):
+        mine = [edit for edit in rows.edits[row] if key_of(edit.site) == site]
+        x = start.sites[site] if mine else start.after(site)
+        for edit in rows.at(site, row) if mine else ():
+            x = apply_edit(x, site, (0, None, edit), start.plan.layout, False)
+        x = x.reshape(-1, h.shape[-1]).to(h)
+        before = len(start.prompt.image) - len(here)
+        if not torch.equal(x[:before], own[:before]):
+            raise Reaching
+        if add or mine:
+            h[row, places] = h[row, places] + x[tokens] if add else x[tokens]
+    return h
 
 
-def through(visit: Resumed, layer: int, h: Tensor) -> Tensor:
-    """What leaves a layer; of the last one, the last position alone where no edit needs more."""
-    kinds = visit.plan.wanted().get(("text", layer), set()) - {"deepstack"}
-    if kinds - {"resid_pre", "resid_post"}:
-        return traced(visit, layer, h, kinds)
-    pre, post = (("resid_pre", layer, "text"), ("resid_post", layer, "text"))
-    h = visit.touch(pre, h) if "resid_pre" in kinds else h
-    if layer == visit.start.layers - 1 and "resid_post" not in kinds:
-        return last_query(visit, layer, h)
-    h = module_of(visit, layer)(h, **arguments(visit, layer, h))
-    return visit.touch(post, h) if "resid_post" in kinds else h
+def through(rows: Rows, layer: int, h: Tensor) -> Tensor:
+    """What leaves a layer, before edits of it."""
+    own = any(inside(edit, layer) for edit in rows.start.vlm.edits)
+    within = [row for row in range(len(h)) if own or rows.inside(layer, row)]
+    if not within:
+        return called(rows, layer, h)
+    if len(within) == len(h):
+        return traced(rows, layer, h, within)
+    out = torch.empty_like(h)
+    others = [row for row in range(len(h)) if row not in within]
+    out[within] = traced(rows, layer, h[within], within)
+    out[others] = called(rows, layer, h[others])
+    return out
 
 
-def module_of(visit: Resumed, layer: int) -> Any:
+def last_positions(rows: Rows, layer: int, h: Tensor) -> Tensor:
+    """What leaves the last layer at the last position, after edits of it, `batch 1 d_model`."""
+    own, site = any(inside(edit, layer) for edit in rows.start.vlm.edits), ("resid_post", layer, "text")
+    whole = [row for row in range(len(h)) if own or rows.inside(layer, row) or rows.at(site, row)]
+    others = [row for row in range(len(h)) if row not in whole]
+    out = h[:, -1:].clone()
+    if others:
+        out[others] = last_query(rows, layer, h[others] if whole else h)
+    if whole:
+        left = through(rows.some(whole), layer, h[whole])
+        for row, x in zip(whole, left, strict=True):
+            out[row] = leaving(rows, layer, row, x[None])[0, -1:]
+    return out
+
+
+def module_of(start: Start, layer: int) -> Any:
     """A layer of the language model itself."""
-    path, number = visit.start.vlm.arch.text.layers[layer]
-    return at(visit.start.vlm.hf, path)[number]
+    path, number = start.vlm.arch.text.layers[layer]
+    return at(start.vlm.hf, path)[number]
 
 
-def traced(visit: Resumed, layer: int, h: Tensor, kinds: set[str]) -> Tensor:
-    """What leaves a layer whose inside is edited."""
-    vlm, module, named = visit.start.vlm, module_of(visit, layer), arguments(visit, layer, h)
+def called(rows: Rows, layer: int, h: Tensor) -> Tensor:
+    """What leaves a layer that no edit is inside of."""
+    packed = packs(rows.start, layer, h, rows.first)
+    named = arguments(rows.start, layer, (*h.shape[:2], h.shape[1]), rows.masks, packed)
+    given = h.reshape(1, -1, h.shape[-1]) if packed else h
+    return module_of(rows.start, layer)(given, **named).reshape(h.shape)
+
+
+def traced(rows: Rows, layer: int, h: Tensor, within: Sequence[int]) -> Tensor:
+    """What leaves a layer whose inside is edited.
+
+    Args:
+        within: which rows these are.
+    """
+    start, vlm = rows.start, rows.start.vlm.without_edits()
+    own = [edit for edit in start.vlm.edits if inside(edit, layer) and edit.when != "decode"]
+    plan = vlm.plan([start.prompt], (), own, variants=[rows.inside(layer, row) for row in within])
+    visit = Resumed(plan, rows, [rows.loose[row] for row in within])
+    module, named = module_of(start, layer), arguments(start, layer, (*h.shape[:2], h.shape[1]), rows.masks)
     path, number = vlm.arch.text.layers[layer]
     shown: dict[str, Tensor] = {}
 
@@ -189,50 +288,24 @@ def traced(visit: Resumed, layer: int, h: Tensor, kinds: set[str]) -> Tensor:
 
     with vlm.model.trace(h, fn=call):
         envoy = at(vlm.model, path)[number]
+        kinds = plan.wanted()[("text", layer)]
         walk_layer(envoy, vlm.arch.text, ("text", layer), kinds, visit.touch, attending(visit))
         shown["h"] = envoy.output
+    batches.check_fired(visit)
     return shown["h"]
 
 
-def last_query(visit: Resumed, layer: int, h: Tensor) -> Tensor:
-    """What leaves a layer at the last position, from the keys and values of all."""
-    module, attends = module_of(visit, layer), visit.start.vlm.arch.text.blocks[layer].attention
-    if not attends or h.shape[1] == 1:
-        return module(h[:, -1:], **arguments(visit, layer, h[:, -1:]))
-    cache = Prefix(held(visit, layer), taking=True)
+def last_query(rows: Rows, layer: int, h: Tensor) -> Tensor:
+    """What leaves a layer at the last position, from the keys and values of all, `batch 1 d_model`."""
+    start, module, (count, run, width) = rows.start, module_of(rows.start, layer), h.shape
+    last = h[:, -1:]
+    if not start.vlm.arch.text.blocks[layer].attention or run == 1:
+        return called(rows, layer, last)
+    packed = packs(start, layer, h, rows.first)
+    named = arguments(start, layer, (count, run, run), rows.masks, packed)
+    taking = Prefix(named[CACHE].held, taking=True)
     with suppress(Enough):
-        module(h, **{**arguments(visit, layer, h), CACHE: cache})
-    every = Prefix(cache.held, whole=True)
-    return module(h[:, -1:], **{**arguments(visit, layer, h[:, -1:]), CACHE: every})
-
-
-def held(visit: Resumed, layer: int) -> tuple[Tensor, ...]:
-    """A layer's keys and values of the positions before, as `1 kv_head pos d_head`."""
-    first = visit.reach.first
-    sites = [(kind, layer, "text") for kind in ("k", "v")]
-    return tuple(visit.start.sites[site].transpose(1, 2)[:, :, :first] for site in sites)
-
-
-def arguments(visit: Resumed, layer: int, h: Tensor) -> dict[str, Any]:
-    """What a layer is handed beside some last positions of the residual stream."""
-    start, (rows, count) = visit.start, h.shape[:2]
-    named, block = dict(start.given[layer]), start.vlm.arch.text.blocks[layer]
-    length = len(start.prompt)
-    for name, axis in ALONG.items():
-        value = named.get(name)
-        if isinstance(value, tuple):
-            named[name] = tuple(x.narrow(axis, length - count, count) for x in value)
-        elif value is not None:
-            named[name] = value.narrow(axis, length - count, count)
-    for name in REPEATED:
-        if isinstance(named.get(name), Tensor):
-            named[name] = named[name].repeat(rows, *[1] * (named[name].ndim - 1))
-    if block.attention and visit.reach.first:
-        named[CACHE] = Prefix(held(visit, layer))
-    causal = named.get("attention_mask") is None and start.vlm.attention == "sdpa"
-    if block.attention and causal and 1 < count < length:
-        # The kernel's own causal mask takes the first query for the first position.
-        named["attention_mask"] = torch.ones(count, length, dtype=torch.bool, device=h.device).tril(length - count)[
-            None, None
-        ]
-    return named
+        module(h.reshape(1, -1, width) if packed else h, **{**named, CACHE: taking})
+    named = arguments(start, layer, (count, run, 1), rows.masks, packed)
+    given = last.reshape(1, -1, width) if packed else last
+    return module(given, **{**named, CACHE: Prefix(taking.held, whole=True)}).reshape(last.shape)

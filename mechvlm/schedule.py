@@ -1,11 +1,11 @@
-"""Which points of a sweep run together: rows of one batch begin at one layer and one position.
+"""Which points of a sweep run together: rows of one batch, which begin at one position and join at their layers.
 
-Every row of a batch is run from the earliest layer and position among them, so rows that begin near each other belong
-together; and each batch has a cost of its own, so that many rows are better than few. Both are weighed here in the
+Every row of a batch is run from the earliest position among them, so rows that begin near each other belong together;
+and each call of a layer has a cost of its own, so that many rows are better than few. Both are weighed here in the
 arithmetic of one position. What is chosen changes how long a sweep takes, and nothing that it finds.
 
->>> [len(batch.points) for batch in batches([Reach(0, 5), Reach(0, 6), Reach(7, 9)], 10, 8, Cost(24, 4, 64))]
-[2, 1]
+>>> [len(batch.points) for batch in batches([Reach(0, 5), Reach(2, 6), Reach(0, 90)], 100, 8, Cost(24, 640))]
+[1, 2]
 """
 
 import os
@@ -20,6 +20,8 @@ from mechvlm.reach import Reach
 SHARE_OF_MEMORY = 0.4
 """Of the memory that is free, how much a batch may take."""
 MOST_ROWS = 256
+WITHIN_CACHE = 2048
+"""Positions of all rows beyond which a CPU's caches do not hold what passes between two operations."""
 UNKNOWN = 2**31
 """Bytes taken for free where a system does not say."""
 
@@ -30,22 +32,21 @@ class Cost:
 
     Attributes:
         batch: of a layer, for being called.
-        row: of a row, for its keys and values.
         most: positions of all rows together.
+        rows: rows at most.
     """
 
     batch: float
-    row: float
     most: int
     rows: int = MOST_ROWS
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Points that run together, by their number, and where they begin."""
+    """Points that run together, by their number, and where each begins."""
 
     points: tuple[int, ...]
-    reach: Reach
+    reaches: tuple[Reach, ...]
 
 
 def cost_of(vlm: Any, length: int, rows: int | None = None) -> Cost:
@@ -60,8 +61,9 @@ def cost_of(vlm: Any, length: int, rows: int | None = None) -> Cost:
     position = 24 * width**2
     size = vlm.dtype.itemsize
     each = size * (16 * width + 2 * vlm.shape.vocabulary // max(length, 1)) + size * 4 * heads
-    most = max(1, int(free_memory(vlm.device) * SHARE_OF_MEMORY / each))
-    return Cost(call * speed / position + reading, length * heads / (6 * width), most, rows or MOST_ROWS)
+    held = int(free_memory(vlm.device) * SHARE_OF_MEMORY / each)
+    fit = max(1, min(rows or MOST_ROWS, held // length))
+    return Cost(call * speed / position + reading, max(length, WITHIN_CACHE if vlm.device.type == "cpu" else held), fit)
 
 
 def free_memory(device: torch.device) -> int:
@@ -76,30 +78,21 @@ def free_memory(device: torch.device) -> int:
 
 
 def batches(reaches: Sequence[Reach], length: int, layers: int, cost: Cost) -> list[Batch]:
-    """Points put together where that is cheaper than apart, in the order of where they begin."""
-    order = sorted(
-        range(len(reaches)), key=lambda point: (reaches[point].last, reaches[point].begin, -reaches[point].first)
-    )
-    found: list[Batch] = []
-    held: list[int] = []
-    reach = Reach(0, 0)
+    """Points put together where that is cheaper than apart, the last positions first."""
+    order = sorted(range(len(reaches)), key=lambda point: (-reaches[point].first, reaches[point].begin))
+    found: list[list[int]] = []
+    first = begin = work = 0
     for point in order:
         one = reaches[point]
-        joint = Reach(min(reach.begin, one.begin), min(reach.first, one.first), one.last)
-        if held and reach.last == one.last and fits(reach, one, joint, len(held), length, layers, cost):
-            held.append(point)
-            reach = joint
-            continue
-        found += [Batch(tuple(held), reach)] if held else []
-        held, reach = [point], one
-    return [*found, Batch(tuple(held), reach)] if held else found
-
-
-def fits(reach: Reach, one: Reach, joint: Reach, rows: int, length: int, layers: int, cost: Cost) -> bool:
-    """Whether one more point is run more cheaply in a batch of so many rows than in a batch of its own."""
-    wide = (rows + 1) * (length - joint.first + cost.row)
-    if rows >= cost.rows or (rows + 1) * length > cost.most:
-        return False
-    now = (layers - reach.begin + 1) * rows * (length - reach.first + cost.row)
-    apart = (layers - one.begin + 1) * (cost.batch + length - one.first + cost.row)
-    return (layers - joint.begin + 1) * wide - now <= apart
+        own = layers - one.begin + 1
+        # What one more costs beside its own work: others are run from its position on, and layers are called for it.
+        more = work * (first - one.first) + cost.batch * max(0, begin - one.begin)
+        rows = len(found[-1]) + 1 if found else 0
+        if found and rows <= cost.rows and rows * (length - one.first) <= cost.most and more <= cost.batch * own:
+            found[-1].append(point)
+            begin, work = min(begin, one.begin), work + own
+        else:
+            found.append([point])
+            begin, work = one.begin, own
+        first = one.first
+    return [Batch(tuple(points), tuple(reaches[point] for point in points)) for points in found]

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.edits import Edit
 from mechvlm.passes import forward
 from mechvlm.plan import Plan
 from mechvlm.prompt import Prompt
@@ -36,7 +35,7 @@ ALONG = {
 """What layers are handed that has an entry for each position, and along which axis."""
 REPEATED = ("cross_attention_states",)
 """What they are handed that every row of a batch needs its own of."""
-CACHE = "past_key_values"
+CACHE, MASK = "past_key_values", "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -178,22 +177,3 @@ def cuts_of(given: Sequence[Mapping[str, Any]], length: int) -> tuple[int, ...]:
         furthest = torch.where(visible, torch.arange(length), -1).amax(1).cummax(0).values
         allowed[1:] &= furthest[:-1] < torch.arange(1, length)
     return tuple(allowed.nonzero()[:, 0].tolist())
-
-
-def own_edits(start: Start, begin: int, features: bool) -> list[Edit]:
-    """The model's own edits that a rerun from a layer on has to make again.
-
-    Args:
-        features: whether the picture's features are offered again.
-    """
-    found = []
-    for edit in start.vlm.edits:
-        site = edit.site
-        behind = site.kind in ("resid_post", "deepstack")
-        if site.layer is None or site.tower != "text":
-            again = features and site.kind == "image_features"
-        else:
-            again = site.layer >= begin - behind
-        if again and edit.when != "decode":
-            found.append(edit)
-    return found

@@ -798,7 +798,14 @@ LATER: list[Case] = [
     ),
     (
         "out=5 is not a folder; give its path, or None to keep nothing on disk.",
-        lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, out=5, layer=range(2)),
+        lambda: mv.sweep(
+            vlm(),
+            real(),
+            lambda layer: [mv.ablate_heads(layer, [0])],
+            YES,
+            out=5,  # type: ignore[arg-type]
+            layer=range(2),
+        ),
     ),
     (
         f"out={__file__!r} is a file; give a folder, in which each finished batch is a file.",

@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "weights",
             "unembedding",
             "passes",
-            *("start", "reach", "schedule", "rerun", "points"),
+            *("start", "reach", "schedule", "handed", "rerun", "points"),
             "vlm",
             "load",
         ),

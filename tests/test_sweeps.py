@@ -209,11 +209,11 @@ def test_batches_are_halved_when_memory_does_not_suffice(monkeypatch: pytest.Mon
     vlm, real, _ = model()
     honest, sizes = engine.rerun, list[int]()
 
-    def short(start: Any, rows: Sequence, reach: Reach) -> Tensor:
+    def short(start: Any, rows: Sequence, *more: Any) -> Tensor:
         sizes.append(len(rows))
         if len(rows) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(start, rows, reach)
+        return honest(start, rows, *more)
 
     point = lambda layer, head: [mv.ablate_heads(layer, [head])]  # noqa: E731
     want = mv.sweep(vlm, real, point, METRIC, layer=range(3), head=range(4))
@@ -235,22 +235,22 @@ def test_one_row_without_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_points_that_begin_near_each_other_run_together() -> None:
-    cost = Cost(batch=10, row=0, most=10**6)
-    near = [Reach(0, 90), Reach(0, 91), Reach(0, 10), Reach(3, 99, last=True), Reach(3, 99, last=True)]
-    found = batches(near, length=100, layers=4, cost=cost)
+    cost = Cost(batch=10, most=10**6)
+    points = [Reach(0, 90), Reach(3, 91), Reach(0, 10), Reach(3, 99, last=True), Reach(2, 99)]
+    found = batches(points, length=100, layers=4, cost=cost)
     assert sorted(sorted(one.points) for one in found) == [[0, 1], [2], [3, 4]]
-    assert [one.reach for one in found] == [Reach(0, 90), Reach(0, 10), Reach(3, 99, last=True)]
-    assert max(len(one.points) for one in batches([Reach(0, 5)] * 7, 10, 4, Cost(10**9, 0, 10**9, rows=3))) == 3
-    assert max(len(one.points) for one in batches([Reach(0, 5)] * 7, 10, 4, Cost(10**9, 0, 20))) == 2
+    assert all(one.reaches == tuple(points[point] for point in one.points) for one in found)
+    assert max(len(one.points) for one in batches([Reach(0, 5)] * 7, 10, 4, Cost(10**9, 10**9, rows=3))) == 3
+    assert max(len(one.points) for one in batches([Reach(0, 5)] * 7, 10, 4, Cost(10**9, 10))) == 2
 
 
 def test_a_sweep_goes_on_from_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vlm, real, _ = model()
     honest, ran = engine.rerun, list[int]()
 
-    def counted(start: Any, rows: Sequence, reach: Reach) -> Tensor:
+    def counted(start: Any, rows: Sequence, *more: Any) -> Tensor:
         ran.append(len(rows))
-        return honest(start, rows, reach)
+        return honest(start, rows, *more)
 
     def point(layer: int, head: int) -> list[mv.Edit]:
         return [mv.ablate_heads(layer, [head])]
@@ -314,11 +314,11 @@ torch.set_num_threads(1)
 vlm = tiny.vlm()
 real = vlm.prompt(tiny.picture(), "is there a cat ?")
 honest = engine.rerun
-def slow(start, rows, reach):
+def slow(start, rows, *more):
     with open(sys.argv[2], "a") as ran:
         ran.write("".join(f"{len(rows)} "))
     time.sleep(float(sys.argv[4]))
-    return honest(start, rows, reach)
+    return honest(start, rows, *more)
 engine.rerun = slow
 found = mv.sweep(vlm, real, lambda layer, head: [mv.ablate_heads(layer, [head])], mv.logit_difference(30, 31),
                  2, sys.argv[1], layer=range(3), head=range(4))
