@@ -7,14 +7,16 @@
 >>> mv.plot.heatmap(mv.ablate_each_head(vlm, real, mv.logit_difference("yes", "no")))  # doctest: +ELLIPSIS
 Figure(...)
 
-Models and prompts: load, VLM, Prompt, ImageMap, images (null images), demo. Addresses and edits: Site, Edit,
+Models and prompts: load, VLM, Prompt, ImageMap, images (null images), image_regions, tile_regions, tokens_in,
+MinimalPair, demo. Addresses and edits: Site, Edit,
 ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
 mass, entropy, top_keys, lazy (an Attention, not made). Metrics: logit_difference, log_probability, probability,
 rank, kl_divergence.
 Experiments: attention_profile, attention_map, sinks, logit_lens, tuned_lens, object_map,
 segmentation_scores, word_share, ablate_each_head, patch_spans, gradient_attribution,
 input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
-attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep.
+attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep,
+mean_interval.
 Figures: plot.
 """
 
@@ -39,12 +41,16 @@ from mechvlm.metrics import log_probability as log_probability
 from mechvlm.metrics import logit_difference as logit_difference
 from mechvlm.metrics import probability as probability
 from mechvlm.metrics import rank as rank
+from mechvlm.pairs import MinimalPair as MinimalPair
 from mechvlm.prompt import Prompt as Prompt
 from mechvlm.readings import entropy as entropy
 from mechvlm.readings import lazy as lazy
 from mechvlm.readings import mass as mass
 from mechvlm.readings import rows as rows
 from mechvlm.readings import top_keys as top_keys
+from mechvlm.regions import image_regions as image_regions
+from mechvlm.regions import tile_regions as tile_regions
+from mechvlm.regions import tokens_in as tokens_in
 from mechvlm.run import Generation as Generation
 from mechvlm.run import Run as Run
 from mechvlm.sites import Site as Site
@@ -81,6 +87,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
+    from mechvlm.experiments.uncertainty import mean_interval as mean_interval
 
 __version__ = "0.1.0"
 
@@ -116,6 +123,7 @@ _LATER = {
     "sinks": "mechvlm.experiments.sinks",
     "sweep": "mechvlm.experiments.sweep",
     "tuned_lens": "mechvlm.experiments.translators",
+    "mean_interval": "mechvlm.experiments.uncertainty",
 }
 
 

@@ -13,9 +13,11 @@ from types import MappingProxyType
 from typing import Any
 
 import jaxtyping
+import numpy as np
 import pytest
 import tiny
 import torch
+import xarray as xr
 import zoo
 from test_load import CASES as LOAD_CASES
 from torch import Tensor, ones, zeros
@@ -43,6 +45,7 @@ from mechvlm.grids import check_pictures, grids_of
 from mechvlm.imagemap import Grid
 from mechvlm.layout import Layout
 from mechvlm.load import type_of
+from mechvlm.matching import check_matched
 from mechvlm.refusals import ENCODER_DECODER
 from mechvlm.run import of_row
 from mechvlm.visit import Visit, check_result
@@ -52,6 +55,7 @@ INF = float("inf")
 FAMILIES = (aya, gemma, idefics, llava, mistral, mllama, molmo, queries, qwen)
 ZOO = {name: variant for family in FAMILIES for name, variant in family.VARIANTS.items()}
 KNOWN = ", ".join(sorted(ARCHS))
+PICTURE = tiny.picture()
 Case = tuple[str, Callable[[], object]]
 
 
@@ -122,6 +126,11 @@ def image_token(name: str) -> int:
 def several() -> dict[str, Tensor]:
     """Two images of one prompt of LLaVA-OneVision, each padded to a square."""
     return llava.encoding_llava_onevision([tiny.picture(0, 60, 40)] * 2, "is", nested=True)
+
+
+def asked_of(name: str) -> mv.Prompt:
+    """A question about a picture, of another architecture's tiny model."""
+    return zoo.ask(zoo.build(name), tiny.picture(0, 60, 40))
 
 
 def change(function: Callable = torch.clone, site: str = "text.0.z", **more: Any) -> list[mv.Edit]:
@@ -1105,7 +1114,111 @@ GRIDS: list[Case] = [
 ]
 """Of what the tests of `mechvlm.grids` have no test that says in its name that something is refused."""
 
-CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + GRIDS + LOAD_CASES
+
+def paired(**changed: Any) -> mv.MinimalPair:
+    given = {"image_a": tiny.picture(), "image_b": tiny.picture(1), "text": "is there a dog ?", **changed}
+    return mv.MinimalPair(**{"answer_a": "yes", "answer_b": "no", **given})
+
+
+def several_pairs(**settings: Any) -> object:
+    values = xr.DataArray(np.zeros((3, 2)), dims=["pair", "layer"])
+    return mv.mean_interval(values, **{"dim": "pair", **settings})
+
+
+KEEPS = "make one from the other with prompt.with_image, which keeps them."
+REGIONS: list[Case] = [
+    (
+        "of='pixels' is not known; choose from 'tokens', 'keys', 'patches'.",
+        lambda: mv.tile_regions(real(), of="pixels"),
+    ),
+    (
+        "3 is not one prompt; make it with vlm.prompt(image, text).",
+        lambda: mv.image_regions(3),  # type: ignore[arg-type]
+    ),
+    ("there is no image 1; the prompt holds 1, counted from 0.", lambda: mv.image_regions(real(), image=1)),
+    ("there is no image 0; the prompt holds 0, counted from 0.", lambda: mv.tokens_in(blind(), (0, 0, 1, 1))),
+    (
+        "regions of this prompt are not of keys: the picture's squares are image tokens; leave of= out.",
+        lambda: mv.image_regions(real(), of="keys"),
+    ),
+    (
+        "regions of this prompt are not of tokens: the picture is seen by cross-attention, whose keys are its squares, "
+        "and no position of the text stands for one; say of='keys' for those, which edits with cross=True take.",
+        lambda: mv.image_regions(asked_of("mllama")),
+    ),
+    (
+        "regions of this prompt are not of tokens: the picture is seen through a Q-Former, whose queries stand for no "
+        "place in it; say of='patches' for positions of the vision tower.",
+        lambda: mv.image_regions(asked_of("blip2-opt")),
+    ),
+    ("0 x 3 parts are none; give 1 row and 1 column or more.", lambda: mv.image_regions(real(), rows=0)),
+    (
+        "share=0 is no part of a square; give a number above 0 and up to 1.",
+        lambda: mv.tokens_in(real(), (0, 0, 9, 9), share=0),
+    ),
+    (
+        "border=-1 takes nothing in; give 0 or more rows and columns.",
+        lambda: mv.tokens_in(real(), (0, 0, 9, 9), border=-1),
+    ),
+    (
+        "an object is given by box or by mask, and by one of them; give box=(left, top, right, bottom).",
+        lambda: mv.tokens_in(real()),
+    ),
+    (
+        "box=(0, 0, 0, 9) is no box; give (left, top, right, bottom) in pixels, left before right and top before "
+        "bottom.",
+        lambda: mv.tokens_in(real(), (0, 0, 0, 9)),
+    ),
+    (
+        "the mask is float64 of 24 x 24; it must be bool of the picture's height by width, 24 x 24.",
+        lambda: mv.tokens_in(real(), mask=np.zeros((24, 24))),
+    ),
+    (
+        "no image token has 50% of its square in there; the most is 11%, at position 3, so take a smaller share or a "
+        "larger region.",
+        lambda: mv.tokens_in(real(), (1, 1, 3, 3)),
+    ),
+    (
+        f"the source's image tokens do not stand where the target's do, so positions cannot be matched; {KEEPS}",
+        lambda: check_matched(real(), replace(real(), image=real().image[1:])),
+    ),
+    (
+        "the source's image tokens stand for other squares of its picture than the target's, so positions cannot be "
+        f"matched; {KEEPS}",
+        lambda: check_matched(real(), replace(real(), images=[replace(real().images[0], tiles=())])),
+    ),
+    (
+        "the span 'question' does not stand at the same positions in the source and in the target, so positions "
+        f"cannot be matched; {KEEPS}",
+        lambda: check_matched(real(), replace(real(), question=real().question[1:])),
+    ),
+    ("both answers are 'yes'; a minimal pair has two different ones.", lambda: paired(answer_b="yes")),
+    (
+        "the pair has one picture and one text, so nothing differs; give image_b or text_b.",
+        lambda: mv.MinimalPair(PICTURE, PICTURE, "is there a dog ?", "yes", "no"),
+    ),
+    (
+        f"the source has 26 positions and the target 24, so positions cannot be matched; {KEEPS}",
+        lambda: paired(text_b="is there ?").prompts(vlm()),
+    ),
+    ("level=1.5 is no share; give for instance 0.95.", lambda: several_pairs(level=1.5)),
+    ("resamples=0 draws nothing; give for instance 2000.", lambda: several_pairs(resamples=0)),
+    ("there is no dim 'head' to average over; the values have pair, layer.", lambda: several_pairs(dim="head")),
+    (
+        "3 is no DataArray; give values with a dim to average over.",
+        lambda: mv.mean_interval(3, "pair"),  # type: ignore[arg-type]
+    ),
+    (
+        "the values have sizes {'pair': 0}, so there is nothing to average.",
+        lambda: mv.mean_interval(xr.DataArray(np.zeros(0), dims="pair"), "pair"),
+    ),
+    (
+        "clusters=[1, 2] must name one cluster for each of the 3 values along 'pair'.",
+        lambda: several_pairs(clusters=[1, 2]),
+    ),
+]
+
+CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + GRIDS + REGIONS + LOAD_CASES
 
 
 @pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])

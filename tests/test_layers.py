@@ -27,7 +27,19 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "refusals",
             "shapes",
         ),
-        *("pixels", "images", "imagemap", "grids", "prompt", "encode", "edits", "attention_edits", "metrics"),
+        *(
+            "pixels",
+            "images",
+            "imagemap",
+            "grids",
+            "prompt",
+            "matching",
+            "regions",
+            "encode",
+            "edits",
+            "attention_edits",
+            "metrics",
+        ),
     ),
     "engine": (
         *(
@@ -50,7 +62,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         ),
         *("lens_names", "bridge", "circuits"),
     ),
-    "science": ("references", "laws", "laws_bridge", "experiments", "methods", "evaluate"),
+    "science": ("pairs", "references", "laws", "laws_bridge", "experiments", "methods", "evaluate"),
     "pictures": ("plot", "report", "cli"),
 }
 # mechvlm.demo stands aside: its model is made like any other, with values at most; science and pictures may import it.

@@ -16,6 +16,7 @@ from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, rec
 from mechvlm.experiments.sight import check_layers_run, cross_layers, deepstack_layers
 from mechvlm.experiments.sight import named as layers_named
 from mechvlm.experiments.sweep import sweep
+from mechvlm.matching import check_matched
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
@@ -73,7 +74,7 @@ def patch_spans(
         Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2; Zhang and Nanda (2024),
         "Towards Best Practices of Activation Patching", on metrics and their normalisation.
     """
-    check_matched(source, target)
+    check_matched(one_prompt(source), one_prompt(target))
     sites = _sites(vlm, kind)
     named = _spans(target, spans)
     for prompt in (source, target):
@@ -143,25 +144,6 @@ def _features(site: Site, run: Run, tokens: Sequence[int]) -> Edit:
         return rows.reshape(x.shape)
 
     return Edit(site, overwrite, "prompt", label=f"patch {len(tokens)} tokens' features")
-
-
-def check_matched(source: Prompt, target: Prompt) -> None:
-    """Refuse two prompts whose positions do not mean the same.
-
-    Raises:
-        ValueError: for other lengths, or image tokens elsewhere.
-    """
-    one_prompt(source), one_prompt(target)
-    remedy = "make one from the other with prompt.with_image, which keeps them."
-    if len(source) != len(target):
-        raise ValueError(
-            f"the source has {len(source)} positions and the target {len(target)}, so positions cannot be matched; "
-            f"{remedy}"
-        )
-    if source.image != target.image:
-        raise ValueError(
-            f"the source's image tokens do not stand where the target's do, so positions cannot be matched; {remedy}"
-        )
 
 
 def rounding(measure: Metric, logits: torch.Tensor) -> float:
