@@ -8,12 +8,12 @@
 Figure(...)
 
 Models and prompts: load, VLM, Prompt, ImageMap, images (null images), image_regions, tile_regions, tokens_in,
-MinimalPair, demo. Addresses and edits: Site, Edit,
-ablate_heads, scale_heads, bias_attention, cut_attention, scale_attention, patch, steer, replace_span. Readings: rows,
-mass, entropy, top_keys, lazy (an Attention, not made). Metrics: logit_difference, log_probability, probability,
-rank, kl_divergence.
+MinimalPair, demo. Addresses and edits: Site, Edit, ablate_heads, scale_heads, bias_attention, cut_attention,
+scale_attention, patch, steer, replace_span. Readings: rows, mass, entropy, top_keys, lazy (an Attention, not made).
+Metrics: logit_difference, log_probability, probability, rank, kl_divergence.
 Experiments: attention_profile, attention_map, sinks, logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share, ablate_each_head, patch_spans, gradient_attribution,
+segmentation_scores, word_share, ablate_each_head, patch_spans, patch_positions,
+patch_heads, patch_features, patch_pairs, gradient_attribution,
 input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
 attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep,
 mean_interval.
@@ -70,6 +70,10 @@ if TYPE_CHECKING:
     from mechvlm.experiments.lens_maps import object_map as object_map
     from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
     from mechvlm.experiments.lens_maps import word_share as word_share
+    from mechvlm.experiments.patch_features import patch_features as patch_features
+    from mechvlm.experiments.patch_heads import patch_heads as patch_heads
+    from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
+    from mechvlm.experiments.patching import patch_positions as patch_positions
     from mechvlm.experiments.patching import patch_spans as patch_spans
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
@@ -104,6 +108,10 @@ _LATER = {
     "object_map": "mechvlm.experiments.lens_maps",
     "segmentation_scores": "mechvlm.experiments.lens_maps",
     "word_share": "mechvlm.experiments.lens_maps",
+    "patch_features": "mechvlm.experiments.patch_features",
+    "patch_heads": "mechvlm.experiments.patch_heads",
+    "patch_pairs": "mechvlm.experiments.patch_pairs",
+    "patch_positions": "mechvlm.experiments.patching",
     "patch_spans": "mechvlm.experiments.patching",
     "attention_map": "mechvlm.experiments.profile",
     "attention_profile": "mechvlm.experiments.profile",

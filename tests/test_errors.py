@@ -1218,7 +1218,115 @@ REGIONS: list[Case] = [
     ),
 ]
 
-CASES = SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + GRIDS + REGIONS + LOAD_CASES
+
+def patched(**settings: Any) -> object:
+    return mv.patch_spans(vlm(), real(), real(), YES, **settings)
+
+
+def pairs_patched(*pairs: Any, **settings: Any) -> object:
+    return mv.patch_pairs(vlm(), pairs or [paired()], **{"only_right": False, "controls": 0, "layers": [0], **settings})
+
+
+def by_position(**renamed: str) -> xr.DataArray:
+    table = xr.DataArray(np.ones((1, 2)), dims=["layer", "position"], coords={"layer": [0], "position": [0, 1]})
+    return table.rename(renamed)
+
+
+PATCHING: list[Case] = [
+    (
+        "direction='up' is not known; choose from 'denoise', 'noise', 'both'.",
+        lambda: patched(direction="up"),
+    ),
+    ("this model has no tower 'qformer'; it has text, vision.", lambda: patched(tower="qformer")),
+    (
+        "layers=[0, 0] cannot be patched; give each layer once, from 0 to 2, or None for all.",
+        lambda: patched(layers=[0, 0]),
+    ),
+    (
+        "layers=[2] cannot be patched; give each layer once, from 0 to 1, or None for all.",
+        lambda: patched(layers=[2], tower="vision"),
+    ),
+    ("window=0 holds no layer; give 1 or more.", lambda: patched(window=0)),
+    (
+        "heads have no 'resid_pre' to patch; choose from q, k, v, scores, pattern, z, cross_scores, cross_pattern, "
+        "cross_z.",
+        lambda: mv.patch_heads(vlm(), real(), real(), YES, kind="resid_pre"),
+    ),
+    (
+        "this model has no cross_z in layers 0, 1, 2; choose from q, k, v, scores, pattern, z.",
+        lambda: mv.patch_heads(vlm(), real(), real(), YES, kind="cross_z"),
+    ),
+    (
+        "the prompts hold no image, so there are no features; make them with vlm.prompt(image, text).",
+        lambda: mv.patch_features(vlm(), blind(), blind(), YES),
+    ),
+    (
+        "regions=[3] does not name them; write for instance mv.image_regions(prompt).",
+        lambda: mv.patch_features(vlm(), real(), real(), YES, [3]),  # type: ignore[arg-type]
+    ),
+    (
+        "position 0 is no image token of the target, whose positions are 3 to 18; give those.",
+        lambda: mv.patch_features(vlm(), real(), real(), YES, {"bos": [0]}),
+    ),
+    ("pairs=3 is not a list of pairs; make each with mv.MinimalPair(...).", lambda: mv.patch_pairs(vlm(), 3)),  # type: ignore[arg-type]
+    (
+        "what='layers' is not known; choose from 'spans', 'positions', 'heads', 'features'.",
+        lambda: pairs_patched(what="layers"),
+    ),
+    ("controls=-1 draws nothing; give 0 or more random nodes.", lambda: pairs_patched(controls=-1)),
+    (
+        "the model gives both right answers to none of 1 pairs; only_right=False patches them all.",
+        lambda: pairs_patched(only_right=True),
+    ),
+    (
+        "regions=None does not name sets of positions; give for instance mv.image_regions.",
+        lambda: pairs_patched(what="features"),
+    ),
+    (
+        "pair 1 has other spans, positions or regions than pair 0, so they cannot be averaged; give pairs of like "
+        "prompts, or spans that all of them have.",
+        lambda: pairs_patched(paired(), paired(text="is there ?"), what="positions"),
+    ),
+    (
+        "patched_positions draws dims layer and position with a coordinate token, and the array has layer, head; "
+        "choose first, like result.normalised.sel(direction='noise').",
+        lambda: mv.plot.patched_positions(by_position(position="head")),
+    ),
+    (
+        "layers_over_image draws dims layer and position, and the array has layer, head; choose first.",
+        lambda: mv.plot.layers_over_image(by_position(position="head"), real()),
+    ),
+    (
+        "there is no picture 1; the prompt holds 1, counted from 0.",
+        lambda: mv.plot.layers_over_image(by_position(), real(), image=1),
+    ),
+    (
+        "layers=[5] are not all in the array, whose layers are [0].",
+        lambda: mv.plot.layers_over_image(by_position(), real(), layers=[5]),
+    ),
+    (
+        "there is nothing to draw: no finite value belongs to an image token of this picture.",
+        lambda: mv.plot.layers_over_image(by_position(), real()),
+    ),
+    (
+        "values by position cannot be drawn: this picture is seen by cross-attention, whose keys are its squares, and "
+        "no position of the text stands for one; mv.attention_map in a layer of cross-attention and "
+        "mv.gradient_attribution give values by key.",
+        lambda: mv.plot.layers_over_image(by_position(), asked_of("mllama")),
+    ),
+    (
+        "patched_pairs draws what patch_pairs returns; give the dataset, not one of its variables.",
+        lambda: mv.plot.patched_pairs(by_position()),  # type: ignore[arg-type]
+    ),
+    (
+        "direction='up' is not in the result, which has denoise, noise.",
+        lambda: mv.plot.patched_pairs(pairs_patched(), "up"),  # type: ignore[arg-type]
+    ),
+]
+
+CASES = (
+    PATCHING + SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + GRIDS + REGIONS + LOAD_CASES
+)
 
 
 @pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])

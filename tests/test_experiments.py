@@ -406,9 +406,9 @@ WRONG: list[tuple[Call, str]] = [
         "the other with prompt.with_image, which keeps them.",
     ),
     (
-        lambda vlm, real: patch_spans(vlm, real, real, YES, kind="pattern"),
-        "spans of 'pattern' cannot be patched; choose from resid_pre, q, k, v, z, attn_out, resid_mid, mlp_out, "
-        "resid_post.",
+        lambda vlm, real: patch_spans(vlm, real, real, YES, kind="embed"),
+        "spans of 'embed' cannot be patched; choose from resid_pre, q, k, v, scores, pattern, z, attn_out, resid_mid, "
+        "mlp_out, resid_post.",
     ),
     (
         lambda vlm, _: gradient_attribution(vlm, vlm.prompt(None, SHORT), YES),

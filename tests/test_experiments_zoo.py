@@ -294,8 +294,8 @@ def test_other_activations_are_patched_or_refused_by_name(case: str, kind: str) 
     vlm, real, null = parts(case)
     everywhere = {"positions": list(range(len(real)))}
     sentence = {
-        (PARALLEL, "resid_mid"): "this model has no resid_mid in layers 0, 1, 2, 3; choose from resid_pre, q, k, v, z, "
-        "attn_out, mlp_out, resid_post, which every layer has.",
+        (PARALLEL, "resid_mid"): "this model has no resid_mid in layers 0, 1, 2, 3; choose from resid_pre, q, k, v, "
+        "scores, pattern, z, attn_out, mlp_out, resid_post, which every layer has.",
         (CROSS, "z"): "this model has no z in layers 1, 3; choose from resid_pre, attn_out, resid_mid, mlp_out, "
         "resid_post, which every layer has.",
     }

@@ -5,9 +5,10 @@ is known. Colours can be told apart by colour-blind readers. Titles and captions
 them; texts that come from data are shown as they are.
 
 Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Words of the logit lens from
-layer to layer: `words_by_layer`. On the picture that a prompt asks about: `over_image` (a colour for each image token),
-`pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention
-sinks), `token_grid` (the squares alone).
+layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words), `patched_pairs`
+(means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the picture that a
+prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
+`tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -17,6 +18,9 @@ from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.curves import deletion as deletion
+from mechvlm.plot.flow import layers_over_image as layers_over_image
+from mechvlm.plot.flow import patched_pairs as patched_pairs
+from mechvlm.plot.flow import patched_positions as patched_positions
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.pictures import over_image as over_image
@@ -28,8 +32,11 @@ __all__ = [
     "bars",
     "deletion",
     "heatmap",
+    "layers_over_image",
     "lines",
     "over_image",
+    "patched_pairs",
+    "patched_positions",
     "pixels_over_image",
     "sinks_over_image",
     "token_grid",

@@ -15,8 +15,8 @@ import torch
 import xarray as xr
 from tqdm import tqdm
 
-from mechvlm.experiments.patching import check_matched
 from mechvlm.experiments.record import metric_name
+from mechvlm.matching import check_matched
 from mechvlm.prompt import Prompt
 from mechvlm.report import causes, views
 from mechvlm.report.page import Section, page
