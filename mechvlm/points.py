@@ -143,17 +143,17 @@ def rerun_some(way: Way, batch: Batch, first: int | None = None) -> Iterator[tup
         first: the position to begin with; by default the first that a point begins with.
     """
     assert way.start is not None
-    halves, begins = [batch], 0
+    halves, begins = [batch], first
     try:
         yield batch.points, rerun(way.start, [way.variants[point] for point in batch.points], batch.reaches, first)
         return
     except Reaching:
-        pass
+        begins = 0
     except RuntimeError as error:
         if len(batch.points) == 1 or not out_of_memory(error):
             raise
         pairs = zip(halved(batch.points), halved(batch.reaches), strict=True)
-        halves, begins = [Batch(*pair) for pair in pairs], first
+        halves = [Batch(*pair) for pair in pairs]
     for half in halves:
         yield from rerun_some(way, half, begins)
 

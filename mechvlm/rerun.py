@@ -71,8 +71,9 @@ class Rows:
 
     def some(self, which: Sequence[int]) -> "Rows":
         """Some of the rows."""
-        edits, loose = (tuple(held[row] for row in which) for held in (self.edits, self.loose))
-        return replace(self, edits=edits, loose=loose)
+        return replace(
+            self, edits=tuple(self.edits[row] for row in which), loose=tuple(self.loose[row] for row in which)
+        )
 
     def inside(self, layer: int, row: int) -> list[Edit]:
         """The edits that a row has inside a layer."""
