@@ -17,6 +17,8 @@ patch_heads, patch_features, patch_pairs, gradient_attribution,
 input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
 attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep,
 mean_interval.
+attention_flow, information_flow, knockout_answers, causal_trace, dose_response, deletion_curve, answer_probabilities,
+queries_to_patches, compose_queries, sweep.
 Figures: plot.
 """
 
@@ -64,8 +66,10 @@ if TYPE_CHECKING:
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
+    from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
+    from mechvlm.experiments.knockout import information_flow as information_flow
     from mechvlm.experiments.lens import logit_lens as logit_lens
     from mechvlm.experiments.lens_maps import object_map as object_map
     from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
@@ -90,6 +94,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.sinks import sink_positions as sink_positions
     from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
+    from mechvlm.experiments.tracing import causal_trace as causal_trace
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
 
@@ -102,8 +107,10 @@ _LATER = {
     "ablate_each_head": "mechvlm.experiments.ablation",
     "answer_probabilities": "mechvlm.experiments.answers",
     "gradient_attribution": "mechvlm.experiments.attribution",
+    "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",
     "dose_response": "mechvlm.experiments.dose",
+    "information_flow": "mechvlm.experiments.knockout",
     "logit_lens": "mechvlm.experiments.lens",
     "object_map": "mechvlm.experiments.lens_maps",
     "segmentation_scores": "mechvlm.experiments.lens_maps",
@@ -130,6 +137,7 @@ _LATER = {
     "sink_positions": "mechvlm.experiments.sinks",
     "sinks": "mechvlm.experiments.sinks",
     "sweep": "mechvlm.experiments.sweep",
+    "causal_trace": "mechvlm.experiments.tracing",
     "tuned_lens": "mechvlm.experiments.translators",
     "mean_interval": "mechvlm.experiments.uncertainty",
 }

@@ -9,11 +9,17 @@ layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by positio
 (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the picture that a
 prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
 `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
+Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Cuts and restorations layer by
+layer: `flow`, `tracing`. Words of the logit lens from layer to layer: `words_by_layer`. On the picture that a prompt
+asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
+logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
 """
 
+from mechvlm.plot.causes import flow as flow
+from mechvlm.plot.causes import tracing as tracing
 from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
@@ -31,6 +37,7 @@ from mechvlm.plot.points import pixels_over_image as pixels_over_image
 __all__ = [
     "bars",
     "deletion",
+    "flow",
     "heatmap",
     "layers_over_image",
     "lines",
@@ -41,5 +48,6 @@ __all__ = [
     "sinks_over_image",
     "token_grid",
     "tokens_over_image",
+    "tracing",
     "words_by_layer",
 ]

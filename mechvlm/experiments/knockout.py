@@ -1,0 +1,264 @@
+"""Along which ways, and in which layers, does the picture reach the answer? Attention cut between spans.
+
+>>> found = information_flow(vlm, real, edges=["image->last", "question->last"], window=3)
+>>> found.change.isel(prompt=0).dims
+('edge', 'layer')
+"""
+
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mechvlm.batch import check_prompts, metric_values
+from mechvlm.edits import Edit
+from mechvlm.experiments.edges import Edge, Edges, Window, check_among_words, cuts, edges_of, random_keys, windows_of
+from mechvlm.experiments.objects import Objects, objects_of
+from mechvlm.experiments.record import metric_name, metric_unit, record, word_list
+from mechvlm.experiments.sweep import numbers, sweep
+from mechvlm.experiments.uncertainty import mean_interval
+from mechvlm.metrics import Metric, WordMetric, probability
+from mechvlm.prompt import Prompt
+from mechvlm.sites import whole
+from mechvlm.vlm import VLM
+
+
+def information_flow(
+    vlm: VLM,
+    prompts: Prompt | Sequence[Prompt],
+    metric: Metric | None = None,
+    answers: Sequence[str | int] | None = None,
+    edges: Edges = None,
+    objects: Objects = None,
+    window: int = 9,
+    layers: Sequence[Any] | None = None,
+    controls: int = 1,
+    seed: int = 0,
+    clusters: Sequence[Any] | None = None,
+    level: float = 0.95,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+) -> xr.Dataset:
+    """How the answer changes when attention between two spans is cut in a window of layers, edge by edge.
+
+    Edges are named as information goes, `source->target`: queries of the target no longer look at keys of the source,
+    in all heads of the window's layers, and the rest of their attention is renormalised. A query that is left without
+    any key receives nothing.
+
+    Args:
+        prompts: one, or a list.
+        metric: by default the probability of the answer: of the given one, else of the first token that the model
+            itself says without a cut.
+        answers: the right answer to each prompt, a word of one token (in all its spellings) or a token id. Prompts
+            whose likeliest first token is not the answer are left out: their values are not a number.
+        edges: by default image->question, image->last, question->last, and two controls, last->last and bos->last; with
+            `objects` also object->question, object->last, rest->question and rest->last, where rest are the other image
+            tokens. Or names of spans such as ["prefix->last"], {name: (queries, keys)}, or a function from a prompt to
+            that. All prompts must have the same names.
+        objects: the image tokens of each prompt's object, see `objects_of`: a function of a prompt, or a list with a
+            list of positions, a box or a mask for each.
+        window: how many layers are cut together, about each centre, fewer at the ends of the model.
+        layers: the centres, by default all; or windows as they are, such as [(0, 9), (5, 14)].
+        controls: how many times each edge is cut from as many random keys instead, see `random_keys`.
+        seed: of the random keys, which are the same in every window.
+        clusters: what prompts belong together, for the interval; by default their pictures.
+        level: of the interval.
+        batch_size, out: see `sweep`; with several prompts `out` is a folder, with a file for each.
+
+    Returns:
+        Over axes prompt, edge and layer (the centre, or the window as text): `metric`, and `change` by the cut: in
+        percent of the uncut value where the metric is a probability, else the difference in the metric's unit.
+        `control`: the change by random keys, with an axis sample. `mean`, `low`, `high`: of `change` over prompts, over
+        edge and layer; the bounds are not a number where there is only one cluster. `base`: the uncut metric. Further
+        coordinates: the windows' `first` and `last` layer; `n_queries` and `n_keys` of each edge; `n_random`, how many
+        keys there were to draw; `answered_right`.
+
+    Raises:
+        ValueError: for edges, windows or objects that are not there, prompts whose edges have other names, or edges
+            from a picture that is seen by cross-attention.
+        TypeError: for what is no prompt, or no list.
+
+    Example:
+        >>> found = mv.information_flow(vlm, [real, null], edges=["image->last", "last->last"], window=3)
+        >>> mv.plot.flow(found)
+
+    Source:
+        Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5 (knockout in a window of 9 layers);
+        Zhang et al. (2025), "Cross-modal Information Flow in Multimodal Large Language Models", sections 3 and 4 (edges
+        and change in percent); Neo et al. (2024), "Towards Interpreting Visual Information Processing in VLMs", section
+        5 (windows given as groups, rest of the image). The random keys are added here.
+    """
+    asked = check_prompts(prompts, vlm.shape)
+    held = objects_of(asked, objects)
+    ways = [edges_of(prompt, edges, own) for prompt, own in zip(asked, held, strict=True)]
+    _check_alike(vlm, asked, ways)
+    if whole("controls", controls) < 0:
+        raise ValueError(f"controls={controls} is no number of random cuts; give 0 or more.")
+    windows, draw = windows_of(vlm, window, layers), np.random.default_rng(seed)
+    measures, base, right = _measured(vlm, asked, metric, answers)
+    drawn = [with_random(prompt, own, controls, draw) for prompt, own in zip(asked, ways, strict=True)]
+    places = [out if out is None or len(asked) == 1 else Path(out) / f"prompt-{at}" for at in range(len(asked))]
+    values = np.full((len(asked), controls + 1, len(ways[0]), len(windows)), np.nan)
+    for at in np.flatnonzero(right):
+        swept = _swept(vlm, asked[at], drawn[at], windows, measures[at], batch_size, places[at])
+        values[at] = swept.reshape(values.shape[1:])
+    named = "as given" if isinstance(windows[0].name, str) else window
+    about = record(
+        vlm, asked, metric, cut="all heads, in each layer of the window", window=named, seed=seed, level=level
+    )
+    if metric is None:
+        about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
+    found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))
+    found = found.assign_coords(answered_right=("prompt", right))
+    shared = [_picture(prompt) for prompt in asked] if clusters is None else list(clusters)
+    mean = interval(found.change[right], [one for one, used in zip(shared, right, strict=True) if used], level)
+    return found.assign(mean.data_vars).assign_attrs(about)
+
+
+def percent(metric: Metric | None) -> bool:
+    """Whether changes of a metric are told in percent: those of probabilities are.
+
+    Example:
+        >>> percent(None), percent(mv.logit_difference("yes", "no"))
+        (True, False)
+    """
+    return metric is None or (isinstance(metric, WordMetric) and metric.name == "probability")
+
+
+def interval(values: xr.DataArray, clusters: Sequence[Any], level: float) -> xr.Dataset:
+    """The mean over prompts with its interval; without one where fewer than two clusters could be drawn.
+
+    Example:
+        >>> interval(xr.DataArray([[1.0]], dims=["prompt", "layer"]), ["a"], 0.95).low.values
+        array([nan])
+    """
+    dim = str(values.dims[0])
+    if len({str(cluster) for cluster in clusters}) > 1:
+        found = mean_interval(values, dim, clusters=clusters, level=level)[["mean", "low", "high"]]
+    else:
+        mean = values.sum(dim) / (values.sizes[dim] or np.nan)
+        found = xr.Dataset({"mean": mean, "low": mean * np.nan, "high": mean * np.nan})
+    for name in found.data_vars:
+        found[name].attrs = dict(values.attrs)
+    return found
+
+
+def with_random(prompt: Prompt, edges: Mapping[str, Edge], controls: int, draw: np.random.Generator) -> dict[str, Edge]:
+    """Edges, and behind them each as often as there are controls with random keys in place of its own.
+
+    Example:
+        >>> list(with_random(real, {"image->last": (real.last, real.image)}, 1, np.random.default_rng(0)))
+        ['image->last', 'image->last, random 0']
+    """
+    random = {
+        f"{name}, random {number}": (edge[0], random_keys(prompt, edge, draw))
+        for number in range(controls)
+        for name, edge in edges.items()
+    }
+    return {**edges, **random}
+
+
+def _check_alike(vlm: VLM, prompts: Sequence[Prompt], ways: Sequence[Mapping[str, Edge]]) -> None:
+    """Refuse prompts whose edges have other names, and edges that are not between positions."""
+    for number, (prompt, edges) in enumerate(zip(prompts, ways, strict=True)):
+        check_among_words(vlm, prompt, edges)
+        if list(edges) != list(ways[0]):
+            raise ValueError(
+                f"the edges of prompt 0 are {', '.join(ways[0])}, and those of prompt {number} {', '.join(edges)}; "
+                "name with edges= what all of them have."
+            )
+
+
+def _measured(
+    vlm: VLM, prompts: Sequence[Prompt], metric: Metric | None, answers: Sequence[str | int] | None
+) -> tuple[list[Metric], list[float], np.ndarray]:
+    """For each prompt the metric, its uncut value, and whether the likeliest first token is the answer."""
+    given = [None] * len(prompts) if answers is None else word_list(answers)
+    if len(given) != len(prompts):
+        raise ValueError(f"there are {len(given)} answers and {len(prompts)} prompts; give one for each.")
+    measures, base, right = [], [], []
+    for prompt, answer in zip(prompts, given, strict=True):
+        logits = vlm.run(prompt).logits
+        top = int(logits[0].argmax())
+        said = probability(top if answer is None else answer)
+        measures.append(vlm.metric(said if metric is None else metric))
+        base.append(float(metric_values(measures[-1], logits)[0]))
+        right.append(answer is None or top == answer or (isinstance(answer, str) and top in vlm.token_ids(answer)))
+    return measures, base, np.array(right, dtype=bool)
+
+
+def _swept(
+    vlm: VLM,
+    prompt: Prompt,
+    points: Mapping[str, Edge],
+    windows: Sequence[Window],
+    measure: Metric,
+    batch_size: int | None,
+    out: str | Path | None,
+) -> np.ndarray:
+    """The metric with each edge cut in each window; not a number where there are no keys to cut."""
+    at = {window.name: window for window in windows}
+
+    def cut(edge: str, layer: int | str) -> list[Edit]:
+        return cuts(vlm, points[edge], at[layer]) if points[edge][1] else []
+
+    values = sweep(vlm, prompt, cut, measure, batch_size, out, edge=list(points), layer=list(at)).values
+    values[[not keys for _, keys in points.values()]] = np.nan
+    return values
+
+
+def _change(metric: Metric | None, name: str | int | float) -> dict[str, dict[str, Any]]:
+    """What is said about the metric, and about a change of it."""
+    unit = "probability" if metric is None else metric_unit(metric)
+    relative = percent(metric)
+    said = {"long_name": f"change of {name}", "units": "%" if relative else unit}
+    return {"metric": {"long_name": str(name), "units": unit}, "change": said}
+
+
+def _picture(prompt: Prompt) -> str:
+    """What prompts about one picture share."""
+    pixels = prompt.encoding.get("pixel_values")
+    return "" if pixels is None else sha256(numbers(pixels).tobytes()).hexdigest()
+
+
+def _dataset(
+    prompts: Sequence[Prompt],
+    ways: Sequence[Mapping[str, Edge]],
+    windows: Sequence[Window],
+    drawn: Sequence[Mapping[str, Edge]],
+    values: np.ndarray,
+    base: Sequence[float],
+    about: Mapping[str, dict[str, Any]],
+) -> xr.Dataset:
+    """Metric and change over prompt, edge and layer, and the change by random keys over sample as well."""
+    uncut = np.array(base)[:, None, None, None]
+    change = values - uncut
+    if about["change"]["units"] == "%":
+        change = 100 * change / np.where(uncut > 0, uncut, np.nan)
+    axes, names = ["prompt", "edge", "layer"], list(ways[0])
+    counts = np.array([[[len(part) for part in own[name]] for name in names] for own in ways])
+    found = xr.Dataset(
+        {
+            "metric": (axes, values[:, 0], about["metric"]),
+            "change": (axes, change[:, 0], about["change"]),
+            "base": (["prompt"], np.array(base), about["metric"]),
+        },
+        coords={
+            "prompt": np.arange(len(prompts)),
+            "question": ("prompt", np.array([prompt.words for prompt in prompts], dtype=str)),
+            "edge": names,
+            "layer": [window.name for window in windows],
+            "first": ("layer", [window.first for window in windows]),
+            "last": ("layer", [window.last for window in windows]),
+            "n_queries": (["prompt", "edge"], counts[..., 0]),
+            "n_keys": (["prompt", "edge"], counts[..., 1]),
+        },
+    )
+    if values.shape[1] == 1:
+        return found
+    random = [[len(own[f"{name}, random 0"][1]) for name in names] for own in drawn]
+    found["control"] = (["prompt", "sample", "edge", "layer"], change[:, 1:], about["change"])
+    return found.assign_coords(n_random=(["prompt", "edge"], random), sample=np.arange(values.shape[1] - 1))

@@ -1,0 +1,268 @@
+"""Where does the picture's information lie? Noise on the picture, and clean activations put back place by place.
+
+>>> found = causal_trace(vlm, real, yes, samples=2)
+>>> found.mean.dims, found.indirect.dims
+(('layer', 'span'), ('sample', 'layer', 'span'))
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+from mechvlm.batch import check_prompts, metric_values
+from mechvlm.edits import Edit, patch
+from mechvlm.experiments.edges import Window, windows_of
+from mechvlm.experiments.inputs import input_sites
+from mechvlm.experiments.knockout import interval
+from mechvlm.experiments.objects import object_tokens
+from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
+from mechvlm.experiments.sight import check_layers_run, cross_layers, deepstack_layers, image_dim, named
+from mechvlm.experiments.sweep import sweep
+from mechvlm.metrics import Metric, probability
+from mechvlm.prompt import Prompt
+from mechvlm.run import Run
+from mechvlm.sites import Site, number, told, whole, whole_numbers
+from mechvlm.vlm import VLM
+
+KINDS = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+STREAM = ("resid_pre", "resid_mid", "resid_post")
+
+
+def causal_trace(
+    vlm: VLM,
+    prompt: Prompt,
+    metric: Metric | None = None,
+    noise: float = 3.0,
+    on: str = "image_features",
+    objects: Any = None,
+    kind: str = "resid_post",
+    window: int = 1,
+    layers: Sequence[Any] | None = None,
+    spans: Mapping[str, Sequence[int]] | None = None,
+    positions: Sequence[int] | None = None,
+    samples: int = 10,
+    seed: int = 1,
+    std_of: Sequence[Prompt] | None = None,
+    level: float = 0.95,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+) -> xr.Dataset:
+    """How far the answer comes back when clean activations are put back, one by one, into a run with a noisy picture.
+
+    Three runs are compared: the clean one; the corrupted one, with Gaussian noise added to the picture; and the
+    corrupted one with one layer's activations of one span (or a window of layers') as they were in the clean run. All
+    runs of a sample have the same noise.
+
+    Noise lies off what the model was trained on; where there is a second picture, patching between the two
+    (`patch_spans`) says the same without it.
+
+    Args:
+        metric: by default the probability of the first token that the model says in the clean run.
+        noise: how many standard deviations of what it is added to.
+        on: "image_features", what takes the image tokens' places (what deep-stack adds of the picture too, with a
+            standard deviation of its own); or "pixels", all the model is called with.
+        objects: image tokens, whose features alone are corrupted: a list of positions, a box as a tuple, or a mask; see
+            `object_tokens`.
+        kind: what is put back: "resid_pre", "resid_mid", "resid_post", "attn_out" or "mlp_out".
+        window: how many layers are put back together, about each centre l: of 10 those from l - 5 to l + 4.
+        layers: the centres, by default all; or windows as they are, (first, last).
+        spans: positions that are put back together, by name; by default the prompt's spans, the last image token, and
+            with `objects` these and the rest of the image.
+        positions: instead of spans, positions that are put back one by one, for instance range(len(prompt)).
+        samples, seed: how many times noise is drawn, and from which random numbers.
+        std_of: the prompts over whose pictures the standard deviation is taken; by default this one. It is one number,
+            over all tokens and dimensions of the image's features, or over all pixels and channels.
+        level: of the interval of the mean over samples.
+        batch_size, out: see `sweep`; `out` is a folder, with a file for each sample.
+
+    Returns:
+        `indirect`, the metric restored minus corrupted, over sample, layer and span (or position). `mean`, `low` and
+        `high`: of `indirect` over samples. Over sample: `corrupted`, and `total`, the metric clean minus corrupted.
+        `clean`. All in the metric's unit. `attrs` hold the noise's standard deviation.
+
+    Raises:
+        ValueError: for a prompt without an image, a kind or place that is not there, or noise of objects in pixels.
+        TypeError: for what is no prompt, or no list.
+
+    Example:
+        >>> each = mv.causal_trace(vlm, real, yes, positions=real.image, layers=[2], samples=2)
+        >>> mv.plot.over_image(each["mean"].sel(layer=2), real.images[0], real.pictures[0])
+
+    Source:
+        Meng et al. (2022), "Locating and Editing Factual Associations in GPT", section 2 and appendix B: 3 standard
+        deviations, windows of 10 for attention and MLP outputs. There it is words that are corrupted; the standard
+        deviation is of the image's features here, since those of words are of another size.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} cannot be put back; choose from {', '.join(KINDS)}.")
+    if whole("samples", samples) < 1 or number("noise", noise) < 0:
+        raise ValueError(
+            f"samples={samples} and noise={noise} corrupt nothing; give 1 sample or more, and noise from 0."
+        )
+    check_layers_run(vlm, one_prompt(prompt), range(vlm.shape.layers["text"]))
+    entries, own = input_sites(vlm, on), _corrupted_tokens(prompt, on, objects)
+    dim, places = _places(prompt, spans, positions, own)
+    windows = {one.name: one for one in windows_of(vlm, window, layers)}
+    inside = {layer for one in windows.values() for layer in range(one.first, one.last + 1)}
+    clean = vlm.run(prompt, read=[*{*entries, *input_sites(vlm, "image_features")}, *(Site(kind, at) for at in inside)])
+    stds = _stds(vlm, [prompt] if std_of is None else check_prompts(std_of, vlm.shape), entries)
+    measure = vlm.metric(probability(int(clean.logits[0].argmax())) if metric is None else metric)
+
+    def put_back(layer: int | str, **place: Any) -> list[Edit]:
+        return restored(vlm, prompt, clean, kind, windows[layer], places[place[dim]])
+
+    corrupted, found, sized = [], [], {site: noise * std for site, std in stds.items()}
+    for at, edits in enumerate(noises(prompt, clean, sized, own, samples, seed)):
+        noisy, file = vlm.with_edits(edits), None if out is None else Path(out) / f"sample-{at}"
+        corrupted.append(float(metric_values(measure, noisy.run(prompt).logits)[0]))
+        axes = {"layer": list(windows), dim: list(places)}
+        found.append(sweep(noisy, prompt, put_back, measure, batch_size, file, **axes))
+    said = measure if metric is None else metric
+    result = _dataset(
+        found, float(metric_values(measure, clean.logits)[0]), corrupted, list(windows.values()), level, said
+    )
+    about = record(vlm, [prompt], said, site=kind, noise=noise, on=on, seed=seed, level=level)
+    about["window"] = "as given" if isinstance(next(iter(windows)), str) else window
+    about["std"] = ", ".join(f"{std:.6g} at {site}" for site, std in stds.items())
+    if cross_layers(vlm):
+        about["left_in_place"] = f"the noisy picture, which {named(cross_layers(vlm))} look at"
+    return result.assign_attrs(about)
+
+
+def restored(vlm: VLM, prompt: Prompt, clean: Run, kind: str, window: Window, positions: Sequence[int]) -> list[Edit]:
+    """The edits that put a clean run's activations back, at some positions of the layers of a window.
+
+    Where the picture's features are also added to image tokens behind later layers (Qwen3-VL), they are part of what
+    these tokens hold: with the residual stream of some of them, what is yet to be added there is put back too.
+
+    Example:
+        >>> clean = vlm.run(real, read=["text.2.resid_post"])
+        >>> [str(edit) for edit in restored(vlm, real, clean, "resid_post", Window(2, 2, 2), real.last)]
+        ['patch 1 positions at text.2.resid_post (prompt only)']
+    """
+    sites = [Site(kind, layer) for layer in range(window.first, window.last + 1)]
+    edits = [patch(site, clean[site], positions=positions) for site in sites]
+    tokens = [prompt.image.index(at) for at in positions if at in set(prompt.image)]
+    if kind not in STREAM or not tokens:
+        return edits
+    later = [Site("deepstack", layer) for layer in deepstack_layers(vlm) if layer >= window.first]
+    return [*edits, *(_features(site, clean[site], tokens) for site in later)]
+
+
+def _features(site: Site, source: Tensor, tokens: Sequence[int]) -> Edit:
+    """Some image tokens' features, counted through all images, as they were in another run."""
+    given, index = source.flatten(0, 1), torch.tensor(tokens)
+
+    def put(x: Tensor) -> Tensor:  # image pos d_model
+        flat, here = x.flatten(0, 1), index.to(x.device)
+        return flat.index_copy(0, here, given.to(flat)[here]).reshape(x.shape)
+
+    return Edit(site, put, "prompt", label=f"put back {len(tokens)} tokens' features")
+
+
+def noises(
+    prompt: Prompt, clean: Run, sized: Mapping[Site, float], tokens: Sequence[int], samples: int, seed: int
+) -> Iterator[list[Edit]]:
+    """For each sample the edits that add its noise: one draw for each site, so that every run of a sample has the same.
+
+    Args:
+        sized: the noise's standard deviation at each site.
+        tokens: the image tokens that alone are corrupted; none for all.
+
+    Example:
+        >>> site = mv.Site("image_features")
+        >>> len(list(noises(real, vlm.run(real, read=[site]), {site: 1.0}, [], 3, 1)))
+        3
+    """
+    draw = torch.Generator().manual_seed(seed)
+    others = [at for at, position in enumerate(prompt.image) if position not in set(tokens)] if tokens else []
+
+    def adding(site: Site, size: float) -> Edit:
+        added = size * torch.randn(clean[site].shape, generator=draw)
+        if others:
+            added.flatten(0, 1)[others] = 0
+
+        def add(x: Tensor) -> Tensor:
+            return x + added.to(x)
+
+        return Edit(site, add, "prompt", label=f"noise of {size:.4g}, seed {seed}")
+
+    for _ in range(samples):
+        yield [adding(site, size) for site, size in sized.items()]
+
+
+def _corrupted_tokens(prompt: Prompt, on: str, objects: Any) -> list[int]:
+    """The image tokens that alone are corrupted; none for all of them."""
+    if objects is None:
+        return []
+    if on == "pixels" or image_dim(prompt) == "key":
+        other = "the pixels" if on == "pixels" else "keys of cross-attention"
+        raise ValueError(
+            f"objects={told(objects)} are image tokens, and the noise is on {other}, which are not theirs; leave "
+            "objects out, or choose on='image_features' where image tokens have features."
+        )
+    return object_tokens(prompt, objects)
+
+
+def _places(
+    prompt: Prompt,
+    spans: Mapping[str, Sequence[int]] | None,
+    positions: Sequence[int] | None,
+    objects: Sequence[int],
+) -> tuple[str, dict[Any, list[int]]]:
+    """What is put back together, and the axis it makes."""
+    if positions is not None and spans is not None:
+        raise ValueError("spans and positions were both given; activations are put back by the one or by the other.")
+    if positions is not None:
+        return "position", {at: [at] for at in whole_numbers("positions", positions)}
+    if spans is None:
+        found = {**prompt.spans, **({"last image token": prompt.image[-1:]} if prompt.image else {})}
+        rest = [at for at in prompt.image if at not in set(objects)]
+        return "span", {
+            **found,
+            **({"object": list(objects)} if objects else {}),
+            **({"rest": rest} if objects else {}),
+        }
+    if not isinstance(spans, Mapping):
+        raise TypeError(f"spans={told(spans)} does not name them; write {{'image': prompt.image}}.")
+    return "span", {name: list(whole_numbers("positions", span)) for name, span in spans.items()}
+
+
+def _stds(vlm: VLM, prompts: Sequence[Prompt], entries: Sequence[Site]) -> dict[Site, float]:
+    """The standard deviation of all numbers at each place where pictures enter, over all prompts."""
+    sums = {site: np.zeros(3) for site in entries}
+    for prompt in prompts:
+        run = vlm.run(prompt, read=entries)
+        for site in entries:
+            x = run[site].double()
+            sums[site] += [x.numel(), float(x.sum()), float((x**2).sum())]
+    return {site: float(np.sqrt(max(0.0, (of - total**2 / n) / (n - 1)))) for site, (n, total, of) in sums.items()}
+
+
+def _dataset(
+    restored_to: Sequence[xr.DataArray],
+    clean: float,
+    corrupted: Sequence[float],
+    windows: Sequence[Window],
+    level: float,
+    metric: Metric,
+) -> xr.Dataset:
+    """What was found, over sample, layer and place."""
+    every = xr.concat(restored_to, "sample", coords="minimal", compat="override").drop_attrs()
+    noisy = xr.DataArray(np.array(corrupted), dims=["sample"])
+    name, unit = metric_name(metric), {"units": metric_unit(metric)}
+    indirect = (every - noisy).assign_attrs(long_name="indirect effect", **unit)
+    found = xr.Dataset({"indirect": indirect, **interval(indirect, range(len(corrupted)), level).data_vars})
+    found["corrupted"] = noisy.assign_attrs(long_name=f"{name}, corrupted", **unit)
+    found["total"] = (clean - noisy).assign_attrs(long_name="total effect", **unit)
+    found["clean"] = ((), clean, {"long_name": f"{name}, clean", **unit})
+    reached: dict[str, Any] = {
+        "first": ("layer", [at.first for at in windows]),
+        "last": ("layer", [at.last for at in windows]),
+    }
+    return found.assign_coords(sample=np.arange(len(corrupted)), **reached)
