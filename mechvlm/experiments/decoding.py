@@ -5,7 +5,7 @@
 ('edge', 'layer')
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from mechvlm.experiments.sight import own_layers
 from mechvlm.experiments.sweep import numbers, runs_of
 from mechvlm.laws.runs import longer
 from mechvlm.prompt import Prompt, locate
+from mechvlm.run import Generation
 from mechvlm.sites import Site
 from mechvlm.vlm import VLM
 
@@ -105,28 +106,8 @@ def knockout_answers(
     bar = tqdm(points, unit="answer", leave=False, delay=1)
     made = [vlm.generate(prompt, point.in_steps(), **settings) for point in bar]
     likely = _likely(vlm, prompt, clean.tokens, points, batch_size)
-    sizes, axes = (len(ways), len(windows)), ["edge", "layer"]
-    differs = np.array([first_difference(one.tokens[0], clean.tokens[0]) for one in made]).reshape(sizes)
-    nats = {"units": "nats"}
-    return xr.Dataset(
-        {
-            "text": (axes, np.array([_said(one) for one in made]).reshape(sizes)),
-            "same": (axes, differs < 0),
-            "first_difference": (axes, differs),
-            "log_probability": (axes, likely[1:].sum(1).reshape(sizes), nats),
-            "token_log_probability": ([*axes, "step"], likely[1:].reshape(*sizes, -1), nats),
-            "clean": (["step"], likely[0], nats),
-            "token": (["step"], [vlm.word(int(token)) for token in clean.tokens[0]]),
-        },
-        coords={
-            "edge": list(ways),
-            "layer": [at.name for at in windows],
-            "first": ("layer", [at.first for at in windows]),
-            "last": ("layer", [at.last for at in windows]),
-            "step": np.arange(likely.shape[1]),
-        },
-        attrs=record(vlm, [prompt], clean_text=_said(clean), when=when, cut=CUT[when]),
-    )
+    found = _dataset(vlm, clean.tokens[0], ways, windows, made, likely)
+    return found.assign_attrs(record(vlm, [prompt], clean_text=_said(clean), when=when, cut=CUT[when]))
 
 
 @dataclass(frozen=True)
@@ -184,7 +165,7 @@ def _default(prompt: Prompt, objects: Sequence[int], when: str) -> list[str]:
     return [name for name in wanted if set(name.split("->")) <= there]
 
 
-def _said(made: Any) -> str:
+def _said(made: Generation) -> str:
     """A generated text; the ids of its tokens where there is no processor."""
     return " ".join(map(str, made.tokens[0].tolist())) if made.text is None else str(made.text)
 
@@ -203,3 +184,34 @@ def _likely(vlm: VLM, prompt: Prompt, tokens: Tensor, points: Sequence[Cut], bat
     variants = [[], *(point.at_once(count - 1) for point in points)]
     runs = runs_of(vlm, whole, variants, {Site("logits"): said}, batch_size)
     return numbers(torch.cat([run[Site("logits")] for run in runs]))
+
+
+def _dataset(
+    vlm: VLM,
+    clean: Tensor,
+    ways: Mapping[str, Edge],
+    windows: Sequence[Window],
+    made: Sequence[Generation],
+    likely: np.ndarray,
+) -> xr.Dataset:
+    """Texts and log-probabilities over edge and layer."""
+    sizes, axes, nats = (len(ways), len(windows)), ["edge", "layer"], {"units": "nats"}
+    differs = np.array([first_difference(one.tokens[0], clean) for one in made]).reshape(sizes)
+    return xr.Dataset(
+        {
+            "text": (axes, np.array([_said(one) for one in made]).reshape(sizes)),
+            "same": (axes, differs < 0),
+            "first_difference": (axes, differs),
+            "log_probability": (axes, likely[1:].sum(1).reshape(sizes), nats),
+            "token_log_probability": ([*axes, "step"], likely[1:].reshape(*sizes, -1), nats),
+            "clean": (["step"], likely[0], nats),
+            "token": (["step"], [vlm.word(int(token)) for token in clean]),
+        },
+        coords={
+            "edge": list(ways),
+            "layer": [at.name for at in windows],
+            "first": ("layer", [at.first for at in windows]),
+            "last": ("layer", [at.last for at in windows]),
+            "step": np.arange(likely.shape[1]),
+        },
+    )

@@ -1,11 +1,11 @@
 """Where does the picture's information lie? Noise on the picture, and clean activations put back place by place.
 
 >>> found = causal_trace(vlm, real, yes, samples=2)
->>> found.mean.dims, found.indirect.dims
+>>> found["mean"].dims, found.indirect.dims
 (('layer', 'span'), ('sample', 'layer', 'span'))
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,18 +98,11 @@ def causal_trace(
         deviations, windows of 10 for attention and MLP outputs. There it is words that are corrupted; the standard
         deviation is of the image's features here, since those of words are of another size.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} cannot be put back; choose from {', '.join(KINDS)}.")
-    if whole("samples", samples) < 1 or number("noise", noise) < 0:
-        raise ValueError(
-            f"samples={samples} and noise={noise} corrupt nothing; give 1 sample or more, and noise from 0."
-        )
-    check_layers_run(vlm, one_prompt(prompt), range(vlm.shape.layers["text"]))
+    _check(vlm, one_prompt(prompt), kind, samples, noise)
     entries, own = input_sites(vlm, on), _corrupted_tokens(prompt, on, objects)
     dim, places = _places(prompt, spans, positions, own)
     windows = {one.name: one for one in windows_of(vlm, window, layers)}
-    inside = {layer for one in windows.values() for layer in range(one.first, one.last + 1)}
-    clean = vlm.run(prompt, read=[*{*entries, *input_sites(vlm, "image_features")}, *(Site(kind, at) for at in inside)])
+    clean = vlm.run(prompt, read=_read(vlm, kind, windows.values(), entries))
     stds = _stds(vlm, [prompt] if std_of is None else check_prompts(std_of, vlm.shape), entries)
     measure = vlm.metric(probability(int(clean.logits[0].argmax())) if metric is None else metric)
 
@@ -127,11 +120,7 @@ def causal_trace(
         found, float(metric_values(measure, clean.logits)[0]), corrupted, list(windows.values()), level, said
     )
     about = record(vlm, [prompt], said, site=kind, noise=noise, on=on, seed=seed, level=level)
-    about["window"] = "as given" if isinstance(next(iter(windows)), str) else window
-    about["std"] = ", ".join(f"{std:.6g} at {site}" for site, std in stds.items())
-    if cross_layers(vlm):
-        about["left_in_place"] = f"the noisy picture, which {named(cross_layers(vlm))} look at"
-    return result.assign_attrs(about)
+    return result.assign_attrs({**about, **_about(vlm, list(windows), window, stds)})
 
 
 def restored(vlm: VLM, prompt: Prompt, clean: Run, kind: str, window: Window, positions: Sequence[int]) -> list[Edit]:
@@ -196,6 +185,17 @@ def noises(
         yield [adding(site, size) for site, size in sized.items()]
 
 
+def _check(vlm: VLM, prompt: Prompt, kind: str, samples: int, noise: float) -> None:
+    """Refuse what cannot be put back, or corrupts nothing."""
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} cannot be put back; choose from {', '.join(KINDS)}.")
+    if whole("samples", samples) < 1 or number("noise", noise) < 0:
+        raise ValueError(
+            f"samples={samples} and noise={noise} corrupt nothing; give 1 sample or more, and noise from 0."
+        )
+    check_layers_run(vlm, prompt, range(vlm.shape.layers["text"]))
+
+
 def _corrupted_tokens(prompt: Prompt, on: str, objects: Any) -> list[int]:
     """The image tokens that alone are corrupted; none for all of them."""
     if objects is None:
@@ -231,6 +231,20 @@ def _places(
     if not isinstance(spans, Mapping):
         raise TypeError(f"spans={told(spans)} does not name them; write {{'image': prompt.image}}.")
     return "span", {name: list(whole_numbers("positions", span)) for name, span in spans.items()}
+
+
+def _about(vlm: VLM, names: Sequence[Any], window: int, stds: Mapping[Site, float]) -> dict[str, str | int | float]:
+    """What is said of the windows and of the noise."""
+    across = cross_layers(vlm)
+    left = {"left_in_place": f"the noisy picture, which {named(across)} look at"} if across else {}
+    size = "as given" if isinstance(names[0], str) else window
+    return {"window": size, "std": ", ".join(f"{std:.6g} at {site}" for site, std in stds.items()), **left}
+
+
+def _read(vlm: VLM, kind: str, windows: Iterable[Window], entries: Sequence[Site]) -> list[Site]:
+    """What is read of the clean run: what is put back, and where the picture enters."""
+    inside = {layer: Site(kind, layer) for one in windows for layer in range(one.first, one.last + 1)}
+    return [*dict.fromkeys([*entries, *input_sites(vlm, "image_features"), *inside.values()])]
 
 
 def _stds(vlm: VLM, prompts: Sequence[Prompt], entries: Sequence[Site]) -> dict[Site, float]:
