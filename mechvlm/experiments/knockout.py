@@ -1,6 +1,6 @@
 """Along which ways, and in which layers, does the picture reach the answer? Attention cut between spans.
 
->>> found = information_flow(vlm, real, edges=["image->last", "question->last"], window=3)
+>>> found = information_flow(vlm, real, edges=["image->last", "question->last"], window=3, layers=[1, 4])
 >>> found.change.isel(prompt=0).dims
 ('edge', 'layer')
 """
@@ -82,7 +82,7 @@ def information_flow(
         TypeError: for what is no prompt, or no list.
 
     Example:
-        >>> found = mv.information_flow(vlm, [real, null], edges=["image->last", "last->last"], window=3)
+        >>> found = mv.information_flow(vlm, [real, null], edges=["image->last", "last->last"], layers=[(0, 3), (4, 7)])
         >>> mv.plot.flow(found)
 
     Source:

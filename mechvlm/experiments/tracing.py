@@ -1,6 +1,6 @@
 """Where does the picture's information lie? Noise on the picture, and clean activations put back place by place.
 
->>> found = causal_trace(vlm, real, yes, samples=2)
+>>> found = causal_trace(vlm, real, yes, layers=[0, 4], samples=2)
 >>> found["mean"].dims, found.indirect.dims
 (('layer', 'span'), ('sample', 'layer', 'span'))
 """

@@ -1,6 +1,6 @@
 """Figures of what was cut or put back, layer by layer.
 
->>> found = information_flow(vlm, [real, null], edges=["image->last", "last->last"], window=3)
+>>> found = information_flow(vlm, [real, null], edges=["image->last", "last->last"], layers=[0, 4])
 >>> figure = flow(found)
 """
 
@@ -21,7 +21,7 @@ def flow(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
         TypeError: for anything else.
 
     Example:
-        >>> found = mv.information_flow(vlm, [real, null], edges=["image->last", "last->last"], window=3)
+        >>> found = mv.information_flow(vlm, [real, null], edges=["image->last", "last->last"], layers=[0, 4])
         >>> mv.plot.flow(found.sel(edge=["image->last"]), title="From the picture to the answer")
     """
     _check(found, "flow", "edge", "information_flow", "vlm, prompts")
@@ -59,7 +59,7 @@ def tracing(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
         TypeError: for anything else.
 
     Example:
-        >>> mv.plot.tracing(mv.causal_trace(vlm, real, yes, samples=2))
+        >>> mv.plot.tracing(mv.causal_trace(vlm, real, yes, layers=[0, 4], samples=2))
     """
     _check(found, "tracing", "indirect", "causal_trace", "vlm, prompt")
     across = [str(dim) for dim in found["mean"].dims if dim != "layer"]
