@@ -52,7 +52,7 @@ def test_the_answer_is_lost_in_windows_that_hold_the_planted_layer_and_along_the
     clean = vlm.metric(METRIC)(vlm.run(real).logits).item()
     expected = xr.zeros_like(found)
     expected.loc[{"edge": "image->last", "layer": lost}] = -clean
-    xr.testing.assert_allclose(found, expected, atol=1e-6)
+    xr.testing.assert_allclose(found, expected, atol=float(4 * np.spacing(np.float32(clean))))
 
 
 def test_every_edge_and_window_is_what_hooks_by_hand_give() -> None:

@@ -66,7 +66,7 @@ def information_flow(
         seed: of the random keys, which are the same in every window.
         clusters: what prompts belong together, for the interval; by default their pictures.
         level: of the interval.
-        batch_size, out: see `sweep`; with several prompts `out` is a folder, with a file for each.
+        batch_size, out: see `sweep`; with several prompts `out` holds a folder for each.
 
     Returns:
         Over axes prompt, edge and layer (the centre, or the window as text): `metric`, and `change` by the cut: in
@@ -97,18 +97,19 @@ def information_flow(
     _check_alike(vlm, asked, ways)
     if whole("controls", controls) < 0:
         raise ValueError(f"controls={controls} is no number of random cuts; give 0 or more.")
-    windows, draw = windows_of(vlm, window, layers), np.random.default_rng(seed)
+    windows, draw, engine = windows_of(vlm, window, layers), np.random.default_rng(seed), "none: no prompt was right"
     measures, base, right = _measured(vlm, asked, metric, answers)
     drawn = [with_random(prompt, own, controls, draw) for prompt, own in zip(asked, ways, strict=True)]
     places = [out if out is None or len(asked) == 1 else Path(out) / f"prompt-{at}" for at in range(len(asked))]
     values = np.full((len(asked), controls + 1, len(ways[0]), len(windows)), np.nan)
     for at in np.flatnonzero(right):
         swept = _swept(vlm, asked[at], drawn[at], windows, measures[at], batch_size, places[at])
-        values[at] = swept.reshape(values.shape[1:])
+        values[at], engine = swept.values.reshape(values.shape[1:]), swept.attrs["engine"]
     named = "as given" if isinstance(windows[0].name, str) else window
     about = record(
         vlm, asked, metric, cut="all heads, in each layer of the window", window=named, seed=seed, level=level
     )
+    about["engine"] = engine
     if metric is None:
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
     found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))
@@ -198,16 +199,15 @@ def _swept(
     measure: Metric,
     batch_size: int | None,
     out: str | Path | None,
-) -> np.ndarray:
+) -> xr.DataArray:
     """The metric with each edge cut in each window; not a number where there are no keys to cut."""
     at = {window.name: window for window in windows}
 
     def cut(edge: str, layer: int | str) -> list[Edit]:
         return cuts(vlm, points[edge], at[layer]) if points[edge][1] else []
 
-    values = sweep(vlm, prompt, cut, measure, batch_size, out, edge=list(points), layer=list(at)).values
-    values[[not keys for _, keys in points.values()]] = np.nan
-    return values
+    found = sweep(vlm, prompt, cut, measure, batch_size, out, edge=list(points), layer=list(at))
+    return found.where(xr.DataArray([bool(keys) for _, keys in points.values()], dims=["edge"]))
 
 
 def _change(metric: Metric | None, name: str | int | float) -> dict[str, dict[str, Any]]:

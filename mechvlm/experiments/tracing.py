@@ -78,7 +78,7 @@ def causal_trace(
         std_of: the prompts over whose pictures the standard deviation is taken; by default this one. It is one number,
             over all tokens and dimensions of the image's features, or over all pixels and channels.
         level: of the interval of the mean over samples.
-        batch_size, out: see `sweep`; `out` is a folder, with a file for each sample.
+        batch_size, out: see `sweep`; `out` holds a folder for each sample.
 
     Returns:
         `indirect`, the metric restored minus corrupted, over sample, layer and span (or position). `mean`, `low` and
@@ -111,15 +111,16 @@ def causal_trace(
 
     corrupted, found, sized = [], [], {site: noise * std for site, std in stds.items()}
     for at, edits in enumerate(noises(prompt, clean, sized, own, samples, seed)):
-        noisy, file = vlm.with_edits(edits), None if out is None else Path(out) / f"sample-{at}"
+        noisy, folder = vlm.with_edits(edits), None if out is None else Path(out) / f"sample-{at}"
         corrupted.append(float(metric_values(measure, noisy.run(prompt).logits)[0]))
-        axes = {"layer": list(windows), dim: list(places)}
-        found.append(sweep(noisy, prompt, put_back, measure, batch_size, file, **axes))
+        axes: dict[str, Any] = {"layer": list(windows), dim: list(places)}
+        found.append(sweep(noisy, prompt, put_back, measure, batch_size, folder, **axes))
     said = measure if metric is None else metric
     result = _dataset(
         found, float(metric_values(measure, clean.logits)[0]), corrupted, list(windows.values()), level, said
     )
     about = record(vlm, [prompt], said, site=kind, noise=noise, on=on, seed=seed, level=level)
+    about["engine"] = found[0].attrs["engine"]
     return result.assign_attrs({**about, **_about(vlm, list(windows), window, stds)})
 
 
