@@ -86,10 +86,11 @@ def information_flow(
         >>> mv.plot.flow(found)
 
     Source:
-        Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5 (knockout in a window of 9 layers);
-        Zhang et al. (2025), "Cross-modal Information Flow in Multimodal Large Language Models", sections 3 and 4 (edges
-        and change in percent); Neo et al. (2024), "Towards Interpreting Visual Information Processing in VLMs", section
-        5 (windows given as groups, rest of the image). The random keys are added here.
+        Geva et al. (2023), "Dissecting Recall of Factual Associations", section 5 (knockout in a window of layers);
+        Zhang et al. (2025), "Cross-modal Information Flow in Multimodal Large Language Models" (these edges, windows of
+        9 layers, the change in percent, answers that are right alone); Neo et al. (2024), "Towards Interpreting Visual
+        Information Processing in Vision-Language Models" (windows given as groups: 0-9, 5-14, 11-20, 15-24, 21-31). The
+        random keys are added here.
     """
     asked = check_prompts(prompts, vlm.shape)
     held = objects_of(asked, objects)
