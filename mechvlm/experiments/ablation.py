@@ -12,12 +12,13 @@ from torch import Tensor
 
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit, ablate_heads
+from mechvlm.experiments.means import replacements
 from mechvlm.experiments.record import metric_unit, one_prompt, record
 from mechvlm.experiments.sight import check_layers_run, head_site
 from mechvlm.experiments.sweep import sweep
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.sites import places, told
+from mechvlm.sites import places
 from mechvlm.vlm import VLM
 
 
@@ -56,7 +57,7 @@ def ablate_each_head(
         never says; Wang et al. (2023), "Interpretability in the Wild", appendix, prefer means or resampling.
     """
     check_layers_run(vlm, one_prompt(prompt), range(vlm.shape.layers["text"]))
-    given = _given(vlm, prompt, to)
+    given = list(replacements(vlm, prompt, to, ["z"]).values())
     at = None if positions is None else places("positions", positions, all_by_none=True)
 
     def ablation(layer: int, head: int) -> list[Edit]:
@@ -88,25 +89,3 @@ def at_positions(edit: Edit, positions: Sequence[int]) -> Edit:
 
     label = f"{edit.label}, at {len(chosen)} positions"
     return replace(edit, fn=held, when="prompt", positions=chosen, label=label)
-
-
-def _given(vlm: VLM, prompt: Prompt, to: Prompt | Sequence[Tensor] | None) -> list[Tensor | None]:
-    """What takes the place of each layer's z; None for zero."""
-    layers = vlm.shape.layers["text"]
-    if to is None:
-        return [None] * layers
-    if isinstance(to, Prompt):
-        if len(to) != len(prompt):
-            raise ValueError(
-                f"to has {len(to)} positions and the prompt {len(prompt)}, so positions cannot be matched; make it "
-                "with prompt.with_image, which keeps them."
-            )
-        check_layers_run(vlm, to, range(layers))
-        sites = [head_site(vlm, layer) for layer in range(layers)]
-        run = vlm.run(to, read=sites)
-        return [run[site] for site in sites]
-    if not isinstance(to, list | tuple | Tensor):
-        raise TypeError(f"to={told(to)} is neither a prompt nor a list of tensors, one for each of {layers} layers.")
-    if len(to) != layers:
-        raise ValueError(f"to holds {len(to)} tensors; give one for each of the {layers} layers.")
-    return list(to)
