@@ -13,6 +13,10 @@ Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `de
 layer: `flow`, `tracing`. Words of the logit lens from layer to layer: `words_by_layer`. On the picture that a prompt
 asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
 logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
+layer to layer: `words_by_layer`. On the picture that a prompt asks about: `over_image` (a colour for each image token),
+`pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention
+sinks), `token_grid` (the squares alone).
+Ablations: `effects`, `ablation_order`, `head_search`, `token_sets`.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -20,6 +24,10 @@ logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squ
 
 from mechvlm.plot.causes import flow as flow
 from mechvlm.plot.causes import tracing as tracing
+from mechvlm.plot.ablations import ablation_order as ablation_order
+from mechvlm.plot.ablations import effects as effects
+from mechvlm.plot.ablations import head_search as head_search
+from mechvlm.plot.ablations import token_sets as token_sets
 from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
@@ -35,9 +43,12 @@ from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
 from mechvlm.plot.points import pixels_over_image as pixels_over_image
 
 __all__ = [
+    "ablation_order",
     "bars",
     "deletion",
     "flow",
+    "effects",
+    "head_search",
     "heatmap",
     "layers_over_image",
     "lines",
@@ -47,6 +58,7 @@ __all__ = [
     "pixels_over_image",
     "sinks_over_image",
     "token_grid",
+    "token_sets",
     "tokens_over_image",
     "tracing",
     "words_by_layer",
