@@ -20,6 +20,12 @@ mean_interval.
 attention_flow, information_flow, knockout_answers, causal_trace, dose_response, deletion_curve, answer_probabilities,
 queries_to_patches, compose_queries, sweep.
 Figures: plot.
+segmentation_scores, word_share, patch_spans, gradient_attribution,
+input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
+attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep.
+Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
+soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
+answer_accuracy. Figures: plot.
 """
 
 from importlib import import_module
@@ -64,12 +70,18 @@ if TYPE_CHECKING:
     from mechvlm.bridge import bridged as bridged
     from mechvlm.circuits import cache_sites as cache_sites
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
+    from mechvlm.experiments.ablations import ablate_each as ablate_each
+    from mechvlm.experiments.accuracy import accuracy as accuracy
+    from mechvlm.experiments.accuracy import answer_accuracy as answer_accuracy
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.knockout import information_flow as information_flow
+    from mechvlm.experiments.heads import find_heads as find_heads
+    from mechvlm.experiments.heads import heads_found as heads_found
+    from mechvlm.experiments.heads import soft_identity as soft_identity
     from mechvlm.experiments.lens import logit_lens as logit_lens
     from mechvlm.experiments.lens_maps import object_map as object_map
     from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
@@ -78,6 +90,11 @@ if TYPE_CHECKING:
     from mechvlm.experiments.patch_heads import patch_heads as patch_heads
     from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
     from mechvlm.experiments.patching import patch_positions as patch_positions
+    from mechvlm.experiments.means import mean_activations as mean_activations
+    from mechvlm.experiments.means import mean_features as mean_features
+    from mechvlm.experiments.order import ablate_all_but as ablate_all_but
+    from mechvlm.experiments.order import ablate_in_order as ablate_in_order
+    from mechvlm.experiments.order import strongest as strongest
     from mechvlm.experiments.patching import patch_spans as patch_spans
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
@@ -95,6 +112,9 @@ if TYPE_CHECKING:
     from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
     from mechvlm.experiments.tracing import causal_trace as causal_trace
+    from mechvlm.experiments.tokens import ablate_image_tokens as ablate_image_tokens
+    from mechvlm.experiments.tokens import gradient_tokens as gradient_tokens
+    from mechvlm.experiments.tokens import norm_outliers as norm_outliers
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
 
@@ -105,6 +125,20 @@ _LATER = {
     "demo": "mechvlm.demo",
     "plot": "mechvlm.plot",
     "ablate_each_head": "mechvlm.experiments.ablation",
+    "ablate_each": "mechvlm.experiments.ablations",
+    "accuracy": "mechvlm.experiments.accuracy",
+    "answer_accuracy": "mechvlm.experiments.accuracy",
+    "find_heads": "mechvlm.experiments.heads",
+    "heads_found": "mechvlm.experiments.heads",
+    "soft_identity": "mechvlm.experiments.heads",
+    "mean_activations": "mechvlm.experiments.means",
+    "mean_features": "mechvlm.experiments.means",
+    "ablate_all_but": "mechvlm.experiments.order",
+    "ablate_in_order": "mechvlm.experiments.order",
+    "strongest": "mechvlm.experiments.order",
+    "ablate_image_tokens": "mechvlm.experiments.tokens",
+    "gradient_tokens": "mechvlm.experiments.tokens",
+    "norm_outliers": "mechvlm.experiments.tokens",
     "answer_probabilities": "mechvlm.experiments.answers",
     "gradient_attribution": "mechvlm.experiments.attribution",
     "knockout_answers": "mechvlm.experiments.decoding",
