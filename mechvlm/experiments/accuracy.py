@@ -37,7 +37,7 @@ def accuracy(vlm: VLM, answer: str, words: Sequence[str] = YES_NO) -> Metric:
 
     Example:
         >>> mv.ablate_in_order(vlm, real, mv.accuracy(vlm, "yes"), [(0, 7)], controls=2).ranked.values
-        array([[1., 1.]])
+        array([[1., 0.]])
 
     Source:
         Li et al. (2023), "Evaluating Object Hallucination in Large Vision-Language Models" (POPE); by the first token.

@@ -4,7 +4,7 @@ Rule this module guards: nothing is averaged away. Results have an axis `prompt`
 prompts, or over clusters of them that are not independent, such as several questions about one picture.
 
 >>> clean_values(vlm, [real, null], metric_of_each(yes, [real, null])).round(1).values
-array([ 2.6, -6.2])
+array([ 2.6, -5.8])
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -64,7 +64,7 @@ def said_of(positions: PositionsOf) -> str:
 
     Example:
         >>> said_of(None), said_of([3, 4]), said_of(lambda prompt: prompt.last)
-        ('all', '3, 4', "as a function of the prompt")
+        ('all', '3, 4', 'as a function of the prompt')
     """
     if positions is None:
         return "all"

@@ -1,8 +1,8 @@
 """Which few heads do it together? A greedy search: round by round the head that moves a metric the most.
 
->>> found = find_heads(vlm, real, yes, count=2)
+>>> found = find_heads(vlm, real, yes, count=2, candidates=[(0, 7), (1, 3), (3, 7)])
 >>> heads_found(found)
-[(0, 7), (1, 3)]
+[(0, 7), (3, 7)]
 """
 
 from collections.abc import Callable, Sequence
@@ -117,7 +117,7 @@ def find_heads(
         ValueError, TypeError: for a count, candidates or an objective that cannot be.
 
     Example:
-        >>> mv.plot.head_search(mv.find_heads(vlm, real, yes, count=2))
+        >>> mv.plot.head_search(mv.find_heads(vlm, real, yes, count=2, candidates=[(0, 7), (1, 3), (3, 7)]))
 
     Source:
         "Fine-Grained Perturbation Guidance via Attention Head Selection" (2025), HeadHunter: the greedy rounds; there a
@@ -157,7 +157,7 @@ def heads_found(found: xr.Dataset) -> list[Part]:
     """The heads that `find_heads` took, the first first.
 
     Example:
-        >>> heads_found(find_heads(vlm, real, yes, count=1))
+        >>> heads_found(find_heads(vlm, real, yes, count=1, candidates=[(0, 7), (1, 3)]))
         [(0, 7)]
     """
     taken = found.isel(round=slice(1, None))

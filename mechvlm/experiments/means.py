@@ -5,7 +5,7 @@ the model runs, and never kept.
 
 >>> means = mean_activations(vlm, [real, null])
 >>> len(means), means[0].shape
-(8, torch.Size([8, 16]))
+(8, torch.Size([8, 24]))
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -53,8 +53,8 @@ def mean_activations(
     Example:
         >>> scenes = [vlm.prompt(one.image, "Is there a red 3 in the image?") for one in mv.demo.scenes()[:4]]
         >>> means = mv.mean_activations(vlm, scenes, positions="each")
-        >>> mv.ablate_each_head(vlm, scenes[0], yes, to=means).dims
-        ('layer', 'head')
+        >>> mv.ablate_each(vlm, scenes[0], yes, to=means, layers=[0]).effect.dims
+        ('prompt', 'layer', 'head')
 
     Source:
         Wang et al. (2023), "Interpretability in the Wild", section 2.2: mean-ablation over a reference distribution.
@@ -88,7 +88,7 @@ def mean_features(vlm: VLM, prompts: Prompt | Sequence[Prompt]) -> dict[Site, Te
 
     Example:
         >>> {str(site): vector.shape for site, vector in mv.mean_features(vlm, [real, null]).items()}
-        {'text.image_features': torch.Size([128])}
+        {'image_features': torch.Size([128])}
 
     Source:
         Neo et al. (2024), "Towards Interpreting Visual Information Processing in Vision-Language Models", section 3.

@@ -54,7 +54,7 @@ def strongest(effects: xr.DataArray, count: int, objective: str = "lower") -> li
         ValueError, TypeError: for an array with other axes, or more parts than there are.
 
     Example:
-        >>> mv.strongest(mv.ablate_each_head(vlm, real, yes), 2)
+        >>> mv.strongest(mv.ablate_each(vlm, real, yes, layers=[0, 1])["mean"], 2)
         [(0, 7), (1, 3)]
     """
     axes = ("layer", "head")
@@ -115,8 +115,8 @@ def ablate_in_order(
         ValueError, TypeError: for parts, counts or candidates that are not there.
 
     Example:
-        >>> order = mv.strongest(mv.ablate_each_head(vlm, real, yes), 2)
-        >>> mv.plot.ablation_order(mv.ablate_in_order(vlm, [real], yes, order, controls=3))
+        >>> found = mv.ablate_in_order(vlm, real, yes, [(0, 7), (1, 3)], controls=3)
+        >>> mv.plot.ablation_order(found, title="Two heads against chance")
 
     Source:
         Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 4 (cumulative); random sets of the

@@ -140,7 +140,7 @@ def norm_outliers(vlm: VLM, prompt: Prompt, count: int | None = None, factor: fl
 
     Example:
         >>> mv.norm_outliers(vlm, real, count=2)
-        [9, 14]
+        [24, 37]
 
     Source:
         Darcet et al. (2024), "Vision Transformers Need Registers", section 2.1; Neo et al. (2024), section 3.

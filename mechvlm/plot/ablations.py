@@ -82,7 +82,7 @@ def head_search(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fig
         TypeError: for anything else.
 
     Example:
-        >>> mv.plot.head_search(mv.find_heads(vlm, real, yes, count=2))
+        >>> mv.plot.head_search(mv.find_heads(vlm, real, yes, count=2, candidates=[(0, 7), (1, 3), (3, 7)]))
     """
     _check(found, "head_search", "find_heads", {"metric", "score", "layer", "head"})
     parts = [found["metric"].mean("prompt")]
