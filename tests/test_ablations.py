@@ -356,7 +356,7 @@ def test_the_heads_that_answer_for_a_red_3_cost_more_accuracy_than_random_ones()
     demo, question = mv.load("demo"), "Is there a red 3 in the image?"
     scenes = [one for one in mv.demo.scenes() if any(item.digit == 3 or item.colour == 0 for item in one.scene.items)]
     there = [any((item.digit, item.colour) == (3, 0) for item in one.scene.items) for one in scenes]
-    chosen = [at for answer in (True, False) for at in np.flatnonzero(np.array(there) == answer)[1:9:2]]
+    chosen = [at for answer in (True, False) for at in np.flatnonzero(np.array(there) == answer)[1:7:2]]
     prompts = [demo.prompt(scenes[at].image, question) for at in chosen]
     metrics = [mv.accuracy(demo, "yes" if there[at] else "no") for at in chosen]
     means = mv.mean_activations(demo, prompts, positions="each")
@@ -364,5 +364,5 @@ def test_the_heads_that_answer_for_a_red_3_cost_more_accuracy_than_random_ones()
     found = mv.ablate_in_order(demo, prompts, metrics, heads, to=means, counts=[3])
     answers = ["yes" if there[at] else "no" for at in chosen]
     assert mv.answer_accuracy(demo, list(zip(prompts, answers, strict=True))).mean() == 1
-    assert float(found["mean"]) <= 0.75
-    assert float(found.p_value) == 1 / 21  # each of 20 random sets costs less
+    assert found["mean"].item() <= 2 / 3
+    assert found.p_value.item() == 1 / 21  # each of 20 random sets costs less

@@ -118,13 +118,15 @@ def ablate_each(
 
     clean = clean_values(vlm, asked, metrics)
     axes = {"layer": chosen, **_axis(vlm, asked, what, positions, regions)}
-    effect = swept(vlm, asked, points, metrics, batch_size, out, **axes) - clean
+    found = swept(vlm, asked, points, metrics, batch_size, out, **axes)
+    where = {"engine": found.attrs["engine"], "ablated": what, "ablated_to": ablated_to(to)}
+    where |= {"site": site, **_left_in_place(vlm, site)} if what in PLACES else {"positions": said_of(positions)}
+    effect = found - clean
     unit = unit_of(metrics)
-    found = labelled({"effect": effect, **averaged(effect, clusters)}, f"effect of ablating one {what}", unit)
-    where = {"site": site, **_left_in_place(vlm, site)} if what in PLACES else {"positions": said_of(positions)}
+    values = labelled({"effect": effect, **averaged(effect, clusters)}, f"effect of ablating one {what}", unit)
     sign = "metric with the ablation minus metric without"
-    attrs = about(vlm, asked, metrics, clusters, value=sign, ablated=what, ablated_to=ablated_to(to), **where)
-    return xr.Dataset({**found, **labelled({"clean": clean}, "metric without ablation", unit)}, attrs=attrs)
+    attrs = about(vlm, asked, metrics, clusters, value=sign, **where)
+    return xr.Dataset({**values, **labelled({"clean": clean}, "metric without ablation", unit)}, attrs=attrs)
 
 
 def parts_out(

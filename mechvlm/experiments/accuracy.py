@@ -17,8 +17,9 @@ from mechvlm.batch import check_prompts
 from mechvlm.edits import Edit
 from mechvlm.experiments.examples import prompt_coordinates
 from mechvlm.experiments.record import record, word_list
-from mechvlm.experiments.sweep import numbers, rows_for
+from mechvlm.experiments.sweep import numbers
 from mechvlm.metrics import Metric, log_probability
+from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
 from mechvlm.sites import told
 from mechvlm.vlm import VLM

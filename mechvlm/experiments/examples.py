@@ -89,7 +89,7 @@ def swept(
     out: str | Path | None = None,
     **axes: Any,
 ) -> xr.DataArray:
-    """A sweep of each prompt, with one axis more in front: prompt.
+    """A sweep of each prompt, with one axis more in front: prompt. In `attrs`, `engine`: how the points were run.
 
     Args:
         points: from a prompt to its function from a point to edits.
@@ -100,13 +100,14 @@ def swept(
         >>> swept(vlm, [real, null], cut, [yes, yes], layer=[0, 1]).dims
         ('prompt', 'layer')
     """
-    found = []
+    found: list[xr.DataArray] = []
     for number, (prompt, metric) in enumerate(zip(prompts, metrics, strict=True)):
         kept: dict[str, Any] = {} if out is None else {"out": Path(out) / f"prompt-{number}"}
         found.append(sweep(vlm, prompt, points(prompt), metric, batch_size, **kept, **axes))
     along = prompt_coordinates(prompts)
     joined = xr.concat(found, xr.Variable("prompt", along["prompt"]), combine_attrs="drop")
-    return joined.assign_coords(along)
+    engines = "; ".join(dict.fromkeys(str(one.attrs["engine"]) for one in found))
+    return joined.assign_coords(along).assign_attrs(engine=engines)
 
 
 def prompt_coordinates(prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -142,15 +142,15 @@ def find_heads(
         scores.append(np.array([means[left.index(part)] if part in left else np.nan for part in pool]))
         reached.append(tried.values[:, best])
         taken.append(left[best])
-    unit, rounds = unit_of(metrics), np.arange(count + 1)
+    rounds = np.arange(count + 1)
     by_prompt = clean.expand_dims(round=rounds).transpose("prompt", "round").copy(data=np.stack(reached, -1))
     score = xr.DataArray(np.stack(scores), dims=["round", "candidate"], coords={"round": rounds, **_names(pool)})
-    attrs = about(vlm, asked, metrics, None, objective=objective, perturbed=_told(perturb), heads=said(taken))
     values = {"metric": by_prompt, "score": score}
     if len(held_out):
         values["held_out"] = _held_out(vlm, held_out, held_out_metric or metric, done, taken, batch_size)
-    chosen = {key: ("round", np.array([-1, *(part[at] for part in taken)])) for at, key in enumerate(("layer", "head"))}
-    return xr.Dataset({**labelled(values, attrs["metric"], unit), **chosen}, attrs=attrs)
+    how = {"perturbed": _told(perturb), "heads": said(taken), "engine": tried.attrs["engine"]}
+    attrs = about(vlm, asked, metrics, None, objective=objective, **how)
+    return xr.Dataset({**labelled(values, attrs["metric"], unit_of(metrics)), **_taken(taken)}, attrs=attrs)
 
 
 def heads_found(found: xr.Dataset) -> list[Part]:
@@ -203,6 +203,12 @@ def _held_out(
     metrics = metric_of_each(metric, asked)
     found = swept(vlm, asked, lambda _: first, metrics, batch_size, round=range(len(taken) + 1))
     return found.drop_vars("question").rename(prompt="held_out_prompt")
+
+
+def _taken(heads: Sequence[Part]) -> dict[str, Any]:
+    """Layer and head taken in each round; -1 in round 0."""
+    rounds = [(-1, -1), *heads]
+    return {key: ("round", np.array([part[at] for part in rounds])) for at, key in enumerate(("layer", "head"))}
 
 
 def _default(vlm: VLM) -> Perturb:

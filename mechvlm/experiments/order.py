@@ -140,6 +140,7 @@ def ablate_in_order(
     mine, random = found.sel(sample=-1, drop=True), found.sel(sample=slice(0, None))
     unit = unit_of(metrics)
     more = {"ablated": what, "ablated_to": ablated_to(to), "positions": said_of(positions), "objective": objective}
+    more["engine"] = found.attrs["engine"]
     attrs = about(vlm, asked, metrics, clusters, **more, order=said(ranked), controls=controls, seed=seed)
     values = labelled({"ranked": mine, "random": random, **averaged(mine, clusters)}, attrs["metric"], unit)
     result = xr.Dataset({**values, "p_value": p_values(mine, random, objective)}, attrs=attrs)
@@ -207,6 +208,7 @@ def ablate_all_but(
     random = found.isel(parts=slice(ends, None)).rename(parts="sample").assign_coords(sample=np.arange(controls))
     effect = kept - all_out
     more = {"ablated": what, "ablated_to": ablated_to(to), "positions": said_of(positions), "objective": objective}
+    more["engine"] = found.attrs["engine"]
     attrs = about(vlm, asked, metrics, clusters, **more, parts=said(whole_set), controls=controls, seed=seed)
     unit = unit_of(metrics)
     metric_values = {"all_out": all_out, "clean": clean_values(vlm, asked, metrics), "random": random}

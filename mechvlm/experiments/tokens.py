@@ -113,7 +113,8 @@ def ablate_image_tokens(
 
     clean = clean_values(vlm, asked, metrics)
     axes = {"set": list(drawn[0]), "sample": range(-1, controls)}
-    found = swept(vlm, asked, points, metrics, batch_size, out, **axes) - clean
+    run = swept(vlm, asked, points, metrics, batch_size, out, **axes)
+    found = run - clean
     effect, random = found.sel(sample=-1, drop=True), found.sel(sample=slice(0, None))
     effects = {"effect": effect, "random": random, **averaged(effect, clusters)}
     values = labelled(effects, "effect of ablation", unit_of(metrics))
@@ -122,7 +123,9 @@ def ablate_image_tokens(
     counts = {"p_value": p_values(effect, random, checked), "tokens": held.assign_attrs(units="image tokens")}
     more: dict[str, str | int] = {"ablated_to": _told(to), "objective": checked, "controls": controls, "seed": seed}
     sign = "metric with tokens replaced minus metric without"
-    return xr.Dataset({**values, **counts}, attrs=about(vlm, asked, metrics, clusters, value=sign, **more))
+    return xr.Dataset(
+        {**values, **counts}, attrs=about(vlm, asked, metrics, clusters, value=sign, engine=run.attrs["engine"], **more)
+    )
 
 
 def norm_outliers(vlm: VLM, prompt: Prompt, count: int | None = None, factor: float | None = None) -> list[int]:
