@@ -73,6 +73,10 @@ CASES: list[tuple[str, Callable[[], object]]] = [
         lambda: each(regions={"image": [3]}),
     ),
     (
+        "positions are not heard with what='region', whose regions say them; leave them out.",
+        lambda: each("region", positions=[3]),
+    ),
+    (
         "'pattern' is no activation with positions; choose from resid_pre, q, k, v, z, attn_out, resid_mid, mlp_out, "
         "resid_post.",
         lambda: each("region", kind="pattern"),

@@ -103,11 +103,11 @@ def ablate_each(
 
     Source:
         Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 3.2 (heads); Wang et al. (2023),
-        "Interpretability in the Wild", section 2.2, on means and resampling instead of zero.
+        "Interpretability in the Wild", section 2, on means of a reference distribution instead of zero.
     """
     asked = check_prompts(prompts, vlm.shape)
     metrics, chosen = metric_of_each(metric, asked), chosen_layers(vlm, layers)
-    site = _kind_at(what, kind, regions)
+    site = _kind_at(what, kind, regions, positions)
     for prompt in asked:
         check_layers_run(vlm, prompt, chosen)
 
@@ -233,7 +233,7 @@ def _one_place(vlm: VLM, prompt: Prompt, what: str, to: To, kind: str, regions: 
     return region_at if what == "region" else position_at
 
 
-def _kind_at(what: str, kind: str | None, regions: Regions) -> str:
+def _kind_at(what: str, kind: str | None, regions: Regions, positions: PositionsOf) -> str:
     """Which activation is replaced at a place; a choice that would not be heard is refused."""
     if what not in PARTS and what not in PLACES:
         raise ValueError(f"what={what!r} cannot be taken out; choose from {', '.join((*PARTS, *PLACES))}.")
@@ -241,6 +241,8 @@ def _kind_at(what: str, kind: str | None, regions: Regions) -> str:
         raise ValueError(f"kind={kind!r} is for positions and regions, and what={what!r} says it itself; leave it out.")
     if regions is not None and what != "region":
         raise ValueError(f"regions are taken out with what='region', and what={what!r}; write that, or leave them out.")
+    if positions is not None and what == "region":
+        raise ValueError("positions are not heard with what='region', whose regions say them; leave them out.")
     return kind or "resid_pre"
 
 

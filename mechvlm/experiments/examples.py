@@ -172,7 +172,7 @@ def p_values(ranked: xr.DataArray, random: xr.DataArray, objective: str = "lower
         0.25
 
     Source:
-        Phipson and Smyth (2010), "Permutation P-values Should Never Be Zero", section 3: one is added above and below.
+        Phipson and Smyth (2010), "Permutation P-values Should Never Be Zero": one is added above and below.
     """
     mine, theirs = ranked.mean("prompt"), random.mean("prompt")
     as_much = theirs <= mine if checked_objective(objective) == "lower" else theirs >= mine

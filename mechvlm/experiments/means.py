@@ -57,7 +57,7 @@ def mean_activations(
         ('prompt', 'layer', 'head')
 
     Source:
-        Wang et al. (2023), "Interpretability in the Wild", section 2.2: mean-ablation over a reference distribution.
+        Wang et al. (2023), "Interpretability in the Wild", section 2: knockouts by means over a reference distribution.
     """
     asked = check_prompts(prompts, vlm.shape)
     lengths = sorted({len(prompt) for prompt in asked})

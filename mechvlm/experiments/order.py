@@ -119,8 +119,8 @@ def ablate_in_order(
         >>> mv.plot.ablation_order(found, title="Two heads against chance")
 
     Source:
-        Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 4 (cumulative); random sets of the
-        same count as in the Caveats of He et al. (2025), "Cracking the Code of Hallucination in LVLMs".
+        Michel et al. (2019), "Are Sixteen Heads Really Better than One?", section 4, takes heads out in the order of
+        a score; random sets of the same count, their intervals and p-values are added.
     """
     asked = check_prompts(prompts, vlm.shape)
     metrics, ranked = metric_of_each(metric, asked), parts_of(what, order)
@@ -184,8 +184,8 @@ def ablate_all_but(
         ['0.7', '1.3']
 
     Source:
-        Wang et al. (2023), "Interpretability in the Wild", section 4.1: a component's part in a circuit is judged
-        against the circuit without it, since others make up for it in the whole model.
+        Wang et al. (2023), "Interpretability in the Wild", section 4: a component's part in a circuit is judged with
+        other components out as well (minimality), since they make up for it in the whole model.
     """
     asked = check_prompts(prompts, vlm.shape)
     metrics, whole_set = metric_of_each(metric, asked), parts_of(what, parts)
