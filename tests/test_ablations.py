@@ -352,7 +352,7 @@ def test_answers_are_the_likelier_of_the_words_in_a_plain_forward_pass() -> None
 
 
 def test_the_heads_that_answer_for_a_red_3_cost_more_accuracy_than_random_ones() -> None:
-    """The heads were found on the benchmark's other scenes: half of those with a red 3, and as many without."""
+    """Found by `ablate_each` to means on 24 other scenes, the even ones of each kind: effects -3.8, -3.2 and -1.2."""
     demo, question = mv.load("demo"), "Is there a red 3 in the image?"
     scenes = [one for one in mv.demo.scenes() if any(item.digit == 3 or item.colour == 0 for item in one.scene.items)]
     there = [any((item.digit, item.colour) == (3, 0) for item in one.scene.items) for one in scenes]
