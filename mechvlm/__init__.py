@@ -11,21 +11,14 @@ Models and prompts: load, VLM, Prompt, ImageMap, images (null images), image_reg
 MinimalPair, demo. Addresses and edits: Site, Edit, ablate_heads, scale_heads, bias_attention, cut_attention,
 scale_attention, patch, steer, replace_span. Readings: rows, mass, entropy, top_keys, lazy (an Attention, not made).
 Metrics: logit_difference, log_probability, probability, rank, kl_divergence.
-Experiments: attention_profile, attention_map, sinks, logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share, ablate_each_head, patch_spans, patch_positions,
-patch_heads, patch_features, patch_pairs, gradient_attribution,
-input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
-attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep,
-mean_interval.
-attention_flow, information_flow, knockout_answers, causal_trace, dose_response, deletion_curve, answer_probabilities,
-queries_to_patches, compose_queries, sweep.
-Figures: plot.
-segmentation_scores, word_share, patch_spans, gradient_attribution,
-input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow, attention_rollout,
-attention_flow, dose_response, deletion_curve, answer_probabilities, queries_to_patches, compose_queries, sweep.
+Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose_response, deletion_curve,
+gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
+attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
+segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
-answer_accuracy. Figures: plot.
+answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Your own: sweep, mean_interval.
+Figures: plot.
 """
 
 from importlib import import_module
@@ -78,23 +71,23 @@ if TYPE_CHECKING:
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
-    from mechvlm.experiments.knockout import information_flow as information_flow
     from mechvlm.experiments.heads import find_heads as find_heads
     from mechvlm.experiments.heads import heads_found as heads_found
     from mechvlm.experiments.heads import soft_identity as soft_identity
+    from mechvlm.experiments.knockout import information_flow as information_flow
     from mechvlm.experiments.lens import logit_lens as logit_lens
     from mechvlm.experiments.lens_maps import object_map as object_map
     from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
     from mechvlm.experiments.lens_maps import word_share as word_share
-    from mechvlm.experiments.patch_features import patch_features as patch_features
-    from mechvlm.experiments.patch_heads import patch_heads as patch_heads
-    from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
-    from mechvlm.experiments.patching import patch_positions as patch_positions
     from mechvlm.experiments.means import mean_activations as mean_activations
     from mechvlm.experiments.means import mean_features as mean_features
     from mechvlm.experiments.order import ablate_all_but as ablate_all_but
     from mechvlm.experiments.order import ablate_in_order as ablate_in_order
     from mechvlm.experiments.order import strongest as strongest
+    from mechvlm.experiments.patch_features import patch_features as patch_features
+    from mechvlm.experiments.patch_heads import patch_heads as patch_heads
+    from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
+    from mechvlm.experiments.patching import patch_positions as patch_positions
     from mechvlm.experiments.patching import patch_spans as patch_spans
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
@@ -111,10 +104,10 @@ if TYPE_CHECKING:
     from mechvlm.experiments.sinks import sink_positions as sink_positions
     from mechvlm.experiments.sinks import sinks as sinks
     from mechvlm.experiments.sweep import sweep as sweep
-    from mechvlm.experiments.tracing import causal_trace as causal_trace
     from mechvlm.experiments.tokens import ablate_image_tokens as ablate_image_tokens
     from mechvlm.experiments.tokens import gradient_tokens as gradient_tokens
     from mechvlm.experiments.tokens import norm_outliers as norm_outliers
+    from mechvlm.experiments.tracing import causal_trace as causal_trace
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
 

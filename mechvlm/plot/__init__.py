@@ -4,30 +4,23 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Words of the logit lens from
-layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words), `patched_pairs`
-(means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the picture that a
-prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
+Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Ablations: `effects`,
+`ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
+logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
+`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the
+picture that a prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
 `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
-Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Cuts and restorations layer by
-layer: `flow`, `tracing`. Words of the logit lens from layer to layer: `words_by_layer`. On the picture that a prompt
-asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
-logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
-layer to layer: `words_by_layer`. On the picture that a prompt asks about: `over_image` (a colour for each image token),
-`pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention
-sinks), `token_grid` (the squares alone).
-Ablations: `effects`, `ablation_order`, `head_search`, `token_sets`.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
 """
 
-from mechvlm.plot.causes import flow as flow
-from mechvlm.plot.causes import tracing as tracing
 from mechvlm.plot.ablations import ablation_order as ablation_order
 from mechvlm.plot.ablations import effects as effects
 from mechvlm.plot.ablations import head_search as head_search
 from mechvlm.plot.ablations import token_sets as token_sets
+from mechvlm.plot.causes import flow as flow
+from mechvlm.plot.causes import tracing as tracing
 from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
