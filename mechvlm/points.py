@@ -101,7 +101,8 @@ def tested(start: Start) -> Start:
     """A start, once layers called by themselves have given the logits that the whole model gave."""
     if start.hindrance:
         return start
-    own = rerun(start, [[]], [Reach(0, start.cut(len(start.prompt) // 2))])
+    last_seen = start.prompt.image[-1] if start.prompt.image else len(start.prompt) // 2
+    own = rerun(start, [[]], [Reach(0, start.cut(last_seen))])
     gap, scale = float((own - start.logits).abs().max()), float(start.logits.abs().max())
     if gap <= (0.1 if start.logits.dtype.itemsize == 2 else 2e-5) * scale:
         return start

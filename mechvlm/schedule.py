@@ -20,7 +20,7 @@ from mechvlm.reach import Reach
 SHARE_OF_MEMORY = 0.4
 """Of the memory that is free, how much a batch may take."""
 MOST_ROWS = 256
-WITHIN_CACHE = 2048
+WITHIN_CACHE = 1024
 """Positions of all rows beyond which a CPU's caches do not hold what passes between two operations."""
 UNKNOWN = 2**31
 """Bytes taken for free where a system does not say."""
