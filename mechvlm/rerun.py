@@ -152,8 +152,9 @@ def rerun(
         h = joined(rows, start.layers, h if len(h) else h[:, -1:], len(order))
         norm, head = at(vlm.hf, vlm.arch.norm), at(vlm.hf, vlm.arch.unembed)
         said = capped(head(norm(h[:, -1])), vlm.shape.logit_cap)
+    said = said[torch.tensor(order).argsort().to(said.device)]
     batches.check_finite(said)
-    return said[torch.tensor(order).argsort().to(said.device)]
+    return said
 
 
 def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
