@@ -7,10 +7,10 @@ Rules this module guards:
 
 * Exact: what a row would have been given is what it is given. Edits see all positions, those before as they were, and
   an edit that changes one of them after all is found out.
-* The last layer is computed for the last position only, whose logits are asked for; of the others it makes the keys and
-  values. An edit within it, or of what leaves it, makes the whole layer.
+* The last layer is computed for the last position only; of the others it makes the keys and values. An edit within it,
+  or of what leaves it, makes the whole layer.
 
-A layer whose inside is edited is run in a trace, for the rows that edit it; for others it is called as it is.
+A layer is run in a trace for the rows that edit its inside; for others it is called as it is.
 
 >>> from mechvlm.start import start_of
 >>> start = start_of(vlm, real, [("z", 3, "text"), ("z", 5, "text")])
@@ -55,8 +55,8 @@ class Rows:
         start: the run before.
         edits: of each row, in the order of the layers that the rows begin with.
         first: the first position that is run.
-        loose: whether a row's last position sees nothing of what its edits do to those before.
-        masks: those made for calls, since layers share them.
+        loose: whether what a row's edits do to the positions before is seen by none.
+        masks: those made for calls.
     """
 
     start: Start
@@ -82,8 +82,7 @@ class Rows:
 
 def inside(edit: Edit, layer: int) -> bool:
     """Whether an edit acts inside a layer of the language model."""
-    site = edit.site
-    return site.tower == "text" and site.layer == layer and site.kind not in STREAM
+    return edit.site.tower == "text" and edit.site.layer == layer and edit.site.kind not in STREAM
 
 
 class Resumed(Visit):
@@ -95,9 +94,12 @@ class Resumed(Visit):
 
     def offer(self, site: tuple, x: Tensor) -> Tensor:
         """Show edits the whole text, the positions before as they were, and go on with what is run."""
-        entries = self.plan.active(site, 0)
-        if not self.rows.first or site[0] not in RESIDUAL_KINDS or not entries:
-            return super().offer(site, x)
+        entries, first = self.plan.active(site, 0), self.rows.first
+        if not first or site[0] not in RESIDUAL_KINDS or not entries:
+            new = super().offer(site, x)
+            if first and entries and site[0] in ("k", "v"):
+                self.check_keys(site, new)
+            return new
         self.fired.update(number for number, _, _ in entries)
         changed = x
         for row in range(len(x)):
@@ -107,6 +109,13 @@ class Resumed(Visit):
                 changed = x.clone() if changed is x else changed
                 changed[row] = new[0]
         return changed
+
+    def check_keys(self, site: tuple, x: Tensor) -> None:
+        """Find out whether edits changed keys or values of the positions before."""
+        own = self.rows.start.after(site)[:, : self.rows.first]
+        firm = [row for row in range(len(x)) if not self.loose[row]]
+        if firm and not torch.equal(x[firm][:, : self.rows.first], own.expand(len(firm), *own.shape[1:])):
+            raise Reaching
 
 
 def edited(rows: Rows, site: tuple, x: Tensor, edits: Sequence[Edit], loose: bool) -> Tensor:
@@ -180,8 +189,7 @@ def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
 
 def leaving(rows: Rows, layer: int, row: int, x: Tensor) -> Tensor:
     """What leaves a layer in a row, after the row's edits of it."""
-    site = ("resid_post", layer, "text")
-    edits = rows.at(site, row)
+    edits = rows.at(site := ("resid_post", layer, "text"), row)
     return edited(rows, site, x, edits, rows.loose[row]) if edits else x
 
 
@@ -195,8 +203,7 @@ def entering(rows: Rows, layer: int, h: Tensor) -> Tensor:
     """What enters a layer, after edits of it."""
     site = ("resid_pre", layer, "text")
     for row in range(len(h)):
-        edits = rows.at(site, row)
-        if edits:
+        if edits := rows.at(site, row):
             put_row(h, row, edited(rows, site, h[row : row + 1], edits, rows.loose[row]))
     return h
 

@@ -61,6 +61,7 @@ def cost_of(vlm: Any, length: int, rows: int | None = None) -> Cost:
     position = 24 * width**2
     size = vlm.dtype.itemsize
     each = size * (16 * width + 2 * vlm.shape.vocabulary // max(length, 1)) + size * 4 * heads
+    each += size * vlm.shape.heads["text"] * length * (vlm.attention == "eager")
     held = int(free_memory(vlm.device) * SHARE_OF_MEMORY / each)
     fit = max(1, min(rows or MOST_ROWS, held // length))
     return Cost(call * speed / position + reading, max(length, WITHIN_CACHE if vlm.device.type == "cpu" else held), fit)

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.edits import Edit
 from mechvlm.passes import forward
-from mechvlm.plan import Plan
+from mechvlm.plan import Plan, key_of
 from mechvlm.prompt import Prompt
-from mechvlm.visit import Visit, apply_edit
+from mechvlm.visit import RESIDUAL_KINDS, Visit, apply_edit
 from mechvlm.walk import at
 
 ALONG = {
@@ -109,12 +110,22 @@ class Recording(Visit):
 
 
 def needed(vlm: Any, prompt: Prompt, more: Iterable[tuple]) -> list[tuple]:
-    """The sites that reruns begin from, and those that points edit."""
+    """The sites that reruns begin from, and those that are edited, by points or by the model's own edits."""
     found = [("resid_pre", 0, "text")]
     for layer, kinds in enumerate(vlm.shape.kinds["text"]):
-        found += [(kind, layer, "text") for kind in ("k", "v", "resid_post", "deepstack") if kind in kinds]
+        if prompt.images or "cross_z" not in kinds:  # layers that look at the picture do not run without one
+            found += [(kind, layer, "text") for kind in ("k", "v", "resid_post", "deepstack") if kind in kinds]
     found = [site for site in found if prompt.images or site[0] != "deepstack"]
-    return list(dict.fromkeys([*found, *more]))
+    return list(dict.fromkeys([*found, *more, *tried(vlm.edits)]))
+
+
+KEPT = ("image_features", "deepstack", "k", "v", *RESIDUAL_KINDS)
+"""Kinds of sites whose activations a start keeps, so that edits can be tried on them."""
+
+
+def tried(edits: Iterable[Edit]) -> list[tuple]:
+    """The sites of edits that a start has to keep."""
+    return [key_of(edit.site) for edit in edits if edit.site.tower == "text" and edit.site.kind in KEPT]
 
 
 def start_of(vlm: Any, prompt: Prompt, edited: Iterable[tuple]) -> Start:

@@ -7,6 +7,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,9 @@ import mechvlm as mv
 from mechvlm import points as engine
 from mechvlm.experiments.shards import fingerprint
 from mechvlm.points import answers, way_of
-from mechvlm.reach import Reach, reach_of, tried
+from mechvlm.reach import Reach, reach_of
 from mechvlm.schedule import Cost, batches
-from mechvlm.start import start_of
+from mechvlm.start import start_of, tried
 
 METRIC = mv.logit_difference(30, 31)
 
@@ -175,6 +176,93 @@ def test_an_edit_that_reaches_back_further_than_it_says_is_found_out() -> None:
     torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
 
 
+def compared(vlm: mv.VLM, prompt: mv.Prompt, points: Sequence[Sequence[mv.Edit]], rows: int | None = None) -> float:
+    """How far the fast way of some points is from a full pass for each, and whether they differ at all."""
+    found = torch.empty(len(points), vlm.shape.vocabulary, dtype=vlm.dtype)
+    for which, logits in answers(way_of(vlm, prompt, points, rows)):
+        found[list(which)] = logits
+    want = torch.cat([vlm.run(prompt, edits=one).logits for one in points])
+    assert float((want[0] - want[1]).abs().max()) > 1e-3
+    return float((found - want).abs().max())
+
+
+def own_edits() -> dict[str, list[mv.Edit]]:
+    """Edits of the model's own, at sites that no point edits."""
+
+    def rows_by_number(pattern: Tensor) -> Tensor:
+        pattern[:, :, 5:12] = 0
+        return pattern
+
+    def two_rows(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, :, :1] * 0.1, rows[:, :, 1:]], 2)
+
+    return {
+        "heads": [mv.ablate_heads(1, [0])],
+        "values centred over positions": [mv.Edit("text.0.v", lambda v: v - v.mean(1, keepdim=True))],
+        "keys of one position": [mv.Edit("text.1.k", lambda k: k.index_fill(1, torch.tensor([4]), 0.5))],
+        "a whole map": [mv.Edit("text.1.pattern", rows_by_number)],
+        "two rows": [mv.Edit("text.1.pattern", two_rows, rows=[20, 29])],
+        "a factor": [mv.scale_attention(1, [5, 6], 2.0)],
+        "features": [mv.Edit("image_features", lambda x: x * 1.5)],
+        "a part and a bias": [mv.steer("text.1.mlp_out", torch.ones(32), 0.2), mv.bias_attention(2, [4], 1.0)],
+    }
+
+
+@pytest.mark.parametrize("name", own_edits())
+def test_a_model_with_edits_of_its_own_is_swept_as_it_is(name: str) -> None:
+    vlm, real, _ = model()
+    points = [[mv.steer("text.0.resid_post", torch.ones(32), factor, [20])] for factor in (1.0, 2.0, 3.0, 4.0)]
+    assert compared(vlm.with_edits(own_edits()[name]), real, points, 2) < 1e-5
+
+
+def test_edits_of_the_models_own_that_draw_new_numbers_are_full_passes() -> None:
+    vlm, real, _ = model()
+    noisy = vlm.with_edits([mv.Edit("text.0.resid_post", lambda x: x + 0.1 * torch.randn(x.shape))])
+    way = way_of(noisy, real, [[mv.ablate_heads(1, [head])] for head in range(4)])
+    assert way.how == (
+        "a full pass for each point, since edits of the model's own do not do the same each time, or not to each part"
+    )
+
+
+def test_points_that_say_less_than_they_do_are_found_out() -> None:
+    vlm, real, _ = model()
+
+    def more(v: Tensor, site: int = 0) -> Tensor:
+        v[:, [7, 20]] *= 1.0 + site
+        return v
+
+    def first_of_two(rows: Tensor) -> Tensor:
+        return torch.cat([rows[:, :, :1] * 0.1, rows[:, :, 1:]], 2)
+
+    values = [[mv.Edit("text.0.v", lambda v, by=by: more(v, by), positions=[20])] for by in (1, 2, 3, 4)]
+    assert compared(vlm, real, values, 1) < 1e-5
+    rows = [[mv.Edit("text.2.pattern", first_of_two, rows=[row, 29])] for row in (18, 20, 22, 24)]
+    rows[0] = [mv.ablate_heads(2, [0])]
+    assert compared(vlm, real, rows) < 1e-5
+    twice = [
+        [mv.Edit("text.1.resid_pre", torch.abs), mv.Edit("text.1.resid_pre", lambda x, by=by: x.sqrt() * by)]
+        for by in (1.0, 2.0, 3.0, 4.0)
+    ]
+    assert compared(vlm, real, twice) < 1e-5
+
+
+def test_cuts_of_cross_attention_are_where_they_say() -> None:
+    vlm, real, _ = model("mllama")
+    keys = list(range(8))
+    cuts = [[mv.cut_attention(1, keys, queries=[query], cross=True)] for query in (3, 5, 7, len(real) - 1)]
+    assert compared(vlm, real, cuts, 2) < 1e-5
+    rows = [[mv.Edit("text.1.cross_pattern", lambda a: a * 0.5, rows=[query])] for query in (3, 5, 7, 9)]
+    assert compared(vlm, real, rows, 1) < 1e-5
+
+
+def test_a_prompt_without_an_image_is_swept_by_layers_that_run() -> None:
+    for name in ("llava", "mllama"):
+        vlm = zoo.build(name)
+        words = vlm.prompt(text="is there a dog ?")
+        points = [[mv.ablate_heads(0, [head])] for head in range(4)]
+        assert compared(vlm, words, points) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -291,6 +379,70 @@ def test_a_folder_of_another_sweep_is_refused(tmp_path: Path) -> None:
     factor = 0.25
     with pytest.raises(ValueError, match="holds another sweep"):
         mv.sweep(vlm, real, point, METRIC, out=tmp_path, head=range(4))
+
+
+class Factor:
+    """A callable object that holds a number."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The product."""
+        return x * self.by
+
+    def times(self, x: Tensor) -> Tensor:
+        """The same, bound."""
+        return x * self.by
+
+
+HELD = [1.0]
+
+
+def test_a_fingerprint_knows_objects_parts_and_names() -> None:
+    assert fingerprint(Factor(2.0)) == fingerprint(Factor(2.0)) != fingerprint(Factor(3.0))
+    assert fingerprint(Factor(2.0).times) == fingerprint(Factor(2.0).times) != fingerprint(Factor(3.0).times)
+    assert fingerprint(partial(torch.mul, other=2)) != fingerprint(partial(torch.mul, other=3))
+    assert fingerprint({"b", "a"}) == fingerprint({"a", "b"}) != fingerprint({"a"})
+    by_name = lambda x: [x * one for one in HELD]  # noqa: E731
+    before = fingerprint(by_name)
+    HELD[0] = 2.0
+    assert fingerprint(by_name) != before
+    dictionary = torch.nn.Linear(4, 4)
+    use = lambda x: dictionary(x) + 1  # noqa: E731
+    before = fingerprint(use)
+    with torch.no_grad():
+        dictionary.weight[0, 0] += 1
+    assert fingerprint(use) != before
+    one, other = torch.zeros(1, 64), torch.zeros(1, 64)
+    other[0, 32] = 1.0
+    assert fingerprint(mv.kl_divergence(one)) != fingerprint(mv.kl_divergence(other))
+
+
+def test_a_fingerprint_is_the_same_in_every_process() -> None:
+    said = "from mechvlm.experiments.shards import fingerprint; print(fingerprint(lambda x: x in {'a', 'b', 'c'}))"
+    prints = set()
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        prints.add(subprocess.check_output([sys.executable, "-c", said], env=environment))
+    assert len(prints) == 1
+
+
+def test_weights_that_changed_are_another_sweep(tmp_path: Path) -> None:
+    vlm, real, _ = model()
+    point = lambda head: [mv.ablate_heads(0, [head])]  # noqa: E731
+    mv.sweep(vlm, real, point, METRIC, out=tmp_path, head=range(4))
+    with torch.no_grad():
+        next(reversed(list(vlm.hf.parameters())))[-1] *= 1.5
+    with pytest.raises(ValueError, match="holds another sweep"):
+        mv.sweep(vlm, real, point, METRIC, out=tmp_path, head=range(4))
+
+
+def test_a_file_that_is_no_batch_is_refused(tmp_path: Path) -> None:
+    vlm, real, _ = model()
+    (tmp_path / "points-x.nc").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"points-x.nc' is no finished batch of a sweep; take it out of the folder\."):
+        mv.sweep(vlm, real, lambda head: [mv.ablate_heads(0, [head])], METRIC, out=tmp_path, head=range(4))
 
 
 def test_a_fingerprint_knows_what_a_function_holds_and_does() -> None:

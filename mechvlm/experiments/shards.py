@@ -12,9 +12,12 @@ what it holds, tensors included.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Mapping
+from functools import partial
+from inspect import unwrap
 from pathlib import Path
-from types import FunctionType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,8 +26,8 @@ import xarray as xr
 from torch import Tensor
 
 from mechvlm.edits import Edit
-from mechvlm.metrics import WordMetric
 from mechvlm.sites import told
+from mechvlm.vlm import VLM
 
 SUFFIX = ".nc"
 
@@ -62,8 +65,8 @@ class Shards:
         """
         found: dict[int, float] = {}
         for path in self.files():
-            with xr.open_dataset(path, engine="h5netcdf") as shard:
-                if shard.attrs["fingerprint"] != self.fingerprint:
+            with opened(path) as shard:
+                if shard.attrs.get("fingerprint") != self.fingerprint:
                     raise ValueError(
                         f"out={str(self.folder)!r} holds another sweep: the model, the prompt, the metric, the axes or "
                         "what the edits do is not the same; give another folder, or empty this one."
@@ -72,14 +75,25 @@ class Shards:
         return found
 
     def add(self, points: Iterable[int], values: Tensor) -> None:
-        """Keep a finished batch; it is there whole or not at all."""
+        """Keep a finished batch; it is there whole or not at all, whoever else writes into the folder."""
         numbers = np.asarray(list(points))
         shard = xr.Dataset({"value": ("point", values.detach().double().cpu().numpy())}, {"point": numbers})
-        taken = [int(path.stem.removeprefix("points-")) for path in self.files()]
-        name = f"points-{max(taken, default=-1) + 1:06d}"
+        name = f"points-{numbers[0]:06d}-{uuid.uuid4().hex[:12]}"
         unfinished = self.folder / f"{name}.unfinished"
         shard.assign_attrs(fingerprint=self.fingerprint).to_netcdf(unfinished, engine="h5netcdf")
         unfinished.replace(self.folder / f"{name}{SUFFIX}")
+
+
+def opened(path: Path) -> xr.Dataset:
+    """A finished batch.
+
+    Raises:
+        ValueError: for a file that is none.
+    """
+    try:
+        return xr.open_dataset(path, engine="h5netcdf")
+    except OSError:
+        raise ValueError(f"{str(path)!r} is no finished batch of a sweep; take it out of the folder.") from None
 
 
 def fingerprint(*things: Any) -> str:
@@ -107,45 +121,73 @@ def written(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
 
 def spelled(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
     """The same of one that has not been written yet."""
-    parts: list[Any]
     if isinstance(thing, Tensor):
         held = thing.detach().cpu().contiguous()
         return f"{held.dtype}{tuple(held.shape)}".encode() + held.view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(thing, np.ndarray) and thing.dtype != object:
         return f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
-    if isinstance(thing, Edit):
-        parts = [str(thing), thing.site, thing.when, thing.on, thing.positions, thing.heads, thing.rows, thing.bias]
-        return b"".join(written(part, known) for part in [*parts, *([] if thing.bias else [thing.fn])])
-    if isinstance(thing, WordMetric):
-        return repr((thing.name, thing.words, thing.ids)).encode()
+    if isinstance(thing, str | bytes | int | float | complex | type | None | ModuleType):
+        return repr(thing if not isinstance(thing, ModuleType) else thing.__name__).encode()
+    parts = list(parts_of(thing))
+    if isinstance(thing, set | frozenset):
+        return b"set" + b"".join(sorted(written(part, known) for part in parts))
+    return type(thing).__qualname__.encode() + b"".join(written(part, known) for part in parts)
+
+
+def parts_of(thing: Any) -> Iterable[Any]:
+    """What a thing is made of."""
+    if isinstance(thing, VLM):
+        return [thing.name, list(thing.edits)]  # its weights are told once, by `weights_print`
+    if isinstance(thing, Edit) and thing.bias is not None:
+        return [str(thing), thing.bias, thing.when, thing.site]
     if isinstance(thing, FunctionType):
-        return of_function(thing, known)
+        return parts_of_function(thing)
+    if isinstance(thing, CodeType):
+        return [thing.co_code, thing.co_names, thing.co_varnames, list(thing.co_consts)]
+    if isinstance(thing, MethodType):
+        return [thing.__func__, thing.__self__]
+    if isinstance(thing, partial):
+        return [thing.func, thing.args, thing.keywords]
     if isinstance(thing, Mapping):
-        parts = [one for pair in sorted(thing.items(), key=lambda pair: str(pair[0])) for one in pair]
-        return b"map" + b"".join(written(part, known) for part in parts)
-    if isinstance(thing, list | tuple):
-        return b"list" + b"".join(written(part, known) for part in thing)
-    return told_in_full(thing).encode()
+        return [one for pair in sorted(thing.items(), key=lambda pair: str(pair[0])) for one in pair]
+    if isinstance(thing, list | tuple | set | frozenset | np.ndarray):
+        return thing
+    try:
+        return [vars(thing)]
+    except TypeError:
+        return [text_of(thing)]  # of a built-in type
 
 
-def told_in_full(thing: Any) -> str:
-    """A thing by its text; by its type alone where the text names a place in memory, which no two processes share."""
+def text_of(thing: Any) -> str:
+    """A thing by its text; without its place in memory, which no two processes share."""
     text = repr(thing)
-    return f"a {type(thing).__qualname__}" if " at 0x" in text else text
+    return type(thing).__qualname__ if " at 0x" in text else text
 
 
-def of_function(function: Callable, known: dict[int, tuple[Any, bytes]]) -> bytes:
-    """What a function does: its code, its defaults, and what it holds."""
-    code = vars_of_code(function)
+def parts_of_function(function: FunctionType) -> list[Any]:
+    """What a function does: its code, its defaults, what it holds, and what it finds by name."""
+    ours = str(function.__module__).split(".")[0] == "mechvlm"  # whose version a sweep's print tells
+    function = unwrap(function) if ours else function  # from the checks of shapes that a test run puts around it
     held = [cell.cell_contents for cell in function.__closure__ or ()]
-    names = [function.__globals__[name] for name in code[2] if name in function.__globals__]
-    more = [one for one in names if isinstance(one, FunctionType | Tensor | int | float | str | tuple)]
-    parts = [*code, function.__defaults__, function.__kwdefaults__, *held, *more]
-    return b"function" + b"".join(written(part, known) for part in parts)
+    if ours:
+        return [function.__qualname__, function.__defaults__, function.__kwdefaults__, *held]
+    names = sorted(names_in(function.__code__) & set(function.__globals__))
+    found = [one for name in names for one in (name, function.__globals__[name])]
+    return [function.__code__, function.__defaults__, function.__kwdefaults__, *held, *found]
 
 
-def vars_of_code(function: Any) -> tuple[bytes, list[Any], tuple[str, ...]]:
-    """A function's code, the constants in it (those of functions within it by their code), and the names it uses."""
-    code = function.__code__
-    constants = [(one.co_code, one.co_names) if isinstance(one, type(code)) else one for one in code.co_consts]
-    return code.co_code, constants, code.co_names
+def names_in(code: CodeType) -> set[str]:
+    """The names that a function's code uses, and that of functions within it."""
+    within = [names_in(one) for one in code.co_consts if isinstance(one, CodeType)]
+    return set(code.co_names).union(*within)
+
+
+def weights_print(hf_model: torch.nn.Module) -> list[str]:
+    """A model's weights: of each its shape, its sum, its squares' sum, and where its largest values stand."""
+    found = []
+    for name, weight in hf_model.named_parameters():
+        flat = weight.detach().flatten()
+        sums = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
+        numbers = " ".join(f"{float(one):.7e}" for one in sums)
+        found.append(f"{name} {tuple(weight.shape)} {numbers} {int(flat.argmax())} {int(flat.argmin())}")
+    return found

@@ -21,7 +21,7 @@ from tqdm import tqdm
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import one_prompt, record
-from mechvlm.experiments.shards import Shards, fingerprint
+from mechvlm.experiments.shards import Shards, fingerprint, weights_print
 from mechvlm.metrics import Metric
 from mechvlm.points import answers, rows_for, way_of
 from mechvlm.prompt import Prompt
@@ -124,7 +124,7 @@ def measured(
 def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:
     """What a sweep is: model, prompt, metric and edits."""
     about = {name: text for name, text in vlm.provenance(prompt).items() if name not in ("device", "edits")}
-    own = [parameter.flatten()[:64] for parameter in vlm.hf.parameters()]
+    own = weights_print(vlm.hf)
     return fingerprint(about, own, prompt.encoding, list(vlm.edits), [list(edits) for edits in variants], measure)
 
 
