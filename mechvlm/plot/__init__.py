@@ -25,11 +25,11 @@ from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.curves import deletion as deletion
-from mechvlm.plot.flow import layers_over_image as layers_over_image
-from mechvlm.plot.flow import patched_pairs as patched_pairs
-from mechvlm.plot.flow import patched_positions as patched_positions
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
+from mechvlm.plot.patched import layers_over_image as layers_over_image
+from mechvlm.plot.patched import patched_pairs as patched_pairs
+from mechvlm.plot.patched import patched_positions as patched_positions
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
