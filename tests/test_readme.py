@@ -65,6 +65,23 @@ def test_every_line_of_the_second_table_runs() -> None:
         assert type(eval(code, names)).__name__ in ("Dataset", "Figure"), code
 
 
+def test_every_line_of_the_table_of_causes_runs() -> None:
+    import mechvlm as mv
+
+    vlm = mv.load("demo")
+    real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
+    null = real.with_image(mv.images.black)
+    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "null": null, "yes": mv.logit_difference("yes", "no")}
+    part = README.split("\n## Causes\n")[1].split("\n## ")[0]
+    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
+        names[name] = eval(code, names)
+    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
+    assert len(rows) == 11
+    engines = {code.split("(")[0]: eval(code, names).attrs.get("engine", "none") for code in rows}
+    assert engines.pop("mv.knockout_answers") == "none"  # which generates, and is no sweep
+    assert all(engine.startswith("rerun from the edited layer") for engine in engines.values()), engines
+
+
 def test_the_code_is_short() -> None:
     code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12
