@@ -256,6 +256,23 @@ def test_a_search_takes_in_each_round_what_plain_hooks_find_best() -> None:
     assert np.isnan(found.score.sel(round=2, candidate=f"{taken[0][0]}.{taken[0][1]}"))
 
 
+def test_a_perturbation_may_know_the_prompt() -> None:
+    """Rows that are other positions in each prompt."""
+    model = vlm()
+    prompts = [
+        model.prompt(tiny.picture(), words) for words in ("is there a cat ?", "is there a red cat in the image ?")
+    ]
+    assert len(prompts[0]) != len(prompts[1])
+
+    def softer(layer: int, heads: list[int], prompt: mv.Prompt) -> mv.Edit:
+        return mv.soft_identity(layer, heads, 0.7, queries=prompt.last)
+
+    found = mv.find_heads(model, prompts, YES, 1, [(1, 2)], perturb=softer)
+    for at, prompt in enumerate(prompts):
+        want = model.metric(YES)(model.run(prompt, edits=[mv.soft_identity(1, [2], 0.7, prompt.last)]).logits)
+        assert abs(float(found.metric[at, 1]) - float(want[0])) < 1e-5
+
+
 def test_a_search_finds_the_planted_head_and_says_so_of_prompts_held_out() -> None:
     model, real, null, at, head = planted.planted()
     metrics = [PLANTED, mv.logit_difference(planted.NO, planted.YES)]

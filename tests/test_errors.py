@@ -1216,6 +1216,10 @@ REGIONS: list[Case] = [
         "clusters=[1, 2] must name one cluster for each of the 3 values along 'pair'.",
         lambda: several_pairs(clusters=[1, 2]),
     ),
+    (
+        "weights=[1.0, -1.0, 2.0] must say for each of the 3 values how much it counts, from 0.",
+        lambda: several_pairs(weights=[1.0, -1.0, 2.0]),
+    ),
 ]
 
 

@@ -117,6 +117,15 @@ def test_prompts_about_one_picture_are_one_cluster() -> None:
     assert mv.information_flow(vlm, [bright, bright], clusters=["a", "b"], **given).low.notnull().all()
 
 
+def test_prompts_without_pictures_stand_alone_and_clusters_are_counted() -> None:
+    vlm = planted.planted()[0]
+    words = [vlm.prompt(encoding={"input_ids": torch.tensor([[1, 2, last, planted.LAST]])}) for last in (3, 4)]
+    given: dict[str, Any] = {"edges": ["question->last"], "window": 1, "controls": 0, "metric": METRIC}
+    assert mv.information_flow(vlm, words, **given).low.notnull().all()
+    with pytest.raises(ValueError, match=r"clusters=\['a'\] must name one cluster for each of the 2 prompts\."):
+        mv.information_flow(vlm, words, clusters=["a"], **given)
+
+
 def test_an_edge_from_a_picture_behind_cross_attention_is_refused() -> None:
     vlm = zoo.build("mllama")
     with pytest.raises(ValueError, match="sees the picture by cross-attention, in layer"):

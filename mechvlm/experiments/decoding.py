@@ -15,7 +15,6 @@ import xarray as xr
 from torch import Tensor
 from tqdm import tqdm
 
-from mechvlm.attention import capped
 from mechvlm.attention_edits import changing, cut_attention
 from mechvlm.biases import Bias
 from mechvlm.edits import WHENS, Edit
@@ -174,16 +173,16 @@ def _likely(vlm: VLM, prompt: Prompt, tokens: Tensor, points: Sequence[Cut], bat
     """The log-probability of each token of an answer, without a cut and under each: `cut step`."""
     ids = torch.cat([prompt.encoding["input_ids"], tokens[:, :-1].cpu()], 1)
     whole, count = locate(longer(vlm, prompt, ids), vlm.shape, prompt.grids), tokens.shape[1]
-    start, cap = len(prompt) - 1, vlm.shape.logit_cap
+    start, last = len(prompt) - 1, Site("resid_post", vlm.shape.layers["text"] - 1)
 
-    def said(logits: Tensor) -> Tensor:  # batch pos vocab
-        rows = capped(logits[:, start : start + count], cap)
+    def said(h: Tensor) -> Tensor:  # batch pos d_model
+        rows = vlm.unembed(h[:, start : start + count])  # of the answer alone, and not of all positions
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32)).log_softmax(-1)
         return rows.gather(-1, tokens.to(rows.device)[:, :, None].expand(len(rows), -1, 1))[..., 0]
 
     variants = [[], *(point.at_once(count - 1) for point in points)]
-    runs = runs_of(vlm, whole, variants, {Site("logits"): said}, batch_size)
-    return numbers(torch.cat([run[Site("logits")] for run in runs]))
+    runs = runs_of(vlm, whole, variants, {last: said}, batch_size)
+    return numbers(torch.cat([run[last] for run in runs]))
 
 
 def _dataset(

@@ -6,6 +6,8 @@
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,8 @@ from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, number, places, whole
 from mechvlm.vlm import VLM
 
-Perturb = Callable[[int, list[int]], Edit]
-"""From a layer and heads of it to the edit that perturbs them."""
+Perturb = Callable[..., Edit]
+"""From a layer and heads of it, and `prompt=` where it takes one, to the edit that perturbs them."""
 
 
 def soft_identity(
@@ -53,7 +55,7 @@ def soft_identity(
         ValueError: for an amount outside 0 to 1.
 
     Example:
-        >>> softer = lambda layer, heads: mv.soft_identity(layer, heads, 0.5, queries=real.last)
+        >>> softer = lambda layer, heads, prompt: mv.soft_identity(layer, heads, 0.5, queries=prompt.last)
         >>> found = mv.find_heads(vlm, real, yes, count=1, candidates=[(0, 7), (1, 3)], perturb=softer)
 
     Source:
@@ -99,7 +101,8 @@ def find_heads(
         metric: one for all prompts, or a list with one for each.
         count: how many heads are taken.
         candidates: pairs of layer and head; by default every head of the language model.
-        perturb: what is done to heads of one layer, `(layer, heads) -> Edit`; by default `ablate_heads`, to zero.
+        perturb: what is done to heads of one layer, `(layer, heads) -> Edit`, or `(layer, heads, prompt) -> Edit` for
+            what depends on each prompt's positions; by default `ablate_heads`, to zero.
             `soft_identity` turns their attention towards themselves.
         objective: whether the metric is to become "lower" or "higher".
         held_out: prompts that take no part in the search, on which what was found is measured. A search finds the best
@@ -177,13 +180,18 @@ def perturbed(perturb: Perturb, heads: Sequence[Part]) -> list[Edit]:
     return [perturb(layer, own) for layer, own in by_layer.items()]
 
 
+def _of(perturb: Perturb, prompt: Prompt) -> Perturb:
+    """A perturbation that knows the prompt, where it asks for it."""
+    return partial(perturb, prompt=prompt) if "prompt" in signature(perturb).parameters else perturb
+
+
 def _together(perturb: Perturb, taken: Sequence[Part], left: Sequence[Part]) -> Callable[[Prompt], Points]:
     before = list(taken)
 
-    def with_candidate(candidate: int) -> list[Edit]:
-        return perturbed(perturb, [*before, left[candidate]])
+    def with_prompt(prompt: Prompt) -> Points:
+        return lambda candidate: perturbed(_of(perturb, prompt), [*before, left[candidate]])
 
-    return lambda _: with_candidate
+    return with_prompt
 
 
 def _held_out(
@@ -197,11 +205,11 @@ def _held_out(
     """The metric of other prompts after each round."""
     asked = check_prompts(prompts, vlm.shape)
 
-    def first(round: int) -> list[Edit]:  # the axis is named so
-        return perturbed(perturb, taken[:round])
+    def first(prompt: Prompt) -> Points:
+        return lambda round: perturbed(_of(perturb, prompt), taken[:round])  # the axis is named so
 
     metrics = metric_of_each(metric, asked)
-    found = swept(vlm, asked, lambda _: first, metrics, batch_size, round=range(len(taken) + 1))
+    found = swept(vlm, asked, first, metrics, batch_size, round=range(len(taken) + 1))
     return found.drop_vars("question").rename(prompt="held_out_prompt")
 
 

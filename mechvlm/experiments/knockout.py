@@ -22,7 +22,7 @@ from mechvlm.experiments.sweep import numbers, sweep
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric, WordMetric, probability
 from mechvlm.prompt import Prompt
-from mechvlm.sites import whole
+from mechvlm.sites import listed, told, whole
 from mechvlm.vlm import VLM
 
 
@@ -115,7 +115,7 @@ def information_flow(
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
     found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))
     found = found.assign_coords(answered_right=("prompt", right))
-    shared = [_picture(prompt) for prompt in asked] if clusters is None else list(clusters)
+    shared = _clusters(asked, clusters)
     mean = interval(found.change[right], [one for one, used in zip(shared, right, strict=True) if used], level)
     return found.assign(mean.data_vars).assign_attrs(about)
 
@@ -219,10 +219,15 @@ def _change(metric: Metric | None, name: str | int | float) -> dict[str, dict[st
     return {"metric": {"long_name": str(name), "units": unit}, "change": said}
 
 
-def _picture(prompt: Prompt) -> str:
-    """What prompts about one picture share."""
-    pixels = prompt.encoding.get("pixel_values")
-    return "" if pixels is None else sha256(numbers(pixels).tobytes()).hexdigest()
+def _clusters(prompts: Sequence[Prompt], clusters: Sequence[Any] | None) -> list[Any]:
+    """What prompts belong together: those about one picture, where nothing else is said."""
+    if clusters is not None:
+        given = listed(clusters)
+        if given is None or len(given) != len(prompts):
+            raise ValueError(f"clusters={told(clusters)} must name one cluster for each of the {len(prompts)} prompts.")
+        return list(given)
+    pixels = [prompt.encoding.get("pixel_values") for prompt in prompts]
+    return [at if x is None else sha256(numbers(x).tobytes()).hexdigest() for at, x in enumerate(pixels)]
 
 
 def _dataset(

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import metric_values
+from mechvlm.experiments.examples import p_values
 from mechvlm.experiments.patch_features import patch_features
 from mechvlm.experiments.patch_heads import patch_heads
 from mechvlm.experiments.patching import patch_positions, patch_spans
@@ -74,9 +75,10 @@ def patch_pairs(
 
     Returns:
         `metric` and `normalised` over axis pair and those of the experiment; `source_metric`, `target_metric`, `right`
-        and `cluster` over axis pair; `mean`, `low`, `high` and `count` of `normalised` over pairs; with controls
-        `control`, the mean over pairs of random nodes, over axis control, and `p_value`, the share of them, itself
-        counted in, that carry over as much or more.
+        and `cluster` over axis pair; `mean`, `low`, `high` and `count` of `normalised` over pairs, each weighed by
+        the gap between its two answers (so it is the quotient of the means, which no pair with a small gap decides);
+        with controls `control`, the mean over pairs of random nodes, over axis control, and `p_value`, the share of
+        them, itself counted in, that carry over as much or more.
 
     Raises:
         ValueError: for pairs that cannot be put together, none that is right, or an unknown `what`.
@@ -179,16 +181,20 @@ def _together(
     table = xr.concat(same, xr.DataArray(kept, dims="pair", name="pair"), combine_attrs="override")
     cluster = [f"pair {at}" if pairs[at].cluster is None else str(pairs[at].cluster) for at in kept]
     nodes = table.drop_vars("random", errors="ignore")
-    over = mean_interval(nodes.normalised, "pair", cluster, level, seed=seed)
+    ends = {end: [one.attrs[end] for one in found] for end in ("source_metric", "target_metric")}
+    gaps = [abs(float(there) - float(here)) for there, here in zip(*ends.values(), strict=True)]
+    over = mean_interval(nodes.normalised, "pair", cluster, level, seed=seed, weights=gaps)
     result = xr.merge([nodes, over], combine_attrs="override")
-    for end in ("source_metric", "target_metric"):
-        result[end] = ("pair", [one.attrs[end] for one in found])
+    for end, values in ends.items():
+        result[end] = ("pair", values)
     result["right"], result["cluster"] = ("pair", right[kept]), ("pair", cluster)
     if controls:
-        drawn = table.random.mean("pair") if "random" in table else _drawn(over["mean"], controls, seed)
+        heavy = xr.DataArray(gaps, dims="pair")
+        drawn = table.random.weighted(heavy).mean("pair") if "random" in table else _drawn(over["mean"], controls, seed)
         result["control"] = drawn.assign_coords(control=np.arange(controls))
-        as_much = (result.control >= result["mean"]).sum("control")
-        result["p_value"] = ((1 + as_much) / (1 + controls)).where(result["mean"].notnull())
+        mine = result["mean"].expand_dims("prompt")
+        found_p = p_values(mine, result.control.expand_dims("prompt"), "higher", "control")
+        result["p_value"] = found_p.where(result["mean"].notnull())
     result.attrs = {}
     attrs = {name: value for name, value in found[0].attrs.items() if name not in OF_ONE}
     counts = {"pairs": len(kept), "left_out": len(pairs) - len(kept), "right": int(right.sum())}

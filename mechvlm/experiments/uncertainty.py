@@ -25,6 +25,7 @@ def mean_interval(
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
+    weights: Sequence[float] | None = None,
 ) -> xr.Dataset:
     """The mean along a dim with its bootstrap interval, where whole clusters are drawn with replacement.
 
@@ -38,6 +39,8 @@ def mean_interval(
         level: how often the interval holds the true mean, above 0 and below 1.
         resamples: how often clusters are drawn.
         seed: of the draws, which are the same for all other dims, so that differences between them mean something.
+        weights: how much each value along `dim` counts, from 0; None: all alike. The mean of quotients, each weighed by
+            its denominator, is the quotient of the means.
 
     Returns:
         `mean`, `low` and `high`, over the other dims; `low` and `high` are not a number where there is one cluster
@@ -66,7 +69,8 @@ def mean_interval(
     there, total = np.isfinite(table), groups.max() + 1
     # With each cluster's sum and count, a mean of drawn clusters is a quotient of two products, for all cells at once.
     member = (groups == np.arange(total)[:, None]).astype(float)
-    sums, counts = member @ np.where(there, table, 0.0), member @ there.astype(float)
+    heavy = _weights(weights, len(groups))[:, None]
+    sums, counts = member @ (heavy * np.where(there, table, 0.0)), member @ (heavy * there)
     drawn = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), resamples).astype(float)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = sums.sum(0) / counts.sum(0)
@@ -81,6 +85,16 @@ def mean_interval(
     result["count"].attrs = {"long_name": "values", "units": "1"}
     about = {"level": level, "resamples": resamples, "seed": seed, "clusters": int(total), "averaged": dim}
     return result.assign_attrs(interval="percentile bootstrap over clusters", **about)
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
+    """How much each of so many values counts."""
+    if weights is None:
+        return np.ones(count)
+    given = np.array([number("weights:", weight) for weight in listed(weights) or ()])
+    if len(given) != count or not (given >= 0).all() or not given.sum() > 0:
+        raise ValueError(f"weights={told(weights)} must say for each of the {count} values how much it counts, from 0.")
+    return given
 
 
 def _groups(values: xr.DataArray, dim: str, clusters: Sequence[Any] | None) -> np.ndarray:
