@@ -16,6 +16,7 @@ Some vision towers make the call once for every image or window; there q, k, v a
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,17 +45,7 @@ def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str
         block: what the layer's parts are called.
         kinds: what is wanted of q, k, v, scores, pattern and z.
     """
-    tower, layer, _ = place
-
-    def offer(kind: str, old: Tensor) -> Tensor:
-        """Offer q, k or v as `batch pos head d_head`."""
-        if kind not in kinds:
-            return old
-        shown = old.transpose(1, 2)
-        new = visit.touch((kind, layer, tower), shown)
-        # A gradient is that of a tensor in the graph: the view that was offered has to be the one that is used.
-        return old if new is shown and not visit.plan.gradient else new.transpose(1, 2)
-
+    tower, offer = place[0], partial(offered, visit, place, kinds)
     own = tower == "text" and not place[2]
     call = call_of(module, block, offer, visit.plan.layout.length + visit.step if own else None)
     changed = call.offer(offer)
@@ -72,6 +63,16 @@ def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str
     if new is None and not wants_z and call.v.shape[-1] == width and not graph_needs_z(visit, place):
         return
     finish(visit, place, call, wants_z, new, width)
+
+
+def offered(visit: Visit, place: Place, kinds: set[str], kind: str, old: Tensor) -> Tensor:
+    """Offer q, k or v as `batch pos head d_head`."""
+    if kind not in kinds:
+        return old
+    shown = old.transpose(1, 2)
+    new = visit.touch((kind, place[1], place[0]), shown)
+    # A gradient is that of a tensor in the graph: the view that was offered has to be the one that is used.
+    return old if new is shown and not visit.plan.gradient else new.transpose(1, 2)
 
 
 def attending(visit: Visit) -> Callable:
