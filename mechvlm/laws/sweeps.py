@@ -23,14 +23,15 @@ def law_8_sweeps(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
         return  # all points are full passes there
     points = points_of(vlm, prompt)
     common = vlm.with_edits([scale_heads(layers_with(vlm, "z")[0], [0], 0.5)])
-    for name, model in (("", vlm), (" with edits of its own", common)):
+    for name, model, rows, how in (
+        ("", vlm, None, "batches"),
+        (" with edits of its own", common, 1, "points"),
+    ):
         full = torch.cat([model.run(prompt, variants=points[at : at + 8]).logits for at in range(0, len(points), 8)])
-        for rows, how in ((1, "points"), *(() if name else ((None, "batches"),))):
-            way = way_of(model, prompt, points, rows)
-            found = torch.full_like(full, torch.nan)
-            for which, logits in answers(way):
-                found[list(which)] = logits
-            yield Finding(8, f"{how} of a sweep{name}", apart(found, full), same)
+        found = torch.full_like(full, torch.nan)
+        for which, logits in answers(way_of(model, prompt, points, rows)):
+            found[list(which)] = logits
+        yield Finding(8, f"{how} of a sweep{name}", apart(found, full), same)
 
 
 def points_of(vlm: Any, prompt: Prompt) -> list[list[Edit]]:
