@@ -24,6 +24,7 @@ EXACT = (laws.law_1_reading, laws.law_2_writing_back, laws.law_3_residuals, laws
 """The laws that hold bit for bit, and so in bfloat16 too."""
 
 every = pytest.mark.parametrize("name", zoo.VARIANTS)
+each = pytest.mark.parametrize("name", zoo.each_kind(zoo.VARIANTS))
 
 
 def model(name: str, attention: str, dtype: torch.dtype) -> Any:
@@ -78,7 +79,7 @@ def test_the_image_matters(name: str) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-@every
+@each
 def test_several_pictures_in_one_prompt(name: str) -> None:
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float32)
     if vlm.arch.row.mark == "":
@@ -91,7 +92,7 @@ def test_several_pictures_in_one_prompt(name: str) -> None:
         assert [finding for finding in law(vlm, prompt) if not finding.holds] == []
 
 
-@every
+@each
 def test_a_padded_batch_of_pictures_of_different_sizes_is_its_rows_alone(name: str) -> None:
     """Their tiles, grids and lengths differ; so runs and generations with edits are what each prompt gives alone."""
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float32)
@@ -105,7 +106,7 @@ def test_a_padded_batch_of_pictures_of_different_sizes_is_its_rows_alone(name: s
     assert torch.equal(vlm.generate(prompts, edits, **settings).tokens, torch.cat(said))
 
 
-@every
+@each
 def test_readings_of_a_batch_are_each_rows_own(name: str) -> None:
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float32)
     prompts = [zoo.ask(vlm, tiny.picture(0, 60, 40)), zoo.ask(vlm, tiny.picture(1, 48, 48), "is there a dog ?")]
@@ -122,7 +123,7 @@ def first_of_each(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-@every
+@each
 def test_edits_of_pictures_see_their_own_row_alone(name: str) -> None:
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float32)
     prompts = [zoo.ask(vlm, tiny.picture(0, 60, 40)), zoo.ask(vlm, tiny.picture(1, 48, 48), "is there a dog ?")]
@@ -138,7 +139,7 @@ def test_edits_of_pictures_see_their_own_row_alone(name: str) -> None:
         assert apart(vlm.run(prompts, edits=edits).logits, torch.cat(alone)) <= rounding(vlm), str(site)
 
 
-@every
+@each
 def test_gradients_of_pictures_are_each_variants_own(name: str) -> None:
     """Rows may share the picture's features, but not what flows back through them."""
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float32)
@@ -152,7 +153,7 @@ def test_gradients_of_pictures_are_each_variants_own(name: str) -> None:
         assert max(apart(row.grad[site], alone.grad[site]) for site in sites) <= rounding(vlm, 256)
 
 
-@every
+@each
 def test_gradients_at_the_vision_tower_are_what_a_small_step_gives(name: str) -> None:
     """Central differences in float64, along a random direction at each site; several layers may reach the projector."""
     vlm = model(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float64)

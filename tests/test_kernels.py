@@ -60,7 +60,9 @@ def asked(name: str) -> tuple[mv.VLM, mv.Prompt]:
     return vlm, zoo.ask(vlm, tiny.picture(width=48, height=48))
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_next-sliding", "llava-siglip"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("llava", marks=zoo.second_environment), "llava_next-sliding", "llava-siglip"]
+)
 def test_every_law_holds_on_what_flash_attention_is_handed(name: str, like_flash_kernel: str) -> None:
     vlm, prompt = asked(name)
     before = vlm.run(prompt).logits

@@ -61,7 +61,7 @@ def compare(found: Any, own: dict[str, Any], most: float) -> None:
             assert not (error > most).any(), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", zoo.each_kind(KINDS))
 def test_each_ratio_is_numpys_on_the_models_own_pattern(kind: str) -> None:
     vlm = zoo.build(kind, "eager" if kind in zoo.EAGER_ONLY else "sdpa", torch.float64)
     prompt = zoo.ask(vlm, noise(0))

@@ -30,7 +30,7 @@ from mechvlm.references import apart, attention_at, eager_rounding, eagerly, own
 TOKEN = 30
 CROSS = ("mllama",)
 AMONG = [name for name in zoo.VARIANTS if not name.startswith(CROSS) and not zoo.there(name)]
-among = pytest.mark.parametrize("name", AMONG)
+among = pytest.mark.parametrize("name", zoo.each_kind(AMONG))
 Maps = dict[int, Tensor]
 """By layer, `head query key`."""
 
@@ -91,7 +91,7 @@ def test_relevancy_is_a_row_of_the_papers_matrix(name: str) -> None:
     assert found.position.values.tolist() == real.image and found.span.values.tolist() == list(real.spans)
 
 
-@pytest.mark.parametrize(("name", "drop"), [("llava", False), *((name, True) for name in AMONG)])
+@pytest.mark.parametrize(("name", "drop"), [("llava", False), *zoo.each_kind(AMONG, True)])
 def test_rollout_is_a_row_of_the_papers_matrix(name: str, drop: bool) -> None:
     vlm, real = made(name)
     dropped = [0, real.image[1]] if drop else []
@@ -107,7 +107,7 @@ def test_rollout_is_a_row_of_the_papers_matrix(name: str, drop: bool) -> None:
     near(name, found.by_span, by_span(r[-1], real))
 
 
-@pytest.mark.parametrize(("name", "weighted"), [("llava", False), *((name, True) for name in AMONG)])
+@pytest.mark.parametrize(("name", "weighted"), [("llava", False), *zoo.each_kind(AMONG, True)])
 def test_flow_is_a_row_of_the_papers_matrix(name: str, weighted: bool) -> None:
     vlm, real = made(name)
     one = torch.eye(len(real), dtype=torch.float64)
@@ -122,7 +122,7 @@ def test_flow_is_a_row_of_the_papers_matrix(name: str, weighted: bool) -> None:
     near(name, found.head_weight, torch.stack(weights))
 
 
-@pytest.mark.parametrize("name", [name for name in zoo.VARIANTS if not zoo.there(name)])
+@pytest.mark.parametrize("name", zoo.each_kind(name for name in zoo.VARIANTS if not zoo.there(name)))
 def test_flow_between_spans_is_the_mean_over_the_pairs_that_see_each_other(name: str) -> None:
     vlm, real = made(name)
     patterns, gradients = own(name)

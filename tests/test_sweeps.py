@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -457,49 +456,54 @@ def test_a_fingerprint_knows_what_a_function_holds_and_does() -> None:
 
 
 SWEEP = """
-import sys, time
 import tiny, torch
-import numpy as np
 import mechvlm as mv
+
+def found(folder):
+    vlm = tiny.vlm()
+    real, metric = vlm.prompt(tiny.picture(), "is there a cat ?"), mv.logit_difference(30, 31)
+    return mv.sweep(vlm, real, lambda layer, head: [mv.ablate_heads(layer, [head])], metric, 2, folder,
+                    layer=range(3), head=range(4))
+"""
+COUNTED = """
+import sys, time
+import numpy as np
 from mechvlm import points as engine
+
 torch.set_num_threads(1)
-vlm = tiny.vlm()
-real = vlm.prompt(tiny.picture(), "is there a cat ?")
-honest = engine.rerun
+honest, ran = engine.rerun, []
+
 def slow(start, rows, *more):
-    with open(sys.argv[2], "a") as ran:
-        ran.write("".join(f"{len(rows)} "))
-    time.sleep(float(sys.argv[4]))
+    ran.append(len(rows))
+    time.sleep(float(sys.argv[2]))
     return honest(start, rows, *more)
+
 engine.rerun = slow
-found = mv.sweep(vlm, real, lambda layer, head: [mv.ablate_heads(layer, [head])], mv.logit_difference(30, 31),
-                 2, sys.argv[1], layer=range(3), head=range(4))
-np.save(sys.argv[3], found.values)
+np.savez(sys.argv[1] + ".npz", found=found(sys.argv[1]).values, ran=ran)
 """
 
 
 def test_a_sweep_that_is_killed_goes_on_and_repeats_at_most_one_batch(tmp_path: Path) -> None:
-    script, ran = tmp_path / "script.py", tmp_path / "ran"
-    script.write_text(textwrap.dedent(SWEEP))
+    """It goes on in a process of its own, as the one that was killed was."""
+    script, cut = tmp_path / "script.py", tmp_path / "cut"
+    script.write_text(SWEEP + COUNTED)
     path = os.pathsep.join([str(Path(mv.__file__).parents[1]), str(Path(__file__).parent)])
-    environment = {**os.environ, "PYTHONPATH": path}
 
-    def started(folder: str, pause: float) -> subprocess.Popen:
-        given = [str(tmp_path / folder), str(ran), str(tmp_path / f"{folder}.npy"), str(pause)]
-        return subprocess.Popen([sys.executable, str(script), *given], env=environment)
+    def started(pause: float) -> subprocess.Popen:
+        words = [sys.executable, str(script), str(cut), str(pause)]
+        return subprocess.Popen(words, env={**os.environ, "PYTHONPATH": path})
 
-    assert started("whole", 0.0).wait(120) == 0
-    killed = started("cut", 0.4)
+    killed = started(0.4)
     deadline = time.monotonic() + 120
     moment = 1 + int(np.random.default_rng().integers(3))
-    while len(list((tmp_path / "cut").glob("*.nc"))) < moment and time.monotonic() < deadline:
+    while len(list(cut.glob("*.nc"))) < moment and time.monotonic() < deadline:
         time.sleep(0.05)
     killed.send_signal(signal.SIGKILL)
     killed.wait(60)
-    kept = sum(xr.open_dataset(shard).sizes["point"] for shard in (tmp_path / "cut").glob("*.nc"))
+    kept = sum(xr.open_dataset(shard).sizes["point"] for shard in cut.glob("*.nc"))
     assert 0 < kept < 12
-    ran.write_text("")
-    assert started("cut", 0.0).wait(120) == 0
-    np.testing.assert_allclose(np.load(tmp_path / "cut.npy"), np.load(tmp_path / "whole.npy"), atol=1e-6)
-    rerun = [int(rows) for rows in ran.read_text().split()]
-    assert sum(rerun) - 1 == 12 - kept  # the trial of the start aside, only what had not been finished
+    assert started(0.0).wait(120) == 0
+    again, whole = np.load(tmp_path / "cut.npz"), dict[str, Any]()
+    exec(compile(SWEEP, str(script), "exec"), whole)
+    np.testing.assert_allclose(again["found"], whole["found"](None), atol=1e-6)
+    assert again["ran"].sum() - 1 == 12 - kept  # the trial of the start aside, only what had not been finished

@@ -1,5 +1,6 @@
 """Tiny random models of every architecture in `ARCHS`, with their families' real processors, made offline."""
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,6 +33,16 @@ second_environment = pytest.mark.skipif(
     find_spec("torchvision") is None, reason="runs in the environment of .ci/run that has torchvision"
 )
 """For what takes long and is about every model once more: eager attention, other types, whole reports."""
+EACH_KIND = (
+    *("llava", "llava_next-mistral", "instructblip", "qwen3_vl", "idefics3", "gemma3", "llava-pixtral", "molmo2"),
+    "mllama",
+)
+"""A model of each kind: one grid, tiles, queries, DeepStack, images that see themselves, cross-attention."""
+
+
+def each_kind(names: Iterable[str], *more: Any) -> list[Any]:
+    """A test's parameters, names and what goes with each: one of each kind always, others in the second environment."""
+    return [pytest.param(name, *more, marks=() if name in EACH_KIND else second_environment) for name in names]
 
 
 def build(
