@@ -4,7 +4,8 @@ The tests run them over tiny random models; `vlm.check()` and `mechvlm check MOD
 law compares with what does not pass through mechvlm where there is such a thing (`mechvlm.references`, `generate` of
 transformers). The numbers are those of docs/architecture.md.
 
->>> vlm.check()
+>>> [finding.holds for finding in law_7_lens(vlm, prompt)]
+[True, True]
 """
 
 import sys
