@@ -1,7 +1,7 @@
 """Measures every section of a report, and writes the page and the numbers.
 
->>> report(vlm, real, null, out="report")
-PosixPath('report/report.html')
+>>> made(views.picture, study).title
+'The picture, as tokens'
 """
 
 from collections.abc import Callable, Sequence
