@@ -28,6 +28,8 @@ def metric_values(metric: Metric, logits: Tensor) -> Tensor:
     if not isinstance(values, Tensor) or values.shape != logits.shape[:1]:
         given = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise ValueError(f"the metric returned {given} for {logits.shape[0]} rows; it must return one number a row.")
+    if not values.is_floating_point():
+        values = values.to(torch.promote_types(logits.dtype, torch.float32))  # whether, or which, of each row
     if not bool(values.isfinite().all()):
         raise ValueError(
             f"the metric is {float(values.detach()[~values.isfinite()][0])} in one row; it must be a finite number."

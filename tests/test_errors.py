@@ -806,6 +806,22 @@ LATER: list[Case] = [
         lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, 0, layer=range(2)),
     ),
     (
+        "the axis 'layer' holds 1 more than once; give each value once.",
+        lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, layer=[1, 1]),
+    ),
+    (
+        "the edge 'a' has no keys, so nothing would be cut; give at least one.",
+        lambda: mv.information_flow(vlm(), real(), YES, edges={"a": (real().last, [])}),
+    ),
+    (
+        "on='embeds' is not where a picture enters; choose from 'image_features', 'pixels'.",
+        lambda: mv.causal_trace(vlm(), real(), YES, on="embeds"),
+    ),
+    (
+        "the axis 'position' holds 3 more than once; give each value once.",
+        lambda: mv.causal_trace(vlm(), real(), YES, positions=[3, 3]),
+    ),
+    (
         "out=5 is not a folder; give its path, or None to keep nothing on disk.",
         lambda: mv.sweep(
             vlm(),

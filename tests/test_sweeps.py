@@ -418,6 +418,26 @@ def test_a_fingerprint_knows_objects_parts_and_names() -> None:
     assert fingerprint(mv.kl_divergence(one)) != fingerprint(mv.kl_divergence(other))
 
 
+class Settings:
+    """A class that holds a number."""
+
+    token = 11
+
+
+def test_a_fingerprint_knows_what_a_class_holds() -> None:
+    of_class = lambda logits: logits[:, Settings.token]  # noqa: E731
+    before = fingerprint(of_class)
+    Settings.token = 12
+    assert fingerprint(of_class) != before
+
+
+def test_a_metric_may_say_whether() -> None:
+    vlm, real, null = model()
+    likely = lambda logits: logits.argmax(-1) == int(vlm.run(real).logits.argmax())  # noqa: E731
+    found = mv.patch_spans(vlm, real, null, likely, spans={"all": range(len(real))}, layers=[0])
+    assert float(found.metric[0, 0]) == 1.0
+
+
 def test_a_fingerprint_is_the_same_in_every_process() -> None:
     said = "from mechvlm.experiments.shards import fingerprint; print(fingerprint(lambda x: x in {'a', 'b', 'c'}))"
     prints = set()

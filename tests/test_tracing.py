@@ -156,7 +156,7 @@ WRONG: list[tuple[str, dict[str, Any]]] = [
         "choose on='image_features' where image tokens have features.",
         {"objects": [3], "on": "pixels"},
     ),
-    ("at='embed' is not where a picture enters; choose from 'image_features', 'pixels'.", {"on": "embed"}),
+    ("on='embed' is not where a picture enters; choose from 'image_features', 'pixels'.", {"on": "embed"}),
 ]
 
 

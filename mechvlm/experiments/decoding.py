@@ -59,7 +59,7 @@ def knockout_answers(
     Args:
         edges, window, layers: as in `information_flow`; edges by default those from the image, the question and bos to
             the last position, and image->question unless `when` is "decode".
-        objects: image tokens: a list of positions, a box as a tuple, or a mask; see `object_tokens`.
+        objects: image tokens: a list of positions, a box as a tuple (in pixels: left, top, right, bottom), or a mask.
         when: "always"; "decode", generated tokens alone, so that the first token is the uncut one's; or "prompt".
         max_new_tokens: at most so many, in the uncut answer and in the others.
         batch_size: knockouts in one forward pass over prompt and uncut answer; see `sweep`.

@@ -82,7 +82,10 @@ def _edge(name: str, edge: Any) -> Edge:
     both = listed(edge)
     if both is None or len(both) != 2:
         raise TypeError(f"the edge {name!r} is {told(edge)}; give its queries and its keys, two lists of positions.")
-    return list(whole_numbers("queries", both[0])), list(whole_numbers("keys", both[1]))
+    found = list(whole_numbers("queries", both[0])), list(whole_numbers("keys", both[1]))
+    if found[0] and not found[1]:
+        raise ValueError(f"the edge {name!r} has no keys, so nothing would be cut; give at least one.")
+    return found
 
 
 def _between(name: Any, spans: Mapping[str, list[int]]) -> Edge:

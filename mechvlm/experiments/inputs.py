@@ -26,8 +26,11 @@ PATCHED = ("patches", "molmo")
 """Families of processors that hand over patches, and no pictures."""
 
 
-def input_sites(vlm: VLM, at: str) -> list[Site]:
+def input_sites(vlm: VLM, at: str, name: str = "at") -> list[Site]:
     """The sites of all that a picture hands on, at its features (deep-stack's too) or at its pixels.
+
+    Args:
+        name: what the argument is called, for what is refused.
 
     Raises:
         ValueError: for another word.
@@ -37,7 +40,9 @@ def input_sites(vlm: VLM, at: str) -> list[Site]:
         [Site(kind='image_features', layer=None, tower='text')]
     """
     if at not in ENTRIES:
-        raise ValueError(f"at={told(at)} is not where a picture enters; choose from {', '.join(map(repr, ENTRIES))}.")
+        raise ValueError(
+            f"{name}={told(at)} is not where a picture enters; choose from {', '.join(map(repr, ENTRIES))}."
+        )
     if at == "pixels":
         return [PIXELS]
     return [Site("image_features"), *[Site("deepstack", layer) for layer in deepstack_layers(vlm)]]

@@ -58,11 +58,13 @@ def information_flow(
             `objects` also object->question, object->last, rest->question and rest->last, where rest are the other image
             tokens. Or names of spans such as ["prefix->last"], {name: (queries, keys)}, or a function from a prompt to
             that. All prompts must have the same names.
-        objects: the image tokens of each prompt's object, see `objects_of`: a function of a prompt, or a list with a
-            list of positions, a box or a mask for each.
+        objects: the image tokens of each prompt's object: a function of a prompt, or a list with one entry for each
+            prompt (also for a single one): a list of positions, a box as a tuple, or a mask.
         window: how many layers are cut together, about each centre, fewer at the ends of the model.
         layers: the centres, by default all; or windows as they are, such as [(0, 9), (5, 14)].
-        controls: how many times each edge is cut from as many random keys instead, see `random_keys`.
+        controls: how many times each edge is cut from as many random keys instead, of all positions before its last
+            query but bos and its queries; its own keys are among them. Where the picture is most of the prompt, random
+            keys are mostly image tokens, and question tokens among them may cost more than the edge.
         seed: of the random keys, which are the same in every window.
         clusters: what prompts belong together, for the interval; by default their pictures.
         level: of the interval.
@@ -74,7 +76,7 @@ def information_flow(
         `control`: the change by random keys, with an axis sample. `mean`, `low`, `high`: of `change` over prompts, over
         edge and layer; the bounds are not a number where there is only one cluster. `base`: the uncut metric. Further
         coordinates: the windows' `first` and `last` layer; `n_queries` and `n_keys` of each edge; `n_random`, how many
-        keys there were to draw; `answered_right`.
+        random keys were drawn; `answered_right`.
 
     Raises:
         ValueError: for edges, windows or objects that are not there, prompts whose edges have other names, or edges
@@ -178,7 +180,7 @@ def _measured(
     vlm: VLM, prompts: Sequence[Prompt], metric: Metric | None, answers: Sequence[str | int] | None
 ) -> tuple[list[Metric], list[float], np.ndarray]:
     """For each prompt the metric, its uncut value, and whether the likeliest first token is the answer."""
-    given = [None] * len(prompts) if answers is None else word_list(answers)
+    given = [None] * len(prompts) if answers is None else word_list(answers, "answers")
     if len(given) != len(prompts):
         raise ValueError(f"there are {len(given)} answers and {len(prompts)} prompts; give one for each.")
     measures, base, right = [], [], []

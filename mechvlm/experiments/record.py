@@ -74,8 +74,8 @@ def one_prompt(prompt: Any) -> Prompt:
     return prompt
 
 
-def word_list(words: Any) -> list[str | int]:
-    """Words, or token ids, as a list.
+def word_list(words: Any, name: str = "words") -> list[str | int]:
+    """Words, or token ids, as a list; `name` is the argument's, for what is refused.
 
     Raises:
         TypeError: for a single word or number.
@@ -85,4 +85,4 @@ def word_list(words: Any) -> list[str | int]:
             return list(words)
     except TypeError:
         pass
-    raise TypeError(f"words={told(words)} is not a list of words; write [{told(words)}].")
+    raise TypeError(f"{name}={told(words)} is not a list of words; write [{told(words)}].")

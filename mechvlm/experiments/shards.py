@@ -12,6 +12,7 @@ what it holds, tensors included.
 """
 
 import hashlib
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -126,8 +127,10 @@ def spelled(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
         return f"{held.dtype}{tuple(held.shape)}".encode() + held.view(-1).view(torch.uint8).numpy().tobytes()
     if isinstance(thing, np.ndarray) and thing.dtype != object:
         return f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
-    if isinstance(thing, str | bytes | int | float | complex | type | None | ModuleType):
-        return repr(thing if not isinstance(thing, ModuleType) else thing.__name__).encode()
+    if isinstance(thing, str | bytes | int | float | complex | None):
+        return repr(thing).encode()
+    if isinstance(thing, ModuleType) or (isinstance(thing, type) and installed(thing)):
+        return thing.__name__.encode()
     parts = list(parts_of(thing))
     if isinstance(thing, set | frozenset):
         return b"set" + b"".join(sorted(written(part, known) for part in parts))
@@ -140,6 +143,8 @@ def parts_of(thing: Any) -> Iterable[Any]:
         return [thing.name, list(thing.edits)]  # its weights are told once, by `weights_print`
     if isinstance(thing, Edit) and thing.bias is not None:
         return [str(thing), thing.bias, thing.when, thing.site]
+    if isinstance(thing, type):
+        return [thing.__qualname__, {name: one for name, one in vars(thing).items() if not name.startswith("__")}]
     if isinstance(thing, FunctionType):
         return parts_of_function(thing)
     if isinstance(thing, CodeType):
@@ -166,14 +171,21 @@ def text_of(thing: Any) -> str:
 
 def parts_of_function(function: FunctionType) -> list[Any]:
     """What a function does: its code, its defaults, what it holds, and what it finds by name."""
-    ours = str(function.__module__).split(".")[0] == "mechvlm"  # whose version a sweep's print tells
-    function = unwrap(function) if ours else function  # from the checks of shapes that a test run puts around it
+    known = installed(function)
+    function = unwrap(function) if known else function  # from the checks of shapes that a test run puts around ours
     held = [cell.cell_contents for cell in function.__closure__ or ()]
-    if ours:
+    if known:
         return [function.__qualname__, function.__defaults__, function.__kwdefaults__, *held]
     names = sorted(names_in(function.__code__) & set(function.__globals__))
     found = [one for name in names for one in (name, function.__globals__[name])]
     return [function.__code__, function.__defaults__, function.__kwdefaults__, *held, *found]
+
+
+def installed(thing: Any) -> bool:
+    """Whether a function or class comes with a package, ours included, and is known by its name."""
+    package = str(thing.__module__).split(".")[0]
+    path = vars(sys.modules[package]).get("__file__") if package in sys.modules else None
+    return package in {"mechvlm", *sys.stdlib_module_names} - {"__main__"} or "site-packages" in str(path)
 
 
 def names_in(code: CodeType) -> set[str]:

@@ -53,7 +53,10 @@ def sweep(
         metric: a function of the last position's logits, such as `logit_difference("yes", "no")`.
         batch_size: at most so many points in one batch; by default as many as are worth it and fit the free memory.
             Where memory does not suffice after all, a batch is halved.
-        out: a folder in which each finished batch is kept; the same sweep, started again, goes on from there.
+        out: a folder in which each finished batch is kept; the same sweep, started again, goes on from there. Another
+            one is refused. What makes it another is the model and its weights, the prompt, the points, and what the
+            functions of edits and metric do, hold and find by name (a counter too); not what they read from files, the
+            environment or other packages. `point_to_edits` is asked for all points before the first of them runs.
         fast: False makes each point a row of a full forward pass, to compare with.
         axes: the values of each axis: numbers or names. Every combination of them is a point.
 
@@ -180,6 +183,7 @@ def values_of_axis(name: str, values: Any) -> list[Any]:
 
     Raises:
         TypeError: for a single value, or one that is no coordinate.
+        ValueError: for a value that is there twice.
     """
     found = listed(values)
     if found is None:
@@ -191,6 +195,9 @@ def values_of_axis(name: str, values: Any) -> list[Any]:
             f"the axis {name!r} holds {told(wrong[0])}, and its values must be numbers or names, by which results are "
             "found; give names, and look up in point_to_edits what they stand for."
         )
+    twice = [value for at, value in enumerate(plain) if value in plain[:at]]
+    if twice:
+        raise ValueError(f"the axis {name!r} holds {told(twice[0])} more than once; give each value once.")
     return plain
 
 

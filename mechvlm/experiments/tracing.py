@@ -22,7 +22,7 @@ from mechvlm.experiments.knockout import interval
 from mechvlm.experiments.objects import object_tokens
 from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import check_layers_run, cross_layers, deepstack_layers, image_dim, named
-from mechvlm.experiments.sweep import sweep
+from mechvlm.experiments.sweep import sweep, values_of_axis
 from mechvlm.metrics import Metric, probability
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
@@ -99,7 +99,7 @@ def causal_trace(
         deviation is of the image's features here, since those of words are of another size.
     """
     _check(vlm, one_prompt(prompt), kind, samples, noise)
-    entries, own = input_sites(vlm, on), _corrupted_tokens(prompt, on, objects)
+    entries, own = input_sites(vlm, on, "on"), _corrupted_tokens(prompt, on, objects)
     dim, places = _places(prompt, spans, positions, own)
     windows = {one.name: one for one in windows_of(vlm, window, layers)}
     clean = vlm.run(prompt, read=_read(vlm, kind, windows.values(), entries))
@@ -220,7 +220,7 @@ def _places(
     if positions is not None and spans is not None:
         raise ValueError("spans and positions were both given; activations are put back by the one or by the other.")
     if positions is not None:
-        return "position", {at: [at] for at in whole_numbers("positions", positions)}
+        return "position", {at: [at] for at in values_of_axis("position", whole_numbers("positions", positions))}
     if spans is None:
         found = {**prompt.spans, **({"last image token": prompt.image[-1:]} if prompt.image else {})}
         rest = [at for at in prompt.image if at not in set(objects)]

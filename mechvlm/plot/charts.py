@@ -230,7 +230,8 @@ def _axis(values: np.ndarray) -> tuple[np.ndarray, dict[str, object]]:
     if values.dtype.kind == "f":
         return values, {}
     places = np.arange(len(values))
-    return places, {"tickvals": places, "ticktext": [plain(str(value)) for value in values]}
+    named = {"tickvals": places, "ticktext": [plain(str(value)) for value in values]}
+    return places, {**named, "ticklabeloverflow": "allow"}  # or the last one may be left out
 
 
 def _table_axis(values: np.ndarray, size: float) -> dict[str, object]:
