@@ -127,10 +127,10 @@ with_interval(spans.sel(direction="noise")).transpose("span", "layer").to_pandas
 mv.plot.patched_pairs(spans, "denoise", title="The object before layer 0, then words of the question")
 
 # %% [markdown]
-# Before layer 0 it is all at the object (1.01, and 0.01 at the rest of the image). One layer later nothing is left
-# there that the answer would use: it is at two words of the question, from layer 2 on more at “red” (0.62 [0.47,
-# 0.77]) than at “3” (0.25 [0.08, 0.43]), and a little at the last position. Before layer 1 the directions differ: each
-# word by itself suffices for little (0.28 and 0.21), and a yes is lost without either (0.78 and 0.72). It takes both.
+# Before layer 0 it is all at the object (1.01, and 0.00 at the rest of the image). One layer later nothing is left
+# there that the answer would use: it is at two words of the question, from layer 2 on more at “red” (0.67 [0.54,
+# 0.79]) than at “3” (0.19 [0.05, 0.34]), and a little at the last position. Before layer 1 the directions differ: each
+# word by itself suffices for little (0.28 and 0.17), and a yes is lost without either (0.83 and 0.72). It takes both.
 #
 # **Which heads carry it?** The same with one head's output at a time (`z`, at all positions).
 
@@ -144,8 +144,8 @@ table.loc[strong]
 mv.plot.patched_pairs(heads, "denoise", title="Heads that carry the red 3, by themselves")
 
 # %% [markdown]
-# Five heads of 64: 7.3 carries 0.61 [0.57, 0.67] by itself, and the sixth of the list 0.03. The two in layer 0 are
-# more needed (0.48 and 0.43) than sufficient (0.17 and 0.16).
+# Five heads of 64: 7.3 carries 0.60 [0.57, 0.65] by itself, and the sixth of the list 0.02. The two in layer 0 are
+# more needed (0.52 and 0.43) than sufficient (0.19 and 0.14).
 #
 # What do the five look at, with the red 3 and with the green one? Attention of the question's words and of the
 # position that answers, on the object and on both words, averaged over pairs.
