@@ -46,7 +46,8 @@ def sweep(
     the one an edit names (`positions`, `queries`, `rows`), or, where it names none, the first that it is found to
     change. Points that begin near each other are rows of one batch. Edits before the language model (of the vision
     tower, say) need full passes, which share the picture where the architecture lets them. Edits that all points have
-    in common belong to the model: `vlm.with_edits`.
+    in common belong to the model: `vlm.with_edits`. An edit's function may be tried first, and called again where a
+    batch is begun anew, so it must give the same for the same: one that draws numbers has to take a seed of its own.
 
     Args:
         point_to_edits: from a point of the grid, as named arguments, to the edits to make there.
@@ -65,8 +66,8 @@ def sweep(
         were run.
 
     Raises:
-        ValueError: without axes, for an axis without values, for a function that takes other names, or for a folder
-            that holds another sweep.
+        ValueError: without axes, for an axis without values or with one twice, for a function that takes other names,
+            or for a folder that holds another sweep.
         TypeError: for values of an axis that are neither numbers nor names, or a function that returns no list.
 
     Example:

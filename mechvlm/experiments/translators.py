@@ -100,6 +100,7 @@ def _state(folder: Path) -> dict[str, Tensor]:
     if not (folder / "params.pt").is_file():
         raise ValueError(f"{folder} holds neither params.pt nor params.safetensors; give the folder of a tuned lens.")
     try:
+        # The tuned-lens package writes no other format; weights_only reads tensors, and refuses all else by this error.
         return dict(torch.load(folder / "params.pt", map_location="cpu", weights_only=True))
     except UnpicklingError as error:
         raise ValueError(
