@@ -18,7 +18,7 @@ segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_h
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Your own: sweep, mean_interval.
-Figures: plot.
+Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot.
 """
 
 from importlib import import_module
@@ -59,6 +59,8 @@ from mechvlm.vlm import VLM as VLM
 
 if TYPE_CHECKING:
     from mechvlm import demo as demo
+    from mechvlm import evaluate as evaluate
+    from mechvlm import methods as methods
     from mechvlm import plot as plot
     from mechvlm.bridge import bridged as bridged
     from mechvlm.circuits import cache_sites as cache_sites
@@ -116,6 +118,8 @@ __version__ = "0.1.0"
 # Experiments and figures stand on xarray and plotly, as long to import as all the rest; they come when asked for.
 _LATER = {
     "demo": "mechvlm.demo",
+    "evaluate": "mechvlm.evaluate",
+    "methods": "mechvlm.methods",
     "plot": "mechvlm.plot",
     "ablate_each_head": "mechvlm.experiments.ablation",
     "ablate_each": "mechvlm.experiments.ablations",

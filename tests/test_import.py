@@ -13,7 +13,7 @@ import torch
 from jaxtyping import TypeCheckError
 
 # Heavy, and needed only by some functions; those import them when called. None of them comes with nnsight.
-LATER = ("h5netcdf", "h5py", "pandas", "plotly", "scipy", "sklearn", "tokenizers", "typer", "xarray")
+LATER = ("h5netcdf", "h5py", "pandas", "plotly", "scipy", "sklearn", "statsmodels", "tokenizers", "typer", "xarray")
 LISTING = "import json, sys; import {module}; print(json.dumps(sorted(sys.modules)))"
 
 

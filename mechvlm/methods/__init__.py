@@ -1,0 +1,4 @@
+"""Published methods, one paper a file, built from public names: what they compute, and under which convention.
+
+A published convention that is a mistake has a name (`convention="viar-2026"`) and is never the default.
+"""
