@@ -59,6 +59,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
             *("start", "reach", "schedule", "handed", "rerun", "points"),
             "vlm",
             "load",
+            "fingerprints",
+            "shared",
         ),
         *("lens_names", "bridge", "circuits"),
     ),

@@ -20,7 +20,7 @@ from zoo.boxes import noise
 
 import mechvlm as mv
 from mechvlm import points as engine
-from mechvlm.experiments.shards import fingerprint
+from mechvlm.fingerprints import fingerprint
 from mechvlm.points import answers, way_of
 from mechvlm.reach import Reach, reach_of
 from mechvlm.schedule import Cost, batches
@@ -439,7 +439,7 @@ def test_a_metric_may_say_whether() -> None:
 
 
 def test_a_fingerprint_is_the_same_in_every_process() -> None:
-    said = "from mechvlm.experiments.shards import fingerprint; print(fingerprint(lambda x: x in {'a', 'b', 'c'}))"
+    said = "from mechvlm.fingerprints import fingerprint; print(fingerprint(lambda x: x in {'a', 'b', 'c'}))"
     prints = set()
     for seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}

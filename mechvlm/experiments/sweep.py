@@ -21,7 +21,8 @@ from tqdm import tqdm
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import one_prompt, record
-from mechvlm.experiments.shards import Shards, fingerprint, weights_print
+from mechvlm.experiments.shards import Shards
+from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.metrics import Metric
 from mechvlm.points import answers, rows_for, way_of
 from mechvlm.prompt import Prompt
