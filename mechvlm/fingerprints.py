@@ -55,6 +55,8 @@ def spelled(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
         return f"{thing.dtype}{thing.shape}".encode() + np.ascontiguousarray(thing).tobytes()
     if isinstance(thing, str | bytes | int | float | complex | None):
         return repr(thing).encode()
+    if type(thing) in (list, tuple) and all(type(part) in (int, float, str) for part in thing):
+        return repr(thing).encode()  # positions, of which there may be thousands
     if isinstance(thing, ModuleType) or (isinstance(thing, type) and installed(thing)):
         return thing.__name__.encode()
     parts = list(parts_of(thing))

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.between import Reaching
 from mechvlm.edits import Edit
 from mechvlm.prompt import Prompt
 from mechvlm.reach import Reach, reach_of, whole_from
-from mechvlm.rerun import Reaching, rerun
+from mechvlm.rerun import rerun
 from mechvlm.schedule import Batch, batches, cost_of
 from mechvlm.sites import whole
 from mechvlm.start import Start, start_of, tried

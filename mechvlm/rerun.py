@@ -21,7 +21,6 @@ A layer is run in a trace for the rows that edit its inside; for others it is ca
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -30,59 +29,15 @@ from torch import Tensor
 
 from mechvlm import batch as batches
 from mechvlm.attention import capped
+from mechvlm.between import Reaching, Rows, edited, entering, inside, leaving, placed, put_row
 from mechvlm.edits import Edit
 from mechvlm.handed import CACHE, Enough, Prefix, arguments, packs
-from mechvlm.plan import Plan, key_of
+from mechvlm.plan import Plan
 from mechvlm.reach import Reach
 from mechvlm.seam import attending
 from mechvlm.start import FEATURES, Start
-from mechvlm.visit import RESIDUAL_KINDS, Visit, apply_edit
+from mechvlm.visit import RESIDUAL_KINDS, Visit
 from mechvlm.walk import at, walk_layer
-
-STREAM = ("resid_pre", "resid_post", "deepstack", "image_features")
-"""What is edited between layers; anything else is inside one."""
-
-
-class Reaching(Exception):  # noqa: N818 - found out and answered within the engine
-    """An edit changed a position before the one that it was taken to begin with."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of edits on their way.
-
-    Attributes:
-        start: the run before.
-        edits: of each row, in the order of the layers that the rows begin with.
-        first: the first position that is run.
-        loose: whether what a row's edits do to the positions before is seen by none.
-        masks: those made for calls.
-    """
-
-    start: Start
-    edits: tuple[tuple[Edit, ...], ...]
-    first: int
-    loose: tuple[bool, ...]
-    masks: dict[tuple, Tensor] = field(default_factory=dict)
-
-    def at(self, site: tuple, row: int) -> list[Edit]:
-        """The edits that a row has at a site, the model's own first."""
-        return [edit for edit in (*self.start.vlm.edits, *self.edits[row]) if key_of(edit.site) == site]
-
-    def some(self, which: Sequence[int]) -> "Rows":
-        """Some of the rows."""
-        return replace(
-            self, edits=tuple(self.edits[row] for row in which), loose=tuple(self.loose[row] for row in which)
-        )
-
-    def inside(self, layer: int, row: int) -> list[Edit]:
-        """The edits that a row has inside a layer."""
-        return [edit for edit in self.edits[row] if inside(edit, layer)]
-
-
-def inside(edit: Edit, layer: int) -> bool:
-    """Whether an edit acts inside a layer of the language model."""
-    return edit.site.tower == "text" and edit.site.layer == layer and edit.site.kind not in STREAM
 
 
 class Resumed(Visit):
@@ -118,31 +73,20 @@ class Resumed(Visit):
             raise Reaching
 
 
-def edited(rows: Rows, site: tuple, x: Tensor, edits: Sequence[Edit], loose: bool) -> Tensor:
-    """A row's activation after its edits; the very same object where they changed nothing.
-
-    Args:
-        x: of the positions that are run.
-    """
-    first, layout = rows.first, rows.start.plan.layout
-    whole = torch.cat([rows.start.sites[site][:, :first], x], 1) if first else x
-    new = whole
-    for edit in edits:
-        new = apply_edit(new, site, (0, None, edit), layout, False)
-    if new is whole:
-        return x
-    if first and not loose and not torch.equal(new[:, :first], rows.start.after(site)[:, :first]):
-        raise Reaching
-    return new[:, first:]
-
-
 def rerun(
-    start: Start, variants: Sequence[Sequence[Edit]], reaches: Sequence[Reach], first: int | None = None
+    start: Start,
+    variants: Sequence[Sequence[Edit]],
+    reaches: Sequence[Reach],
+    first: int | None = None,
+    streams: Float[Tensor, "batch pos d_model"] | None = None,
+    ends: Sequence[int] | None = None,
 ) -> Float[Tensor, "batch vocab"]:
     """The last position's logits of rows of edits, run from where they begin.
 
     Args:
         first: the position to begin with; by default the first that a row begins with.
+        streams: what enters the first layer from there on, in rows of other words that all begin with that layer.
+        ends: the last position of each such row, where they end apart; no edit may then tell positions apart.
 
     Raises:
         Reaching: where an edit changed a position before that.
@@ -151,13 +95,16 @@ def rerun(
     order = sorted(range(len(variants)), key=lambda row: reaches[row].begin)
     begin = min(reach.first for reach in reaches) if first is None else first
     loose = tuple(reaches[row].last and bool(begin) for row in order)
-    rows = Rows(start, tuple(tuple(variants[row]) for row in order), begin, loose)
+    rows = Rows(start, tuple(tuple(variants[row]) for row in order), begin, loose, streams)
     vlm = start.vlm
     with torch.no_grad():
         h = start.sites[("resid_pre", 0, "text")][:0, begin:]
         for layer in range(reaches[order[0]].begin, start.layers):
             h = entering(rows, layer, joined(rows, layer, h, sum(reach.begin <= layer for reach in reaches)))
-            h = through(rows, layer, h) if layer < start.layers - 1 else last_positions(rows, layer, h)
+            whole = layer < start.layers - 1 or ends is not None
+            h = through(rows, layer, h) if whole else last_positions(rows, layer, h)
+        if ends is not None:
+            h = h[torch.arange(len(h)), torch.tensor(ends) - begin][:, None]
         h = joined(rows, start.layers, h if len(h) else h[:, -1:], len(order))
         norm, head = at(vlm.hf, vlm.arch.norm), at(vlm.hf, vlm.arch.unembed)
         said = capped(head(norm(h[:, -1])), vlm.shape.logit_cap)
@@ -174,6 +121,7 @@ def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
     """
     start = rows.start
     own = start.sites[("resid_post", layer - 1, "text") if layer else ("resid_pre", 0, "text")][:, rows.first :]
+    own = own if layer or rows.streams is None else rows.streams
     done, new = len(h), own.expand(count - len(h), *own.shape[1:])
     if layer == start.layers:
         # Of rows that came by the last layer only the last position is left, edited already.
@@ -185,53 +133,6 @@ def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
     return (
         placed(rows, ("deepstack", layer - 1, "text"), h, add=True) if layer else placed(rows, FEATURES, h, add=False)
     )
-
-
-def leaving(rows: Rows, layer: int, row: int, x: Tensor) -> Tensor:
-    """What leaves a layer in a row, after the row's edits of it."""
-    edits = rows.at(site := ("resid_post", layer, "text"), row)
-    return edited(rows, site, x, edits, rows.loose[row]) if edits else x
-
-
-def put_row(h: Tensor, row: int, new: Tensor) -> None:
-    """Write a row that changed into a batch that is no one else's."""
-    if new.data_ptr() != h[row].data_ptr():
-        h[row] = new[0]
-
-
-def entering(rows: Rows, layer: int, h: Tensor) -> Tensor:
-    """What enters a layer, after edits of it."""
-    site = ("resid_pre", layer, "text")
-    for row in range(len(h)):
-        if edits := rows.at(site, row):
-            put_row(h, row, edited(rows, site, h[row : row + 1], edits, rows.loose[row]))
-    return h
-
-
-def placed(rows: Rows, site: tuple, h: Tensor, add: bool) -> Tensor:
-    """The picture's features, edited, put or added where image tokens stand.
-
-    Args:
-        add: whether every row has them added; else those that edit them have them put.
-    """
-    start, first = rows.start, rows.first
-    if site not in start.sites:
-        return h
-    here = [(token, position - first) for token, position in enumerate(start.prompt.image) if position >= first]
-    tokens, places = (torch.tensor([pair[at] for pair in here], dtype=torch.long, device=h.device) for at in (0, 1))
-    own = start.after(site).reshape(-1, h.shape[-1]).to(h)
-    for row in range(len(h)):
-        mine = [edit for edit in rows.edits[row] if key_of(edit.site) == site]
-        x = start.sites[site] if mine else start.after(site)
-        for edit in rows.at(site, row) if mine else ():
-            x = apply_edit(x, site, (0, None, edit), start.plan.layout, False)
-        x = x.reshape(-1, h.shape[-1]).to(h)
-        before = len(start.prompt.image) - len(here)
-        if not torch.equal(x[:before], own[:before]):
-            raise Reaching
-        if add or mine:
-            h[row, places] = h[row, places] + x[tokens] if add else x[tokens]
-    return h
 
 
 def through(rows: Rows, layer: int, h: Tensor) -> Tensor:

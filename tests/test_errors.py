@@ -1413,13 +1413,14 @@ def reach_cases() -> None:
             REACHED.add(_where(error))
 
 
-SIGNALS = {"Reaching", "Enough"}
+SIGNALS = {"Reaching", "Enough", "Apart"}
 """What is raised to be caught by mechvlm itself, which no user sees."""
 
 
 def says_something(node: ast.Raise) -> bool:
     """Whether a raise has a sentence of its own: it does not hand on another's, and is no signal."""
-    return node.exc is not None and not (isinstance(node.exc, ast.Name) and node.exc.id in SIGNALS)
+    raised = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+    return raised is not None and not (isinstance(raised, ast.Name) and raised.id in SIGNALS)
 
 
 def missed(paths: Iterable[Path]) -> list[str]:

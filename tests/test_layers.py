@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "weights",
             "unembedding",
             "passes",
-            *("start", "reach", "schedule", "handed", "rerun", "points"),
+            *("start", "reach", "schedule", "handed", "between", "rerun", "points"),
             "vlm",
             "load",
             "fingerprints",
