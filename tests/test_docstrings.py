@@ -11,9 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import evaluations
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from PIL import Image
 
 import mechvlm as mv
@@ -49,6 +51,9 @@ def names() -> dict[str, Any]:
         "torch": torch,
         "np": np,
         "random": random,
+        "xr": xr,
+        "base": evaluations.baseline(),
+        "edited": evaluations.changed(evaluations.baseline(), 0.5),
         "Image": Image,
         "vlm": vlm,
         "scene": scene,

@@ -6,7 +6,8 @@ them; texts that come from data are shown as they are.
 
 Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Ablations: `effects`,
 `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
-logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
+logit lens from layer to layer: `words_by_layer`. Evaluations: `comparison`, `threshold_curve`, `reliability_diagram`,
+`association`. Patches: `patched_positions` (layer by position, with the words),
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the
 picture that a prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
 `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
@@ -34,10 +35,16 @@ from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
 from mechvlm.plot.points import pixels_over_image as pixels_over_image
+from mechvlm.plot.statistics import association as association
+from mechvlm.plot.statistics import comparison as comparison
+from mechvlm.plot.statistics import reliability_diagram as reliability_diagram
+from mechvlm.plot.statistics import threshold_curve as threshold_curve
 
 __all__ = [
     "ablation_order",
+    "association",
     "bars",
+    "comparison",
     "deletion",
     "flow",
     "effects",
@@ -49,8 +56,10 @@ __all__ = [
     "patched_pairs",
     "patched_positions",
     "pixels_over_image",
+    "reliability_diagram",
     "sinks_over_image",
     "token_grid",
+    "threshold_curve",
     "token_sets",
     "tokens_over_image",
     "tracing",

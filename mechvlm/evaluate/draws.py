@@ -1,0 +1,56 @@
+"""Bootstrap draws of whole clusters, and what of them an interval is.
+
+Rule this module guards: items about one picture are drawn together, and everything compared is of the same draws.
+
+>>> drawn_sums(np.array([[1.0], [1.0]]), np.array([0, 1]), resamples=3, seed=0).tolist()
+[[2.0], [2.0], [2.0]]
+"""
+
+import numpy as np
+
+from mechvlm.sites import number, whole
+
+
+def checked_draws(resamples: int, level: float = 0.95) -> tuple[int, float]:
+    """How often is drawn, and how often an interval is to hold the truth.
+
+    Raises:
+        ValueError: for no draws, or a level that is no share.
+    """
+    if whole("resamples", resamples) < 1:
+        raise ValueError(f"resamples={resamples} draws nothing; give for instance 10_000.")
+    if not 0 < number("level", level) < 1:
+        raise ValueError(f"level={level} is not between 0 and 1; give for instance 0.95.")
+    return resamples, level
+
+
+def cluster_sums(table: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """A table of items by columns, summed over the items of each cluster."""
+    sums = np.zeros((groups.max() + 1, table.shape[1]))
+    np.add.at(sums, groups, table)
+    return sums
+
+
+def drawn_sums(table: np.ndarray, groups: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """The column sums of a table of items in each draw of as many clusters, with replacement: draws by columns.
+
+    Clusters with equal sums are drawn as one kind, whose number is multinomial: the same distribution, and without
+    clusters a table of answers has a handful of kinds.
+    """
+    kinds, counts = np.unique(cluster_sums(table, groups), axis=0, return_counts=True)
+    total = int(counts.sum())
+    draws, generator, held = [], np.random.default_rng(seed), max(1, 4_000_000 // len(kinds))
+    for start in range(0, resamples, held):
+        some = min(held, resamples - start)
+        draws.append(generator.multinomial(total, counts / total, some).astype(float) @ kinds)
+    return np.concatenate(draws)
+
+
+def ends(draws: np.ndarray, clusters: int, level: float) -> tuple[np.ndarray, np.ndarray]:
+    """The percentile interval over the first axis; not a number where there is one cluster only, or no value."""
+    shape = draws.shape[1:]
+    low, high = np.full(shape, np.nan), np.full(shape, np.nan)
+    known = np.isfinite(draws).any(0)
+    if clusters > 1:
+        low[known], high[known] = np.nanquantile(draws[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low, high

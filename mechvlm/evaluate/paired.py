@@ -1,0 +1,121 @@
+"""Whether one of two models is better, from their answers to the same items.
+
+Rule this module guards: what is compared is pairs. A difference is always that of the second from the first.
+
+>>> round(mcnemar(189, 212).statistic, 3)
+1.207
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from mechvlm.evaluate.draws import checked_draws, drawn_sums, ends
+from mechvlm.evaluate.items import Values, as_many, cluster_numbers, measured
+from mechvlm.sites import whole
+
+
+@dataclass(frozen=True)
+class McNemar:
+    """What McNemar's test says.
+
+    Attributes:
+        statistic: chi-squared with one degree of freedom; of the exact test the smaller of both counts.
+        p_value: two-sided.
+    """
+
+    statistic: float
+    p_value: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means over the same items, with its bootstrap interval.
+
+    Attributes:
+        mean: second minus first.
+        low: lower end; not a number where there is one cluster only.
+        high: upper end.
+        p_value: one-sided: the share of draws in which the difference is 0 or less.
+    """
+
+    mean: float
+    low: float
+    high: float
+    p_value: float
+
+
+def mcnemar(b: int, c: int, exact: bool = False, corrected: bool = True) -> McNemar:
+    """McNemar's test: are there more items that only one of two models answers right?
+
+    Items must be independent. Of questions about one picture that is not so; see `paired_bootstrap`.
+
+    Args:
+        b: items that only the first model answers right.
+        c: items that only the second answers right.
+        exact: by the binomial distribution instead of chi-squared, for few items.
+        corrected: with the continuity correction, `(|b - c| - 1)^2 / (b + c)`; the exact test has none.
+
+    Raises:
+        ValueError: for counts below 0, or without any item on which the models differ.
+
+    Example:
+        >>> round(mv.evaluate.stats.mcnemar(189, 212).p_value, 4)
+        0.2719
+
+    Source:
+        McNemar (1947), "Note on the sampling error of the difference between correlated proportions", Psychometrika
+        12; continuity correction after Edwards (1948).
+    """
+    for name, count in (("b", b), ("c", c)):
+        if whole(name, count) < 0:
+            raise ValueError(f"{name}={count} is no number of items; counts go from 0.")
+    if b + c == 0:
+        raise ValueError("b and c are 0: no item is answered right by one model only, so there is nothing to test.")
+    # The import takes a second, and most who compare effects never test.
+    from statsmodels.stats.contingency_tables import mcnemar as by_statsmodels
+
+    found = by_statsmodels([[0, b], [c, 0]], exact=exact, correction=corrected)
+    return McNemar(float(found.statistic), float(found.pvalue))
+
+
+def paired_bootstrap(
+    a: Values,
+    b: Values,
+    clusters: Values | None = None,
+    resamples: int = 10_000,
+    seed: int = 42,
+    level: float = 0.95,
+) -> Difference:
+    """The difference of two means over the same items, with an interval from whole clusters drawn again.
+
+    Args:
+        a: a number for each item, for instance whether the first model is right.
+        b: the same of the second model, in the same order.
+        clusters: what each item belongs to, for instance its picture; None: each stands alone.
+        resamples: how often clusters are drawn.
+        seed: of the draws.
+        level: how often the interval holds the true difference.
+
+    Returns:
+        Mean, interval, and the one-sided p-value. With few clusters the interval is somewhat too narrow.
+
+    Raises:
+        ValueError: for other numbers of values, or values that are not finite.
+
+    Example:
+        >>> found = mv.evaluate.stats.paired_bootstrap([1, 0, 0, 1], [1, 1, 0, 1], clusters=["x", "x", "y", "y"])
+        >>> found.mean, found.low, found.high
+        (0.25, 0.0, 0.5)
+
+    Source:
+        Efron and Tibshirani (1993), "An Introduction to the Bootstrap", sections 8 and 13.
+    """
+    first, second = measured("a", a), measured("b", b)
+    groups = cluster_numbers(clusters, as_many(a=first, b=second))
+    checked_draws(resamples, level)
+    table = np.stack([second - first, np.ones(len(first))], 1)
+    sums = drawn_sums(table, groups, resamples, seed)
+    draws = sums[:, 0] / sums[:, 1]
+    low, high = ends(draws, int(groups.max()) + 1, level)
+    return Difference(float((second - first).mean()), float(low), float(high), float((draws <= 0).mean()))

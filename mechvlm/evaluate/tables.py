@@ -1,0 +1,110 @@
+"""A comparison as one table that can be read.
+
+Rule this module guards: the table holds what `compare` found, and computes nothing.
+
+>>> comparison_table(mv.evaluate.stats.compare(base, edited, resamples=200)).columns.tolist()
+['base', 'edited', 'edited - base', 'threshold moved', 'edited - threshold moved']
+"""
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+
+TITLES = {
+    "accuracy": "accuracy",
+    "precision": "precision",
+    "recall": "recall",
+    "f1": "F1",
+    "yes_ratio": "yes-ratio of the answers",
+    "other": "answers that are neither",
+    "brier": "Brier score",
+}
+COLUMNS = ["base", "edited", "edited - base", "threshold moved", "edited - threshold moved"]
+
+
+def comparison_table(found: xr.Dataset) -> pd.DataFrame:
+    """What `compare` found, as a table of texts: a row a quantity, intervals in brackets.
+
+    Args:
+        found: what `compare` returns.
+
+    Returns:
+        Columns base, edited, edited - base, threshold moved (the base with the edited yes-ratio), and edited -
+        threshold moved; below the metrics stand the tests, in the column of what they are about.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> table = mv.evaluate.stats.comparison_table(mv.evaluate.stats.compare(base, edited, resamples=200))
+        >>> table.loc["accuracy", "base"]
+        '0.7625 [0.7125, 0.8043]'
+    """
+    if not isinstance(found, xr.Dataset) or not {"advantage", "margin_change", "p_above"} <= set(found.data_vars):
+        raise TypeError(f"comparison_table takes what compare returns, and was given a {type(found).__name__}.")
+    rows = {TITLES[name]: _row(found.sel(metric=name)) for name in found["metric"].values.tolist()}
+    rows["expected calibration error"] = [
+        *(f"{value:.4f}" for value in found.ece.sel(model=["base", "edited"]).values),
+        *("", "", ""),
+    ]
+    return pd.DataFrame.from_dict(rows | _tests(found), orient="index", columns=COLUMNS)
+
+
+def _row(one: xr.Dataset) -> list[str]:
+    def of(model: str) -> str:
+        here = one.sel(model=model)
+        return _said(here["value"], here["low"], here["high"])
+
+    changed, ahead = (
+        _said(one[name], one[f"{name}_low"], one[f"{name}_high"], "+") for name in ("difference", "advantage")
+    )
+    return [of("base"), of("edited"), changed, of("threshold"), ahead]
+
+
+def _tests(found: xr.Dataset) -> dict[str, list[str]]:
+    """Rows of single numbers, each in the column of what it is about."""
+    right, paired = found.sel(share="accuracy"), found.sel(share="accuracy", posterior="paired")
+    apart = found.sel(share="accuracy", posterior="independent")
+    change = _said(found.margin_change, found.margin_change_low, found.margin_change_high, "+")
+    bands = "; ".join(
+        f"{band}: {value:+.3f} ({count:g})"
+        for band, value, count in zip(found.band.values, found.band_change.values, found.band_items.values, strict=True)
+    )
+    test = f"{float(found.mcnemar):.3f} (p {float(found.mcnemar_p):.3g}; exact {float(found.mcnemar_p_exact):.3g})"
+    single = {
+        "right in one only": [f"{int(found.only_base)}", f"{int(found.only_edited)}", ""],
+        "one-sided p of the difference, accuracy": ["", "", f"{float(found.p.sel(metric='accuracy')):.4g}"],
+        "McNemar": ["", "", test],
+        "Cohen's h, accuracy": ["", "", f"{float(right.cohens_h):+.4f}"],
+        "Cohen's h, yes-ratio": ["", "", f"{float(found.cohens_h.sel(share='yes_ratio')):+.4f}"],
+        "power at this many items, as two groups": ["", "", f"{float(right.power):.3f}"],
+        "items a group for a power of 0.8": ["", "", _whole(float(right.required_n))],
+        "P(edited better), of pairs": ["", "", _believed(paired)],
+        "P(edited better), as two groups": ["", "", _believed(apart)],
+        "change of the margin": ["", "", change],
+        "by |baseline margin| (items)": ["", "", bands],
+    }
+    rows = {name: [*row, "", ""] for name, row in single.items()}
+    rows["shift of the threshold"] = ["", "", "", f"{float(found.matched_shift):+.3f}", ""]
+    best = f"{float(found.sweep_best_accuracy):.4f} at {float(found.sweep_best_shift):+.2f}"
+    rows["best threshold, on these items"] = ["", "", "", best, ""]
+    return rows
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}" if np.isfinite(value) else "none, as there is no difference"
+
+
+def _believed(one: xr.Dataset) -> str:
+    said = _said(one.posterior_mean, one.posterior_low, one.posterior_high, "+")
+    return f"{float(one.p_above):.4f} ({said})"
+
+
+def _said(value: xr.DataArray, low: xr.DataArray, high: xr.DataArray, sign: str = "") -> str:
+    """A number with its interval; nothing where there is none."""
+    middle, ends = float(value), [float(low), float(high)]
+    if not np.isfinite(middle):
+        return ""
+    if not np.isfinite(ends).all():
+        return f"{middle:{sign}.4f}"
+    return f"{middle:{sign}.4f} [{ends[0]:{sign}.4f}, {ends[1]:{sign}.4f}]"
