@@ -20,6 +20,8 @@ import torch
 import xarray as xr
 import zoo
 from test_load import CASES as LOAD_CASES
+from test_stats_errors import CASES as STATS_CASES
+from test_stats_errors import MODULES as STATS_MODULES
 from torch import Tensor, ones, zeros
 from transformers import (
     Blip2Config,
@@ -1345,7 +1347,19 @@ PATCHING: list[Case] = [
 ]
 
 CASES = (
-    PATCHING + SITES + MODELS + PROMPTS + READINGS + EDITS + METRICS + GENERATION + LATER + GRIDS + REGIONS + LOAD_CASES
+    PATCHING
+    + SITES
+    + MODELS
+    + PROMPTS
+    + READINGS
+    + EDITS
+    + METRICS
+    + GENERATION
+    + LATER
+    + GRIDS
+    + REGIONS
+    + LOAD_CASES
+    + STATS_CASES
 )
 
 
@@ -1453,6 +1467,14 @@ def test_every_raise_is_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     test_an_unknown_name()
     reach_cases()
     left = missed(path for path in PACKAGE.glob("*.py") if path.name not in ELSEWHERE)
+    assert not left, f"no test reaches the messages at {', '.join(left)}"
+
+
+def test_every_raise_about_statistics_is_reached() -> None:
+    reach_cases()
+    left = missed(
+        [*(PACKAGE / "evaluate" / f"{name}.py" for name in STATS_MODULES), PACKAGE / "plot" / "statistics.py"]
+    )
     assert not left, f"no test reaches the messages at {', '.join(left)}"
 
 

@@ -60,10 +60,10 @@ def compare(
 
         Pairs: `only_base` and `only_edited` right, `mcnemar`, `mcnemar_p` (corrected) and `mcnemar_p_exact`, not
         numbers where no item differs. Over `share` (accuracy, yes_ratio): `cohens_h`, `power` and `required_n` (per
-        group, as of two independent groups), and over `posterior` (paired, independent) `p_above`, `posterior_mean`, `_low`, `_high`.
-        These take items for independent. `sweep_*` over `shift`: the base with its threshold moved. `bin_*` over
-        `bin`, and `ece`. `margin_change`, in logits, with its ends, and by |baseline margin| over `band`, with
-        `band_items`.
+        group, as of two independent groups), and over `posterior` (paired, independent) `p_above`, `posterior_mean`,
+        `_low`, `_high`. These take items for independent. `sweep_*` over `shift`: the base with its threshold moved.
+        `bin_*` over `bin`, and `ece`. `margin_change`, in logits, with its ends, and by |baseline margin| over `band`,
+        with `band_items`.
 
     Raises:
         ValueError: for evaluations of other questions or in another order, or values that are not finite.

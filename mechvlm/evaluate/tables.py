@@ -70,7 +70,9 @@ def _tests(found: xr.Dataset) -> dict[str, list[str]]:
         f"{band}: {value:+.3f} ({count:g})"
         for band, value, count in zip(found.band.values, found.band_change.values, found.band_items.values, strict=True)
     )
-    test = f"{float(found.mcnemar):.3f} (p {float(found.mcnemar_p):.3g}; exact {float(found.mcnemar_p_exact):.3g})"
+    test = "no item differs"
+    if np.isfinite(found.mcnemar):
+        test = f"{float(found.mcnemar):.3f} (p {float(found.mcnemar_p):.3g}; exact {float(found.mcnemar_p_exact):.3g})"
     single = {
         "right in one only": [f"{int(found.only_base)}", f"{int(found.only_edited)}", ""],
         "one-sided p of the difference, accuracy": ["", "", f"{float(found.p.sel(metric='accuracy')):.4g}"],
@@ -105,6 +107,7 @@ def _said(value: xr.DataArray, low: xr.DataArray, high: xr.DataArray, sign: str 
     middle, ends = float(value), [float(low), float(high)]
     if not np.isfinite(middle):
         return ""
+    middle, ends = round(middle, 9) + 0.0, [round(end, 9) + 0.0 for end in ends]  # no -0.0000
     if not np.isfinite(ends).all():
         return f"{middle:{sign}.4f}"
     return f"{middle:{sign}.4f} [{ends[0]:{sign}.4f}, {ends[1]:{sign}.4f}]"
