@@ -18,6 +18,7 @@ segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_h
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Your own: sweep, mean_interval.
+Attention by layer: layer_profile, attention_blocks, find_zone, u_shape, neglect_heads.
 Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot.
 """
 
@@ -77,6 +78,8 @@ if TYPE_CHECKING:
     from mechvlm.experiments.heads import heads_found as heads_found
     from mechvlm.experiments.heads import soft_identity as soft_identity
     from mechvlm.experiments.knockout import information_flow as information_flow
+    from mechvlm.experiments.layer_profile import attention_blocks as attention_blocks
+    from mechvlm.experiments.layer_profile import layer_profile as layer_profile
     from mechvlm.experiments.lens import logit_lens as logit_lens
     from mechvlm.experiments.lens_maps import object_map as object_map
     from mechvlm.experiments.lens_maps import segmentation_scores as segmentation_scores
@@ -142,6 +145,8 @@ _LATER = {
     "deletion_curve": "mechvlm.experiments.deletion",
     "dose_response": "mechvlm.experiments.dose",
     "information_flow": "mechvlm.experiments.knockout",
+    "attention_blocks": "mechvlm.experiments.layer_profile",
+    "layer_profile": "mechvlm.experiments.layer_profile",
     "logit_lens": "mechvlm.experiments.lens",
     "object_map": "mechvlm.experiments.lens_maps",
     "segmentation_scores": "mechvlm.experiments.lens_maps",

@@ -117,7 +117,7 @@ def information_flow(
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
     found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))
     found = found.assign_coords(answered_right=("prompt", right))
-    shared = _clusters(asked, clusters)
+    shared = clusters_of(asked, clusters)
     mean = interval(found.change[right], [one for one, used in zip(shared, right, strict=True) if used], level)
     return found.assign(mean.data_vars).assign_attrs(about)
 
@@ -130,6 +130,22 @@ def percent(metric: Metric | None) -> bool:
         (True, False)
     """
     return metric is None or (isinstance(metric, WordMetric) and metric.name == "probability")
+
+
+def clusters_of(prompts: Sequence[Prompt], clusters: Sequence[Any] | None) -> list[Any]:
+    """What prompts belong together: those about one picture, where nothing else is said.
+
+    Example:
+        >>> len(set(clusters_of([real, real.with_text("Is it red?")], None)))
+        1
+    """
+    if clusters is not None:
+        given = listed(clusters)
+        if given is None or len(given) != len(prompts):
+            raise ValueError(f"clusters={told(clusters)} must name one cluster for each of the {len(prompts)} prompts.")
+        return list(given)
+    pixels = [prompt.encoding.get("pixel_values") for prompt in prompts]
+    return [at if x is None else sha256(numbers(x).tobytes()).hexdigest() for at, x in enumerate(pixels)]
 
 
 def interval(values: xr.DataArray, clusters: Sequence[Any], level: float) -> xr.Dataset:
@@ -219,17 +235,6 @@ def _change(metric: Metric | None, name: str | int | float) -> dict[str, dict[st
     relative = percent(metric)
     said = {"long_name": f"change of {name}", "units": "%" if relative else unit}
     return {"metric": {"long_name": str(name), "units": unit}, "change": said}
-
-
-def _clusters(prompts: Sequence[Prompt], clusters: Sequence[Any] | None) -> list[Any]:
-    """What prompts belong together: those about one picture, where nothing else is said."""
-    if clusters is not None:
-        given = listed(clusters)
-        if given is None or len(given) != len(prompts):
-            raise ValueError(f"clusters={told(clusters)} must name one cluster for each of the {len(prompts)} prompts.")
-        return list(given)
-    pixels = [prompt.encoding.get("pixel_values") for prompt in prompts]
-    return [at if x is None else sha256(numbers(x).tobytes()).hexdigest() for at, x in enumerate(pixels)]
 
 
 def _dataset(
