@@ -86,6 +86,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.lens_maps import word_share as word_share
     from mechvlm.experiments.means import mean_activations as mean_activations
     from mechvlm.experiments.means import mean_features as mean_features
+    from mechvlm.experiments.neglect import neglect_heads as neglect_heads
     from mechvlm.experiments.order import ablate_all_but as ablate_all_but
     from mechvlm.experiments.order import ablate_in_order as ablate_in_order
     from mechvlm.experiments.order import strongest as strongest
@@ -115,6 +116,8 @@ if TYPE_CHECKING:
     from mechvlm.experiments.tracing import causal_trace as causal_trace
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
+    from mechvlm.experiments.zones import find_zone as find_zone
+    from mechvlm.experiments.zones import u_shape as u_shape
 
 __version__ = "0.1.0"
 
@@ -176,6 +179,9 @@ _LATER = {
     "causal_trace": "mechvlm.experiments.tracing",
     "tuned_lens": "mechvlm.experiments.translators",
     "mean_interval": "mechvlm.experiments.uncertainty",
+    "find_zone": "mechvlm.experiments.zones",
+    "u_shape": "mechvlm.experiments.zones",
+    "neglect_heads": "mechvlm.experiments.neglect",
 }
 
 

@@ -11,6 +11,7 @@ logit lens from layer to layer: `words_by_layer`. Evaluations: `comparison`, `th
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the
 picture that a prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
 `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
+Attention by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`.
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -39,6 +40,10 @@ from mechvlm.plot.statistics import association as association
 from mechvlm.plot.statistics import comparison as comparison
 from mechvlm.plot.statistics import reliability_diagram as reliability_diagram
 from mechvlm.plot.statistics import threshold_curve as threshold_curve
+from mechvlm.plot.zones import head_matrix as head_matrix
+from mechvlm.plot.zones import layer_spans as layer_spans
+from mechvlm.plot.zones import published_beside as published_beside
+from mechvlm.plot.zones import zone_curve as zone_curve
 
 __all__ = [
     "ablation_order",
@@ -48,8 +53,10 @@ __all__ = [
     "deletion",
     "flow",
     "effects",
+    "head_matrix",
     "head_search",
     "heatmap",
+    "layer_spans",
     "layers_over_image",
     "lines",
     "over_image",
@@ -57,6 +64,7 @@ __all__ = [
     "patched_positions",
     "pixels_over_image",
     "reliability_diagram",
+    "published_beside",
     "sinks_over_image",
     "token_grid",
     "threshold_curve",
@@ -64,4 +72,5 @@ __all__ = [
     "tokens_over_image",
     "tracing",
     "words_by_layer",
+    "zone_curve",
 ]
