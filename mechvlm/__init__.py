@@ -19,6 +19,8 @@ Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, stron
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Your own: sweep, mean_interval.
 Attention by layer: layer_profile, attention_blocks, find_zone, u_shape, neglect_heads.
+answer_accuracy. Layer by layer: language_prior_collapse, gradient_by_layer. Knockout and tracing: information_flow,
+knockout_answers, causal_trace. Your own: sweep, mean_interval.
 Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot.
 """
 
@@ -71,6 +73,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.accuracy import answer_accuracy as answer_accuracy
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
+    from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
@@ -118,6 +121,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
     from mechvlm.experiments.zones import find_zone as find_zone
     from mechvlm.experiments.zones import u_shape as u_shape
+    from mechvlm.experiments.visual_gradient import gradient_by_layer as gradient_by_layer
 
 __version__ = "0.1.0"
 
@@ -144,6 +148,7 @@ _LATER = {
     "norm_outliers": "mechvlm.experiments.tokens",
     "answer_probabilities": "mechvlm.experiments.answers",
     "gradient_attribution": "mechvlm.experiments.attribution",
+    "language_prior_collapse": "mechvlm.experiments.collapse",
     "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",
     "dose_response": "mechvlm.experiments.dose",
@@ -182,6 +187,7 @@ _LATER = {
     "find_zone": "mechvlm.experiments.zones",
     "u_shape": "mechvlm.experiments.zones",
     "neglect_heads": "mechvlm.experiments.neglect",
+    "gradient_by_layer": "mechvlm.experiments.visual_gradient",
 }
 
 

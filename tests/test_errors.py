@@ -135,6 +135,15 @@ def asked_of(name: str) -> mv.Prompt:
     return zoo.ask(zoo.build(name), tiny.picture(0, 60, 40))
 
 
+def without_small_letters() -> tuple[mv.VLM, mv.Prompt]:
+    """A model whose tokenizer writes a word in small letters as two tokens, one of which is the word."""
+    other = tiny.vlm()
+    prompt = other.prompt(PICTURE, "is there a dog ?")
+    ids = {"yes": [8, 9], "Yes": [7], " yes": [9], " Yes": [8]}
+    other.processor.tokenizer.encode = lambda word, **_: ids[word]
+    return other, prompt
+
+
 def change(function: Callable = torch.clone, site: str = "text.0.z", **more: Any) -> list[mv.Edit]:
     return [mv.Edit(site, function, **more)]
 
@@ -837,6 +846,73 @@ LATER: list[Case] = [
     (
         f"out={__file__!r} is a file; give a folder, in which each finished batch is a file.",
         lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, out=__file__, layer=range(2)),
+    ),
+    (
+        "convention='viar' is not known; choose None for correct positions, or 'viar-2026' for what was published.",
+        lambda: mv.language_prior_collapse(vlm(), real(), convention="viar"),
+    ),
+    (
+        "spans=['words'] must name spans of a prompt; choose from 'bos', 'prefix', 'image', 'separators', 'question', "
+        "'last', 'text'.",
+        lambda: mv.language_prior_collapse(vlm(), real(), spans=["words"]),
+    ),
+    (
+        "the prompt holds no image to look at; make it with vlm.prompt(image, text).",
+        lambda: mv.language_prior_collapse(vlm(), blind()),
+    ),
+    (
+        "nulls='dark' is no null image; choose from 'black', 'grey', 'white', 'mean', 'noise', 'diffusion', 'blur', "
+        "'shuffle', 'swap', 'no_image', or give a function of mv.images.",
+        lambda: mv.language_prior_collapse(vlm(), real(), ["black", "dark"]),
+    ),
+    (
+        "nulls holds 'black' more than once; give each once.",
+        lambda: mv.language_prior_collapse(vlm(), real(), ["black", mv.images.black]),
+    ),
+    (
+        "the null 'dark' has 2 prompts for 1; give one for each.",
+        lambda: mv.language_prior_collapse(vlm(), real(), {"dark": [real(), real()]}),
+    ),
+    (
+        "'swap' takes the picture of another prompt, and all of these are about the same; give prompts about several "
+        "pictures, or mv.images.swap(picture).",
+        lambda: mv.language_prior_collapse(vlm(), [real(), real()], "swap"),
+    ),
+    (
+        "'no_image' takes the picture out of a question, and this prompt was made from a ready encoding; make it with "
+        "vlm.prompt(image, text).",
+        lambda: mv.language_prior_collapse(vlm(), vlm().prompt(encoding=tiny.encoding()), "no_image"),
+    ),
+    (
+        "convention='viar-2026' compares with black pictures, in the spans 'image' and 'text', and was asked for white "
+        "in text; leave the convention out for others.",
+        lambda: mv.language_prior_collapse(vlm(), real(), "white", spans="text", convention="viar-2026"),
+    ),
+    (
+        "this model sees pictures by cross-attention, so no position of its residual stream holds a picture; "
+        "mv.gradient_attribution gives gradients by key.",
+        lambda: mv.gradient_by_layer(zoo.build("mllama"), asked_of("mllama"), YES),
+    ),
+    (
+        "'no_image' leaves no image tokens to take a gradient at; choose another null.",
+        lambda: mv.gradient_by_layer(vlm(), real(), YES, nulls="no_image"),
+    ),
+    (
+        "a gradient is of a metric, and none was given; give mv.logit_difference('yes', 'no').",
+        lambda: mv.gradient_by_layer(vlm(), real()),
+    ),
+    (
+        "convention='viar-2026' has a metric of its own, the logit of 'yes'; leave metric out.",
+        lambda: mv.gradient_by_layer(vlm(), real(), YES, convention="viar-2026"),
+    ),
+    (
+        "between=[2, 1] must be two layers, the lower first, below the last of 3, whose gradient is zero; give for "
+        "instance between=(0, 1).",
+        lambda: mv.gradient_by_layer(vlm(), real(), YES, between=[2, 1]),
+    ),
+    (
+        "'yes' is not one token of this model, which 'viar-2026' needs; give a metric, and no convention.",
+        lambda: mv.gradient_by_layer(*without_small_letters(), convention="viar-2026"),
     ),
     (
         "at='embed' is not where a picture enters; choose from 'image_features', 'pixels'.",

@@ -87,6 +87,29 @@ def mean_interval(
     return result.assign_attrs(interval="percentile bootstrap over clusters", **about)
 
 
+def with_intervals(found: xr.Dataset, clusters: Sequence[Any] | None = None, dim: str = "prompt") -> xr.Dataset:
+    """A dataset with, beside each variable, its mean along a dim and the ends of its interval.
+
+    Args:
+        found: variables that all have the dim.
+        clusters: see `mean_interval`.
+
+    Returns:
+        The same, and `NAME_mean`, `NAME_low` and `NAME_high` of each; `attrs["interval"]` says what interval.
+
+    Example:
+        >>> found = with_intervals(xr.Dataset({"gap": ("prompt", [1.0, 3.0])}))
+        >>> float(found.gap_mean), float(found.gap_low), float(found.gap_high)
+        (2.0, 1.0, 3.0)
+    """
+    more: dict[str, xr.DataArray] = {}
+    for name, values in found.data_vars.items():
+        interval = mean_interval(values, dim, clusters)
+        more |= {f"{name}_{end}": interval[end].assign_attrs(values.attrs) for end in ("mean", "low", "high")}
+    said = f"{interval.attrs['level']:.0%} {interval.attrs['interval']}, of {interval.attrs['clusters']}"
+    return found.assign(more).assign_attrs(interval=said)
+
+
 def _weights(weights: Sequence[float] | None, count: int) -> np.ndarray:
     """How much each of so many values counts."""
     if weights is None:

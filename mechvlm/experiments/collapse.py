@@ -1,0 +1,297 @@
+"""Does the picture still change what layers do? Updates and states with the real picture, and with a null one.
+
+Rule this module guards: an update is what a layer really adds, its output minus its input, before any final norm.
+transformers' `hidden_states[-1]` is after the final norm, and an "update" taken with it is none.
+
+>>> found = language_prior_collapse(vlm, real, "black")
+>>> found.update_cosine.dims
+('prompt', 'null', 'layer', 'span')
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from mechvlm.batch import check_prompts
+from mechvlm.experiments.nulls import common_end, described, null_prompts
+from mechvlm.experiments.published import VIAR, named_spans, published, spans_of
+from mechvlm.experiments.record import record
+from mechvlm.experiments.sweep import numbers
+from mechvlm.experiments.uncertainty import with_intervals
+from mechvlm.points import rows_for
+from mechvlm.prompt import Prompt
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+from mechvlm.walk import at
+
+FROM_END = ("question", "last", "text")
+"""Spans that can be matched from the end, where the picture is taken out."""
+MEASURES = ("update_cosine", "state_cosine", "norm", "distance")
+MEANING = {
+    "update_cosine": ("cosine of residual updates, real and null", "1: the same direction"),
+    "state_cosine": ("cosine of residual states, real and null", "1: the same direction"),
+    "norm": ("norm of the real state", "residual stream"),
+    "null_norm": ("norm of the null's state", "residual stream"),
+    "norm_difference": ("norm of the real state minus the null's", "residual stream"),
+    "distance": ("norm of the difference of the states", "residual stream"),
+    "above_swap": ("update cosine above another real picture's", "cosine"),
+}
+Table = dict[str, np.ndarray]
+
+
+def language_prior_collapse(
+    vlm: VLM,
+    prompts: Prompt | Sequence[Prompt],
+    nulls: Any = ("black",),
+    clusters: Sequence[Any] | None = None,
+    spans: Sequence[str] = ("bos", "prefix", "image", "question", "last", "text"),
+    convention: str | None = None,
+) -> xr.Dataset:
+    """How alike a model's layers work with the real picture and with a null one, layer by layer and span by span.
+
+    A cosine near 1 at the words behind the picture says that a layer adds much the same there whatever it was shown.
+    By itself it has no scale: words, their places and the template are the same in both runs. So give "swap" among the
+    nulls, another real picture: `above_swap` is what a null's cosine has beyond that. Where a null picture is no more
+    like the real one than another real picture is, its cosine says nothing about a picture that is ignored. "noise" is
+    another null to compare "black" with, which is no more typical a picture.
+
+    Args:
+        prompts: one, or several. Each runs with its null prompts as a batch, and is reduced where the model runs.
+        nulls: null images: "black", "grey", "white", "mean", "noise", "diffusion", "blur", "shuffle", "swap" (the
+            picture of the next prompt that has another one), functions of `mv.images`, or "no_image", which takes the
+            image tokens out: positions are then matched from the end, for the spans question, last and text, as far as
+            the tokens are the same. A mapping names them, or ready null prompts, one for each prompt.
+        clusters: what each prompt belongs to, for instance the file of its picture, for the intervals.
+        spans: over whose positions is averaged: "bos", "prefix", "image", "separators", "question", "last", or "text",
+            question and last together.
+        convention: "viar-2026" computes what was published: positions 0 to N - 1 are the image, where N counts the
+            image tokens, all behind them text; the last layer's state is the one after the final norm; the first
+            layer's update is not a number. The null is black.
+
+    Returns:
+        Over axes prompt, null, layer and span: `update_cosine`, the mean over the span's positions of the cosine of
+        what a layer adds (its output minus its input) in the real and in the null run, and `state_cosine`, the same of
+        its output. A position that a layer adds exactly nothing to in either run has no direction there, and is left
+        out. `norm`, the mean norm of the real run's outputs (without axis null), `null_norm`, `norm_difference`, the
+        first minus the second, and `distance`, the mean norm of the difference. With "swap" among the nulls
+        `above_swap`, an update cosine minus that of the swap. `update_cosine_normed` and `state_cosine_normed` are the
+        last layer's with its output taken after the final norm, as `hidden_states[-1]` has it (not under the published
+        convention, where that is in its place). Each with `_mean`, `_low` and `_high` over prompts, an interval over
+        clusters. What a prompt has no positions of is not a number.
+
+    Raises:
+        ValueError: without prompts, for one without an image, for a span, null or convention that is not known, or a
+            convention together with other nulls or spans than its own.
+
+    Example:
+        >>> found = mv.language_prior_collapse(vlm, [real], ["black", "noise"])
+        >>> bool((found.update_cosine.sel(span="bos") > 0.999).all())  # nothing of the picture is seen before it
+        True
+
+    Source:
+        VIAR (github.com/aayambansal/VIAR), its "language prior collapse"; its layer l is our layer l, and its updates
+        are of `hidden_states`, whose last entry is after the final norm.
+    """
+    old, asked, names = published(convention), check_prompts(prompts, vlm.shape), named_spans(spans)
+    if old:
+        names = [name for name in names if name in ("image", "text")]
+        if described(nulls) != "black" or not names:
+            raise ValueError(
+                f"convention={VIAR!r} compares with black pictures, in the spans 'image' and 'text', and was asked for "
+                f"{described(nulls)} in {', '.join(named_spans(spans))}; leave the convention out for others."
+            )
+    held = [spans_of(prompt, names, convention) for prompt in asked]
+    others = null_prompts(vlm, asked, nulls)
+    found: dict[str, list[Table]] = {null: [] for null in others}
+    for number, prompt in enumerate(tqdm(asked, unit="prompt", leave=False, delay=1)):
+        whole = [null for null in others if len(others[null][number]) == len(prompt)]
+        tables = _together(vlm, prompt, [others[null][number] for null in whole], list(held[number].values()), old)
+        for null, table in zip(whole, tables, strict=True):
+            found[null].append(table)
+        for null in others.keys() - set(whole):
+            found[null].append(_from_the_end(vlm, prompt, others[null][number], held[number]))
+    how = convention or "outputs before the final norm, positions computed"
+    return _dataset(asked, found, names, clusters, record(vlm, asked, nulls=described(nulls), convention=how))
+
+
+def compared(
+    before: Float[Tensor, "row pos d_model"], after: Float[Tensor, "row pos d_model"]
+) -> Float[Tensor, "row measure pos"]:
+    """What a layer does in each row, beside what it does in row 0: the numbers of `MEASURES`.
+
+    Args:
+        before, after: the residual streams that enter and leave the layer, real run first.
+
+    Example:
+        >>> before = torch.zeros(2, 1, 2)
+        >>> compared(before, torch.tensor([[[3.0, 4.0]], [[4.0, 3.0]]]))[1, :2, 0]  # 24 / 25
+        tensor([0.9600, 0.9600], dtype=torch.float64)
+    """
+    left, entered = after.double(), before.to(after.device).double()
+    apart = (left - left[:1]).norm(dim=-1)
+    return torch.stack([_cosine(left - entered), _cosine(left), left.norm(dim=-1), apart], 1)
+
+
+def _cosine(x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos"]:
+    """The cosine of each row's vectors with row 0's; not a number where either is zero."""
+    unit = x / x.norm(dim=-1, keepdim=True)
+    return (unit * unit[:1]).sum(-1)
+
+
+def by_span(
+    values: Float[Tensor, "row measure pos"], spans: Sequence[Sequence[int]]
+) -> Float[Tensor, "row measure span"]:
+    """Means over the positions of spans, without what is not a number; not a number where nothing is left.
+
+    Example:
+        >>> by_span(torch.tensor([[[1.0, float("nan"), 3.0]]]), [[0, 1, 2], [1]])
+        tensor([[[2., nan]]])
+    """
+    return torch.stack([values[..., list(held)].nanmean(-1) for held in spans], -1)
+
+
+class Reduced:
+    """Readings of layers that keep nothing but measures by span: what entered a layer is let go when it has left.
+
+    Args:
+        spans: positions.
+        norm: the final norm.
+    """
+
+    def __init__(self, spans: Sequence[Sequence[int]], norm: Callable[[Tensor], Tensor]) -> None:
+        self.spans, self.norm = spans, norm
+        self.before: Any = None
+
+    def reads(self, layers: int) -> dict[Site, Callable[[Tensor], Tensor]]:
+        """What to read of each layer's input and output."""
+        inputs: dict[Site, Callable[[Tensor], Tensor]] = {Site("resid_pre", n): self.enters for n in range(layers)}
+        return inputs | {Site("resid_post", n): self.last if n == layers - 1 else self.leaves for n in range(layers)}
+
+    def enters(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
+        """Hold what enters a layer until it leaves."""
+        self.before = x
+        return x[:, 0, 0]
+
+    def leaves(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row measure span"]:
+        """The measures of a layer."""
+        return by_span(compared(self.before, x), self.spans)
+
+    def last(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row twice measure span"]:
+        """Those of the last layer, with its output as it is and after the final norm."""
+        return torch.stack([self.leaves(x), self.leaves(self.norm(x))], 1)
+
+
+def tabled(
+    layers: Sequence[Float[np.ndarray, "row measure span"]],
+    normed: Float[np.ndarray, "row measure span"],
+    row: int,
+    old: bool,
+) -> Table:
+    """One null's measures over layer and span, and those of the last layer after the final norm over span.
+
+    Args:
+        layers: the measures of each layer, the real run's in row 0.
+        normed: those of the last layer after the final norm.
+        row: the null's.
+        old: whether to put together what was published: the normed in the last layer's place, and no first update.
+    """
+    every = np.stack([*layers[:-1], normed if old else layers[-1]])  # layer row measure span
+    own = {name: every[:, row, number] for number, name in enumerate(MEASURES)}
+    own["null_norm"], own["norm"] = own["norm"], every[:, 0, MEASURES.index("norm")]
+    if old:
+        own["update_cosine"] = np.concatenate(
+            [np.full_like(own["update_cosine"][:1], np.nan), own["update_cosine"][1:]]
+        )
+        return own
+    return own | {f"{name}_normed": normed[row, number] for number, name in enumerate(MEASURES[:2])}
+
+
+def _together(vlm: VLM, prompt: Prompt, others: Sequence[Prompt], spans: list[list[int]], old: bool) -> Iterator[Table]:
+    """A prompt with null prompts of its own positions, as one batch, or several, each with the real one first."""
+    count, size = vlm.shape.layers["text"], max(1, rows_for(prompt) - 1)
+    for start in range(0, len(others), size):
+        some = others[start : start + size]
+        run = vlm.run([prompt, *some], read=Reduced(spans, _norm_of(vlm)).reads(count))
+        layers = [numbers(run[Site("resid_post", layer)]) for layer in range(count)]
+        measures = [*layers[:-1], layers[-1][:, 0]]
+        yield from (tabled(measures, layers[-1][:, 1], row, old) for row in range(1, len(some) + 1))
+
+
+def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> Table:
+    """A prompt with one that has other positions before the words; only what stands at common tokens is compared."""
+    count, final = vlm.shape.layers["text"], at(vlm.hf, vlm.arch.norm)
+    kept = {one: len(one) - common_end(prompt, other) for one in (prompt, other)}
+    read = [Site(kind, layer) for layer in range(count) for kind in ("resid_pre", "resid_post")]
+    runs = [
+        vlm.run(one, read=dict.fromkeys(read, partial(torch.narrow_copy, dim=1, start=first, length=len(one) - first)))
+        for one, first in kept.items()
+    ]
+    states = {site: torch.cat([run[site] for run in runs]) for site in read}
+    spans = ends_of(prompt, other, held)
+    reduced = Reduced(list(spans.values()), lambda x: final(x.to(vlm.dtype)))
+    layers = []
+    for layer in range(count):
+        reduced.enters(states[Site("resid_pre", layer)])
+        layers.append(numbers(reduced.leaves(states[Site("resid_post", layer)])))
+    with torch.no_grad():
+        normed = numbers(reduced.last(states[read[-1]])[:, 1])
+    return tabled(layers, normed, 1, False)
+
+
+def ends_of(prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> dict[str, list[int]]:
+    """Which positions of spans can be compared with another prompt's, counted from the first common token of the end.
+
+    Example:
+        >>> ends_of(real, vlm.prompt(None, real.words), {"last": real.last, "image": real.image})["image"]
+        []
+    """
+    first = len(prompt) - common_end(prompt, other)
+    return {
+        name: [position - first for position in positions if position >= first and name in FROM_END]
+        for name, positions in held.items()
+    }
+
+
+def _norm_of(vlm: VLM) -> Callable[[Tensor], Tensor]:
+    """The final norm, for readings: through nnsight, or it would be taken for the model's own call."""
+    norm = at(vlm.model, vlm.arch.norm)
+    return lambda x: norm(x.to(vlm.dtype))
+
+
+def _dataset(
+    asked: Sequence[Prompt],
+    found: dict[str, list[Table]],
+    names: list[str],
+    clusters: Sequence[Any] | None,
+    about: dict[str, Any],
+) -> xr.Dataset:
+    """All tables as they are returned, with means and intervals."""
+    dims = ["prompt", "null", "layer", "span"]
+    first = next(iter(found.values()))[0]
+    values = {}
+    for name, one in first.items():
+        stacked = np.stack([[table[name] for table in found[null]] for null in found], 1)
+        values[name] = (dims if one.ndim == 2 else [dims[0], dims[1], dims[3]], stacked)
+    values["norm"] = ([dims[0], *dims[2:]], values["norm"][1][:, 0])
+    values["norm_difference"] = (dims, values["norm"][1][:, None] - values["null_norm"][1])
+    where = {
+        "prompt": np.arange(len(asked)),
+        "null": list(found),
+        "layer": np.arange(len(first["norm"])),
+        "span": names,
+    }
+    result = xr.Dataset(values, where)
+    if "swap" in found:
+        result["above_swap"] = result.update_cosine - result.update_cosine.sel(null="swap", drop=True)
+    for name in map(str, result.data_vars):
+        long, unit = MEANING[name.removesuffix("_normed")]
+        after = " (output after the final norm)" if name.endswith("_normed") else ""
+        result[name].attrs = {"long_name": long + after, "units": unit}
+    return with_intervals(result, clusters).assign_attrs(about)
