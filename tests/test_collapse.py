@@ -30,7 +30,7 @@ VIAR = Path(__file__).parent / "data" / "viar"
 def made(name: str) -> tuple[mv.VLM, mv.Prompt, mv.Prompt]:
     """A model, a prompt, and the same about another picture."""
     vlm = zoo.build(name, dtype=torch.float64)
-    return vlm, *(zoo.ask(vlm, tiny.picture(seed, 48, 40)) for seed in (0, 1))
+    return vlm, zoo.ask(vlm, tiny.picture(0, 48, 40)), zoo.ask(vlm, tiny.picture(1, 48, 40))
 
 
 def streams(vlm: mv.VLM, prompt: mv.Prompt, grad: bool = False) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
@@ -118,7 +118,7 @@ def test_the_published_convention_is_hidden_states_over_the_first_columns() -> N
         np.testing.assert_allclose(own.update_cosine, updates, rtol=0, atol=1e-10)
         norms = [[float(one[layer][0].norm(dim=-1)[kept].mean()) for layer in range(3)] for one in states]
         np.testing.assert_allclose(own.norm, norms[0], rtol=0, atol=1e-10)
-        np.testing.assert_allclose(own.norm_difference, np.subtract(*norms), rtol=0, atol=1e-10)
+        np.testing.assert_allclose(own.norm_difference, np.subtract(norms[0], norms[1]), rtol=0, atol=1e-10)
     assert found.attrs["convention"] == "viar-2026" and "update_cosine_normed" not in found
 
 
@@ -183,7 +183,8 @@ def test_a_black_picture_before_the_words_is_the_same_for_all_questions() -> Non
     vlm = tiny.vlm()
     asked = [vlm.prompt(tiny.picture(seed), text) for seed, text in enumerate(["is there a dog", "what is red ?"])]
     found = mv.language_prior_collapse(vlm, asked, "black", spans=["image", "text"])
-    np.testing.assert_allclose(*found.null_norm.sel(span="image", null="black"), rtol=1e-6)
+    first, second = found.null_norm.sel(span="image", null="black").values
+    np.testing.assert_allclose(first, second, rtol=1e-6)
     assert np.abs(np.diff(found.norm.sel(span="image"), axis=0)).min() > 1e-4
 
 
@@ -231,7 +232,7 @@ def test_several_nulls_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(found.above_swap.sel(null="black"), above, rtol=0, atol=1e-12)
     own = mv.mean_interval(found.update_cosine, "prompt", [0, 0, 1])
     np.testing.assert_array_equal(found.update_cosine_low, own.low)
-    assert found.attrs["interval"] == "95% percentile bootstrap over clusters, of 2"
+    assert found.attrs["interval"] == "95%, percentile bootstrap over 2 clusters"
     assert "noise: noise(seed=0)" in found.attrs["nulls"]
 
 
@@ -370,3 +371,44 @@ def test_of_a_words_spellings_the_published_token_is_the_one_written_alone(monke
     ids = {"yes": [9], " yes": [8], "Yes": [7], " Yes": [6]}
     monkeypatch.setattr(vlm.processor.tokenizer, "encode", lambda word, **_: ids[word])
     assert (vlm.token_ids("yes"), lower_case_token(vlm, "Yes")) == ([6, 7, 8, 9], 9)
+
+
+# Figures
+
+
+def test_the_curves_are_the_means_and_their_right_panel_ends_after_the_norm() -> None:
+    vlm = tiny.vlm()
+    asked = [vlm.prompt(tiny.picture(seed), "is there a dog") for seed in range(3)]
+    found = mv.language_prior_collapse(vlm, asked, ["black", "swap"])
+    figure = mv.plot.collapse_curves(found, span="last")
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    bands = [trace for trace in figure.data if trace.fill == "tonexty"]
+    assert [trace.name for trace in lines] == ["black", "swap"] * 2
+    for trace, band, null in zip(lines[:2], bands[:2], ("black", "swap"), strict=True):
+        own = found.sel(null=null, span="last")
+        np.testing.assert_array_equal(trace.y, own.update_cosine_mean)
+        np.testing.assert_array_equal(band.y, own.update_cosine_high)
+    assert lines[2].y[-1] == float(found.update_cosine_normed_mean.sel(null="black", span="last"))
+    np.testing.assert_array_equal(lines[2].y[:-1], lines[0].y[:-1])
+    old = mv.language_prior_collapse(vlm, asked[0], convention="viar-2026")
+    alone = mv.plot.collapse_curves(old)
+    assert [one.text for one in alone.layout.annotations] == [
+        "Last output after the final norm",
+        "Positions: text. One prompt.",
+    ]
+
+
+def test_the_decay_is_drawn_without_zeros_and_with_what_is_expected() -> None:
+    vlm = tiny.vlm(layers=5)
+    asked = [vlm.prompt(tiny.picture(seed), "is there a dog") for seed in range(2)]
+    found = mv.gradient_by_layer(vlm, asked, METRIC, between=(1, 3))
+    figure = mv.plot.gradient_decay(found, spans=["image", "last"])
+    drawn = {trace.name: trace for trace in figure.data if "markers" in trace.mode}
+    assert list(drawn) == ["image, real", "image, black", "last, real", "last, black"]
+    real = found.gradient_norm_mean.sel(picture="real", span="image").values
+    np.testing.assert_array_equal(drawn["image, real"].y, [*real[:4], np.nan])
+    assert np.isfinite(drawn["last, real"].y).all() and figure.layout.yaxis.type == "log"
+    expected = figure.data[-1]
+    rate = float(found.rate_mean.sel(picture="black", span="image"))
+    np.testing.assert_allclose(expected.y, real[1] * np.exp(-rate * np.arange(3)), rtol=1e-9)
+    assert list(expected.x) == [1, 2, 3]

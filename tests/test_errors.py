@@ -1391,6 +1391,23 @@ PATCHING: list[Case] = [
         lambda: mv.plot.patched_positions(by_position(position="head")),
     ),
     (
+        "collapse_curves draws what language_prior_collapse returns, and was given a DataArray; make it with "
+        "mv.language_prior_collapse.",
+        lambda: mv.plot.collapse_curves(by_position()),  # type: ignore[arg-type]
+    ),
+    (
+        "value='norm' and span='last' cannot be drawn; choose 'update_cosine' or 'state_cosine', and a span of the "
+        "result, which has last.",
+        lambda: mv.plot.collapse_curves(mv.language_prior_collapse(vlm(), real(), spans="last"), "norm", "last"),
+    ),
+    (
+        "value='rate' and spans=['image', 'bos'] cannot be drawn; choose 'gradient_norm' or 'relative', and spans of "
+        "the result, which has last, image.",
+        lambda: mv.plot.gradient_decay(
+            mv.gradient_by_layer(vlm(), real(), YES, spans="last"), "rate", spans=["image", "bos"]
+        ),
+    ),
+    (
         "layers_over_image draws dims layer and position, and the array has layer, head; choose first.",
         lambda: mv.plot.layers_over_image(by_position(position="head"), real()),
     ),

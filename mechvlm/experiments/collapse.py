@@ -35,8 +35,8 @@ FROM_END = ("question", "last", "text")
 """Spans that can be matched from the end, where the picture is taken out."""
 MEASURES = ("update_cosine", "state_cosine", "norm", "distance")
 MEANING = {
-    "update_cosine": ("cosine of residual updates, real and null", "1: the same direction"),
-    "state_cosine": ("cosine of residual states, real and null", "1: the same direction"),
+    "update_cosine": ("residual updates, real and null", "cosine"),
+    "state_cosine": ("residual states, real and null", "cosine"),
     "norm": ("norm of the real state", "residual stream"),
     "null_norm": ("norm of the null's state", "residual stream"),
     "norm_difference": ("norm of the real state minus the null's", "residual stream"),

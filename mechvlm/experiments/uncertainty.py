@@ -106,7 +106,8 @@ def with_intervals(found: xr.Dataset, clusters: Sequence[Any] | None = None, dim
     for name, values in found.data_vars.items():
         interval = mean_interval(values, dim, clusters)
         more |= {f"{name}_{end}": interval[end].assign_attrs(values.attrs) for end in ("mean", "low", "high")}
-    said = f"{interval.attrs['level']:.0%} {interval.attrs['interval']}, of {interval.attrs['clusters']}"
+    about = interval.attrs
+    said = f"{about['level']:.0%}, {about['interval'].replace('clusters', str(about['clusters']) + ' clusters')}"
     return found.assign(more).assign_attrs(interval=said)
 
 

@@ -12,6 +12,12 @@ logit lens from layer to layer: `words_by_layer`. Evaluations: `comparison`, `th
 picture that a prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
 `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
 Attention by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`.
+`ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Real and null
+pictures, and gradients, layer by layer: `collapse_curves`, `gradient_decay`. Words of the logit lens from layer to
+layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words), `patched_pairs` (means over
+pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the picture that a prompt asks
+about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
+logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -26,6 +32,8 @@ from mechvlm.plot.causes import tracing as tracing
 from mechvlm.plot.charts import bars as bars
 from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
+from mechvlm.plot.collapse import collapse_curves as collapse_curves
+from mechvlm.plot.collapse import gradient_decay as gradient_decay
 from mechvlm.plot.curves import deletion as deletion
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
@@ -54,6 +62,11 @@ __all__ = [
     "flow",
     "effects",
     "head_matrix",
+    "collapse_curves",
+    "deletion",
+    "flow",
+    "effects",
+    "gradient_decay",
     "head_search",
     "heatmap",
     "layer_spans",
