@@ -1,0 +1,227 @@
+"""VIAR's intervention: a bias on the attention to image tokens, in a band of layers.
+
+Rule this module guards: the bias is on the image tokens that are there, in layers that were given or found; the
+published columns and layers have to be asked for by name.
+
+>>> [str(edit) for edit in viar_edits(vlm, real, 2.0, layers=[2, 3])]
+['bias +2 attention to 36 keys at text.2.scores', 'bias +2 attention to 36 keys at text.3.scores']
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from mechvlm.attention_edits import bias_attention
+from mechvlm.edits import Edit
+from mechvlm.experiments.record import chosen_layers
+from mechvlm.experiments.sight import cross_layers, named
+from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE, published
+from mechvlm.prompt import Prompt
+from mechvlm.sites import listed, number, told, whole
+from mechvlm.vlm import VLM
+
+Heads = Sequence[int] | Sequence[tuple[int, int]] | Mapping[tuple[int, int], float] | None
+"""Heads in every layer; pairs of layer and head; pairs with an amount each; None: all."""
+FORMULAS = ("paper", "code")
+
+
+def viar_edits(
+    vlm: VLM,
+    prompt: Prompt,
+    amount: float | Mapping[int, float] = 2.0,
+    layers: Sequence[int] | None = None,
+    heads: Heads = None,
+    when: str = "always",
+    adaptive: str | None = None,
+    profile: Any = None,
+    convention: str | None = None,
+) -> list[Edit]:
+    """The edits that make a model look more at the picture: a bias on the image tokens' scores in some layers.
+
+    A bias of b multiplies the odds that a query looks at the picture by e^b, in each biased layer and head.
+
+    Args:
+        amount: added before the softmax; or an amount for each layer, whose layers are then those that are biased.
+        layers: which layers, counted from 0. No model has a zone that could be assumed, so they have to be given.
+        heads: None for all; numbers of heads, the same in every layer; pairs of layer and head, such as neglect heads,
+            whose layers are then those that are biased; or such pairs with an amount each.
+        when: "prompt" biases the pass over the prompt, "decode" the steps after it, "always" both.
+        adaptive: None for the same amount in each layer; "code": `amount * (1 - v) / mean of (1 - v) over all layers`,
+            as the published code has it; "paper": divided by the largest `1 - v` of the biased layers instead.
+        profile: v, the image's share of attention density in each of the model's layers, for adaptive amounts:
+            `density_share` of `mv.attention_profile`, averaged to one number a layer.
+        convention: "viar-2026" biases columns 0 to N-1 for N image tokens, wherever the picture stands, so the first
+            position and the words before the picture with it; layers are 8 to 16 where none are given (all for the
+            code's adaptive form), and v is the stored table of LLaVA-1.5.
+
+    Returns:
+        An edit for each layer, or for each amount in a layer.
+
+    Raises:
+        ValueError: without layers; for a prompt without a picture, or one seen by cross-attention; for a profile that
+            does not fit; for a formula or a convention that is not known.
+        TypeError: for heads or amounts that are no numbers.
+
+    Example:
+        >>> vlm.generate(real, edits=viar_edits(vlm, real, 2.0, layers=range(2, 6))).text
+        'yes'
+
+    Source:
+        VIAR, "Vision-Informed Attention Rebalancing" (2026): the intervention and its adaptive form; amount 2 in layers
+        8 to 16 of LLaVA-1.5-7B, all heads, all rows, in the pass over the prompt and in every step.
+    """
+    old = published(convention)
+    _check_picture(vlm, prompt)
+    keys = list(range(len(prompt.image))) if old else prompt.image
+    if isinstance(heads, Mapping):
+        return [bias_attention(at, keys, by, heads=some, when=when) for at, some, by in _each_head(heads, layers)]
+    pairs = _pairs(heads)
+    if pairs is not None and layers is None and not isinstance(amount, Mapping):
+        layers = sorted({layer for layer, _ in pairs})
+    amounts = layer_amounts(vlm, amount, layers, adaptive, profile, convention)
+    within = {layer: heads if pairs is None else [head for at, head in pairs if at == layer] for layer in amounts}
+    if pairs is not None and not any(within.values()):
+        raise ValueError(
+            f"none of heads={told(heads)} is in layers {named_layers(amounts)}; give heads of those layers."
+        )
+    return [
+        bias_attention(layer, keys, by, heads=within[layer], when=when)
+        for layer, by in amounts.items()
+        if pairs is None or within[layer]
+    ]
+
+
+def viar_bias(vlm: VLM, amount: float | Mapping[int, float] = 2.0, **settings: Any) -> Callable[[Prompt], list[Edit]]:
+    """The intervention as a function from a prompt to its edits, since positions differ from prompt to prompt.
+
+    Args:
+        amount, settings: those of `viar_edits`.
+
+    Returns:
+        What `mv.evaluate.pope(edits=)` takes. Its name says what it does.
+
+    Example:
+        >>> viar_bias(vlm, 2.0, layers=[2, 3]).__name__
+        'viar_edits(amount=2.0, layers=[2, 3])'
+    """
+
+    def edits(prompt: Prompt) -> list[Edit]:
+        return viar_edits(vlm, prompt, amount, **settings)
+
+    given = {"amount": amount, **settings}
+    said = ", ".join(f"{name}={_short(value)}" for name, value in given.items() if value is not None)
+    edits.__name__ = edits.__qualname__ = f"viar_edits({said})"
+    return edits
+
+
+def layer_amounts(
+    vlm: VLM,
+    amount: float | Mapping[int, float],
+    layers: Sequence[int] | None = None,
+    adaptive: str | None = None,
+    profile: Any = None,
+    convention: str | None = None,
+) -> dict[int, float]:
+    """How much each layer's scores are biased.
+
+    Args:
+        amount, layers, adaptive, profile, convention: as in `viar_edits`.
+
+    Example:
+        >>> layer_amounts(vlm, 2.0, [2, 3], "paper", profile=[0.5] * 2 + [0.2, 0.6] + [0.5] * 4)
+        {2: 2.0, 3: 1.0}
+    """
+    old = published(convention)
+    if adaptive not in (None, *FORMULAS):
+        raise ValueError(f"adaptive={adaptive!r} is not known; choose 'paper' or 'code', or None for one amount.")
+    if isinstance(amount, Mapping):
+        if adaptive or layers is not None:
+            raise ValueError(
+                "amount= says of each layer by how much it is biased, so layers= and adaptive= would say it twice; "
+                "leave them out."
+            )
+        return {whole("layer", layer): number("amount", by) for layer, by in amount.items()}
+    if layers is None and not old:
+        raise ValueError(
+            "no layers were given, and which of them look away from the picture differs from model to model; give "
+            "layers=, for instance those that mv.find_zone finds, or convention='viar-2026' for the published 8 to 16."
+        )
+    whole_model = old and layers is None and adaptive == "code"
+    chosen = chosen_layers(vlm, None if whole_model else ZONE if layers is None else layers)
+    if adaptive is None:
+        if profile is not None:
+            raise ValueError("a profile sets adaptive amounts; say by which formula, adaptive='paper' or 'code'.")
+        return dict.fromkeys(chosen, number("amount", amount))
+    missing = 1 - _profile(vlm, ADAPTIVE_TABLE if old and profile is None else profile)
+    outside = [layer for layer in chosen if layer >= len(missing)]
+    if outside:
+        raise ValueError(f"layer {outside[0]} is not in this model, which has {len(missing)} layers.")
+    over = missing.mean() if adaptive == "code" else missing[chosen].max()
+    return {layer: number("amount", amount) * float(missing[layer] / over) for layer in chosen}
+
+
+def named_layers(layers: Sequence[int] | Mapping[int, float]) -> str:
+    """Layers in words: runs of them by their ends."""
+    runs: list[list[int]] = []
+    for layer in sorted(layers):
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _profile(vlm: VLM, profile: Any) -> np.ndarray:
+    """v of every layer of the model."""
+    count, given = vlm.shape.layers["text"], None if profile is None else listed(profile)
+    if given is None:
+        raise ValueError(
+            f"adaptive amounts need a profile; give profile=, the image's share in each of this model's {count} layers."
+        )
+    if len(given) != count:
+        raise ValueError(f"the profile has {len(given)} layers, and this model {count}; give one share for each layer.")
+    shares = np.array([number("profile:", share) for share in given])
+    wrong = shares[~((shares >= 0) & (shares < 1))]
+    if wrong.size:
+        raise ValueError(f"the profile holds {wrong[0]:g}, which is no share; each layer's is from 0 to below 1.")
+    return shares
+
+
+def _pairs(heads: Any) -> list[tuple[int, int]] | None:
+    """Pairs of layer and head; None where heads are plain numbers, or all."""
+    given = None if heads is None else listed(heads)
+    if not given or listed(given[0]) is None:
+        return None
+    found = [listed(pair) for pair in given]
+    wrong = [one for one, pair in zip(given, found, strict=True) if pair is None or len(pair) != 2]
+    if wrong:
+        raise TypeError(f"heads holds {told(wrong[0])}, which is no pair of layer and head; write for instance (3, 0).")
+    return [(whole("layer", layer), whole("head", head)) for layer, head in filter(None, found)]
+
+
+def _each_head(heads: Mapping[Any, Any], layers: Sequence[int] | None) -> list[tuple[int, list[int], float]]:
+    """Layer, heads and amount of each edit, where every head has an amount of its own."""
+    grouped: dict[tuple[int, float], list[int]] = {}
+    for (layer, head), by in zip(_pairs(list(heads)) or (), heads.values(), strict=True):
+        if layers is None or layer in layers:
+            grouped.setdefault((layer, number("amount", by)), []).append(head)
+    if not grouped:
+        raise ValueError(f"heads={told(heads)} names no head to bias; write for instance {{(3, 0): 2.0}}.")
+    return [(layer, some, by) for (layer, by), some in grouped.items()]
+
+
+def _check_picture(vlm: VLM, prompt: Prompt) -> None:
+    """Refuse a prompt whose picture no bias on positions can reach."""
+    if not prompt.image:
+        raise ValueError(f"the prompt {prompt.words!r} holds no image, so there is nothing to look at more.")
+    across = cross_layers(vlm)
+    if across:
+        raise ValueError(
+            f"this model sees the picture by cross-attention, in {named(across)}, where all keys are the picture's, so "
+            "a bias on them changes nothing; scale what those layers add instead, by mv.scale_heads(..., cross=True)."
+        )
+
+
+def _short(value: Any) -> str:
+    return f"{value.start}-{value.stop - 1}" if isinstance(value, range) and value.step == 1 else told(value)

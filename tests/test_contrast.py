@@ -1,0 +1,165 @@
+"""Visual contrastive decoding: its formula by hand, and its two branches against runs of the whole text again."""
+
+from collections.abc import Callable
+from functools import cache
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from jaxtyping import config
+
+import mechvlm as mv
+from mechvlm.methods.contrast import contrast_logits, vcd_generate
+
+STEPS = 8
+
+
+@cache
+def vlm() -> mv.VLM:
+    return tiny.vlm()
+
+
+@cache
+def real() -> mv.Prompt:
+    return vlm().prompt(tiny.picture(), "is there a dog ?")
+
+
+@cache
+def null() -> mv.Prompt:
+    return real().with_image(mv.images.diffusion(500))
+
+
+def again(prompt: mv.Prompt, tokens: torch.Tensor) -> torch.Tensor:
+    """The last logits of a prompt with tokens behind it, by a plain pass of the model without a cache."""
+    ids = torch.cat([prompt.encoding["input_ids"], tokens], 1)
+    with torch.no_grad():
+        given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        pixels = {"pixel_values": prompt.encoding["pixel_values"]} if prompt.image else {}
+        return vlm().hf(**given, **pixels, use_cache=False).logits[0, -1]
+
+
+def test_the_formula_by_hand() -> None:
+    real, null = torch.tensor([2.0, 1.0, -0.2, -0.5]), torch.tensor([1.0, 3.0, 0.0, -4.0])
+    # ln 0.1 = -2.303, so what is below 2 - 2.303 = -0.303 is cut: the last token, which the contrast would have liked.
+    found = contrast_logits(real, null, alpha=1.0, beta=0.1)
+    assert torch.allclose(found[:3], torch.tensor([3.0, -1.0, -0.4])) and found[3] == -torch.inf
+    assert torch.allclose(contrast_logits(real, null, 1.0, 0.0), torch.tensor([3.0, -1.0, -0.4, 3.0]))
+
+
+def test_the_cut_is_of_the_real_branch_before_the_contrast(generator: torch.Generator) -> None:
+    real, null = torch.randn(2, 5, 40, generator=generator) * 3
+    share = real.softmax(-1) / real.softmax(-1).amax(-1, keepdim=True)
+    for beta in (0.1, 0.2, 1.0):
+        cut = contrast_logits(real, null, 1.0, beta) == -torch.inf
+        assert torch.equal(cut, share < beta)
+        assert not cut.gather(1, real.argmax(-1, keepdim=True)).any()
+
+
+def test_taking_nothing_off_is_generating() -> None:
+    said = vlm().generate(real(), max_new_tokens=STEPS, do_sample=False)
+    for beta in (0.0, 0.3):
+        found = vcd_generate(vlm(), real(), alpha=0.0, beta=beta, max_new_tokens=STEPS)
+        assert torch.equal(found.tokens, said.tokens) and found.text == said.text
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_both_branches_keep_their_picture_and_are_given_the_chosen_token(sampled: bool) -> None:
+    found = vcd_generate(vlm(), real(), alpha=1.0, beta=0.1, max_new_tokens=STEPS, do_sample=sampled, temperature=2.0)
+    steps = found.tokens.shape[1]
+    assert steps > 3
+    assert not torch.equal(found.real[1:], found.null[1:])
+    for step in range(steps):
+        before = found.tokens[:, :step]
+        assert torch.allclose(found.real[step], again(real(), before), atol=1e-5)
+        assert torch.allclose(found.null[step], again(null(), before), atol=1e-5)
+        assert torch.equal(found.logits[step], contrast_logits(found.real[step], found.null[step], 1.0, 0.1))
+    if not sampled:
+        assert torch.equal(found.tokens[0], found.logits.argmax(-1))
+
+
+def test_the_contrast_says_something_else() -> None:
+    """With the test above: not the real branch's own words."""
+    plain = vlm().generate(real(), max_new_tokens=STEPS, do_sample=False)
+    found = vcd_generate(vlm(), real(), mv.images.black, alpha=3.0, beta=0.01, max_new_tokens=STEPS)
+    assert not torch.equal(found.tokens, plain.tokens)
+
+
+def test_draws_follow_the_contrasted_probabilities() -> None:
+    """The first token of many seeds, against the softmax of the contrast over what is plausible."""
+    first = [vcd_generate(vlm(), real(), max_new_tokens=1, do_sample=True, seed=seed) for seed in range(60)]
+    expected = first[0].logits[0].double().softmax(-1).numpy()
+    counts = np.bincount([int(one.tokens) for one in first], minlength=len(expected))
+    assert counts[expected == 0].sum() == 0
+    deviation = np.sqrt(len(first) * expected * (1 - expected)) + 1
+    assert (np.abs(counts - len(first) * expected) < 5 * deviation).all()
+
+
+def test_the_same_seed_draws_the_same() -> None:
+    def said(seed: int) -> torch.Tensor:
+        return vcd_generate(vlm(), real(), max_new_tokens=STEPS, do_sample=True, temperature=3.0, seed=seed).tokens
+
+    assert torch.equal(said(1), said(1)) and not torch.equal(said(1), said(2))
+
+
+def test_another_instruction_can_be_the_other_branch() -> None:
+    """Of another length, without a picture: each branch has its own positions."""
+    other = vlm().prompt(None, "what colour is the cat and how many")
+    found = vcd_generate(vlm(), real(), other, max_new_tokens=3)
+    for step in range(found.tokens.shape[1]):
+        assert torch.allclose(found.null[step], again(other, found.tokens[:, :step]), atol=1e-5)
+
+
+def test_edits_act_in_both_branches() -> None:
+    edits = [mv.bias_attention(1, real().image, 2.0)]
+    found = vcd_generate(vlm(), real(), edits=edits, max_new_tokens=1)
+    for prompt, said in ((real(), found.real), (null(), found.null)):
+        assert torch.allclose(vlm().run(prompt, edits=edits).logits, said, atol=1e-5)
+
+
+def test_the_published_comparison_has_no_cut_and_a_grey_picture() -> None:
+    found = vcd_generate(vlm(), real(), max_new_tokens=1, convention="viar-2026")
+    grey = vlm().run(real().with_image(mv.images.grey)).logits
+    assert torch.allclose(found.logits, 2 * vlm().run(real()).logits - grey, atol=1e-5)
+    assert (found.settings["null"], found.settings["beta"]) == ("grey", 0.0)
+
+
+REFUSED: list[tuple[str, Callable[[], object]]] = [
+    (
+        "alpha=-1 takes nothing off; give a number from 0, for instance 1.",
+        lambda: contrast_logits(torch.zeros(3), torch.zeros(3), alpha=-1),
+    ),
+    (
+        "beta=2 is no share of the largest probability; give one from 0 (no cut) to 1.",
+        lambda: contrast_logits(torch.zeros(3), torch.zeros(3), beta=2),
+    ),
+    (
+        "the branches' logits are (3,) and (4,); they must be of the same rows and the same vocabulary.",
+        lambda: contrast_logits(torch.zeros(3), torch.zeros(4)),
+    ),
+    (
+        "max_new_tokens=5 with convention='viar-2026': the published code took the picture away after the first token, "
+        "which is no contrast with it; give 1, or leave convention out.",
+        lambda: vcd_generate(vlm(), real(), max_new_tokens=5, convention="viar-2026"),
+    ),
+    (
+        "beta=0.2 with convention='viar-2026', which has no cut; leave one of them out.",
+        lambda: vcd_generate(vlm(), real(), beta=0.2, max_new_tokens=1, convention="viar-2026"),
+    ),
+    (
+        "temperature=0 divides nothing; give a number above 0.",
+        lambda: vcd_generate(vlm(), real(), do_sample=True, temperature=0),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "wrong"), REFUSED, ids=[message[:40] for message, _ in REFUSED])
+def test_is_refused(message: str, wrong: Callable[[], object]) -> None:
+    """Without the test run's type checks, as users meet them."""
+    config.update("jaxtyping_disable", True)
+    try:
+        with pytest.raises((ValueError, TypeError)) as refused:
+            wrong()
+    finally:
+        config.update("jaxtyping_disable", False)
+    assert str(refused.value) == message
