@@ -80,16 +80,13 @@ def viar_edits(
     if pairs is not None and layers is None and not isinstance(amount, Mapping):
         layers = sorted({layer for layer, _ in pairs})
     amounts = layer_amounts(vlm, amount, layers, adaptive, profile, convention)
-    within = {layer: heads if pairs is None else [head for at, head in pairs if at == layer] for layer in amounts}
-    if pairs is not None and not any(within.values()):
-        raise ValueError(
-            f"none of heads={told(heads)} is in layers {named_layers(amounts)}; give heads of those layers."
-        )
-    return [
-        bias_attention(layer, keys, by, heads=within[layer], when=when)
-        for layer, by in amounts.items()
-        if pairs is None or within[layer]
-    ]
+    within: dict[int, Any] = dict.fromkeys(amounts, heads)
+    if pairs is not None:
+        within = {layer: [head for at, head in pairs if at == layer] for layer in amounts}
+        if not any(within.values()):
+            raise ValueError(f"none of heads={told(heads)} is in layers {named_layers(amounts)}; give heads of those.")
+        amounts = {layer: by for layer, by in amounts.items() if within[layer]}
+    return [bias_attention(layer, keys, by, heads=within[layer], when=when) for layer, by in amounts.items()]
 
 
 def viar_bias(vlm: VLM, amount: float | Mapping[int, float] = 2.0, **settings: Any) -> Callable[[Prompt], list[Edit]]:
