@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from jaxtyping import config
 
 import mechvlm as mv
-from mechvlm.methods.contrast import contrast_logits, vcd_generate
+from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
 
 STEPS = 8
 
@@ -122,6 +123,81 @@ def test_the_published_comparison_has_no_cut_and_a_grey_picture() -> None:
     grey = vlm().run(real().with_image(mv.images.grey)).logits
     assert torch.allclose(found.logits, 2 * vlm().run(real()).logits - grey, atol=1e-5)
     assert (found.settings["null"], found.settings["beta"]) == ("grey", 0.0)
+
+
+# -- evaluations -------------------------------------------------------------------------------------------------------
+
+ASKED: list[dict[str, Any]] = [
+    {
+        "question_id": at,
+        "question": f"is there a {thing} ?",
+        "answer": label,
+        "image_source": str(at // 2),
+        "image": one,
+    }
+    for at, (thing, label, one) in enumerate(
+        (thing, label, tiny.picture(number)) for number in range(3) for thing, label in (("dog", "yes"), ("cat", "no"))
+    )
+]
+
+
+def of_both(null: Callable = mv.images.black) -> tuple[np.ndarray, np.ndarray]:
+    """The last logits of every question, with the real picture and with a null one, one plain pass each."""
+    prompts = [vlm().prompt(row["image"], row["question"]) for row in ASKED]
+    nulled = [prompt.with_image(null) for prompt in prompts]
+    nothing = torch.empty(1, 0, dtype=torch.long)
+    real, null_ = (np.stack([again(prompt, nothing).double().numpy() for prompt in one]) for one in (prompts, nulled))
+    return real, null_
+
+
+def one_token() -> dict[str, list[int]]:
+    return {word: vlm().token_ids(word)[:1] for word in ("yes", "no")}
+
+
+def test_an_evaluation_is_of_the_contrast_of_both_runs() -> None:
+    real, null = of_both()
+    found = vcd_pope(vlm(), ASKED, mv.images.black, alpha=1.5, beta=0.0, tokens=one_token())
+    margins = [logits[:, one_token()["yes"][0]] - logits[:, one_token()["no"][0]] for logits in (real, null)]
+    assert np.allclose(found.margin, 2.5 * margins[0] - 1.5 * margins[1], atol=1e-4)
+    assert np.allclose(found.margin_real, margins[0], atol=1e-5) and np.allclose(
+        found.margin_null, margins[1], atol=1e-5
+    )
+    assert np.allclose(found.p_yes, 1 / (1 + np.exp(-found.margin)))
+    assert found.predicted.values.tolist() == ["yes" if margin > 0 else "no" for margin in found.margin]
+    assert set(found.cut.values) == {"none"}
+
+
+@pytest.mark.parametrize("beta", [0.3, 0.8, 1.0])
+def test_a_word_that_was_cut_is_not_said(beta: float) -> None:
+    real, _ = of_both()
+    gone = real < np.log(beta) + real.max(1, keepdims=True)
+    yes, no = (gone[:, one_token()[word][0]] for word in ("yes", "no"))
+    found = vcd_pope(vlm(), ASKED, mv.images.black, beta=beta, tokens=one_token())
+    expected = ["both" if a and b else "yes" if a else "no" if b else "none" for a, b in zip(yes, no, strict=True)]
+    assert found.cut.values.tolist() == expected
+    for cut, p_yes, predicted in zip(expected, found.p_yes.values, found.predicted.values, strict=True):
+        if cut in ("yes", "no"):
+            assert (p_yes, predicted) == ((0.0, "no") if cut == "yes" else (1.0, "yes"))
+
+
+def test_nothing_taken_off_is_the_plain_evaluation() -> None:
+    found, plain = vcd_pope(vlm(), ASKED, alpha=0.0, beta=0.0), mv.evaluate.pope(vlm(), ASKED)
+    assert np.allclose(found.margin, plain.margin, atol=1e-5) and np.allclose(found.p_yes, plain.p_yes, atol=1e-6)
+    assert (found.correct == plain.correct).all()
+    same = mv.evaluate.stats.compare(plain, found, resamples=20)
+    assert float(same.difference.sel(metric="accuracy")) == 0.0
+
+
+def test_a_repeated_question_gets_the_same_answer() -> None:
+    found = vcd_pope(vlm(), [*ASKED, {**ASKED[1], "question_id": 99}], mv.images.black)
+    assert found.duplicate_of[-1] == 1 and found.margin[-1] == found.margin[1]
+
+
+def test_the_published_evaluation_is_against_grey_without_a_cut() -> None:
+    found = vcd_pope(vlm(), ASKED, tokens=one_token(), convention="viar-2026")
+    by_hand = vcd_pope(vlm(), ASKED, mv.images.grey, 1.0, 0.0, tokens=one_token())
+    assert np.array_equal(found.margin, by_hand.margin) and np.array_equal(found.predicted, by_hand.predicted)
+    assert (found.attrs["null"], found.attrs["convention"]) == ("grey", "viar-2026")
 
 
 REFUSED: list[tuple[str, Callable[[], object]]] = [

@@ -12,19 +12,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
+import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechvlm import images
 from mechvlm.edits import Edit
+from mechvlm.evaluate import pope, read_pope
+from mechvlm.evaluate.parsers import Scoring, scoring_of
 from mechvlm.experiments.record import one_prompt
+from mechvlm.methods.asked import prompt_of
 from mechvlm.methods.published import NULL, published
 from mechvlm.prompt import Prompt
 from mechvlm.sites import number, told, whole
 from mechvlm.vlm import VLM
 
-ALPHA, BETA = 1.0, 0.1
+ALPHA, BETA, BETA_POPE = 1.0, 0.1, 0.2
 
 
 def contrast_logits(
@@ -168,6 +173,75 @@ def vcd_generate(
     return Contrasted(text, said.tokens[:1], torch.stack(mixing.mixed), real, nulled, settings)
 
 
+def vcd_pope(
+    vlm: VLM,
+    questions: Any,
+    null: Callable | None = None,
+    alpha: float = ALPHA,
+    beta: float | None = None,
+    images: Any = None,
+    edits: Sequence[Edit] | Callable[[Prompt], Sequence[Edit]] = (),
+    split: str | Sequence[str] | None = None,
+    template: str = "{question}",
+    joined: str = "logsumexp",
+    tokens: Any = None,
+    batch_size: int | None = None,
+    convention: str | None = None,
+) -> xr.Dataset:
+    """An evaluation by visual contrastive decoding: what the contrast says to each question, by its first token.
+
+    Args:
+        questions, images, edits, split, template, joined, tokens, batch_size: as in `mv.evaluate.pope`; edits are made
+            in both branches.
+        null, alpha: as in `vcd_generate`.
+        beta: the cut; 0.2 by default, as in the source's POPE scripts.
+        convention: "viar-2026": grey instead of noise, and no cut.
+
+    Returns:
+        What `mv.evaluate.pope` returns, so that `mv.evaluate.stats.compare` takes it. `margin` is that of the contrast
+        before the cut, and finite; `p_yes` and `predicted` are those after it, where the cut left one of the words
+        alone. `cut` says which of them it took: "none", "yes", "no" or "both", and of both the margin decides.
+        `margin_real` and `margin_null` are the branches' own.
+
+    Raises:
+        ValueError, TypeError: as `mv.evaluate.pope`, and for numbers out of range.
+
+    Example:
+        >>> some = mv.evaluate.read_pope("demo", "adversarial")[:6]
+        >>> mv.methods.viar.vcd_pope(vlm, some, mv.images.black).correct.values.all()
+        True
+
+    Source:
+        Leng et al. (2024), section 4; VIAR printed it as a comparison, without the cut.
+    """
+    null, beta = _null(null, convention), _beta(beta, BETA_POPE, convention)
+    _check_weights(alpha, beta)
+    base = pope(vlm, questions, images, edits, split, template, joined, batch_size=batch_size, tokens=tokens)
+    scoring, answers = scoring_of(vlm, joined, tokens), dict[int, tuple[float, ...]]()
+    for item in read_pope(questions, split):
+        if item.duplicate_of != item.number:
+            answers[item.number] = answers[item.duplicate_of]
+            continue
+        real = prompt_of(vlm, item, images, template)
+        both = [
+            vlm.run(prompt, edits=edits(prompt) if callable(edits) else edits).logits.float()
+            for prompt in (real, real.with_image(null))
+        ]
+        answers[item.number] = _scored(scoring, both[0], both[1], alpha, beta)
+    margin, yes_cut, no_cut, real_margin, null_margin = np.array(list(answers.values())).T
+    return (
+        _evaluation(base, margin, yes_cut > 0, no_cut > 0)
+        .assign(margin_real=("item", real_margin), margin_null=("item", null_margin))
+        .assign_attrs(
+            null=null.__name__,
+            alpha=float(alpha),
+            beta=float(beta),
+            convention=convention or "corrected",
+            decoding="the first token's logits, contrasted",
+        )
+    )
+
+
 @dataclass
 class _Mixing:
     """A processor of scores, as transformers calls them: two branches in, and the same choice for both out."""
@@ -190,6 +264,30 @@ class _Mixing:
             mixed = torch.full_like(mixed, -torch.inf)
             mixed[drawn] = 0.0
         return mixed[None].expand(2, -1).clone()
+
+
+def _scored(
+    scoring: Scoring, real: Float[Tensor, "1 vocab"], null: Float[Tensor, "1 vocab"], alpha: float, beta: float
+) -> tuple[float, ...]:
+    """The margin of a contrast; whether yes, and no, were cut; and the margins of both branches."""
+    left = contrast_logits(real, null, alpha, beta)[0]
+    cut = [bool((left[list(ids)] == -torch.inf).all()) for ids in (scoring.yes, scoring.no)]
+    found = [scoring(one)[0].item() for one in (contrast_logits(real, null, alpha, 0.0), real, null)]
+    return (found[0], *cut, *found[1:])
+
+
+def _evaluation(base: xr.Dataset, margin: np.ndarray, yes_cut: np.ndarray, no_cut: np.ndarray) -> xr.Dataset:
+    """An evaluation with other margins, and with words that were cut."""
+    p_yes = torch.from_numpy(margin).sigmoid().numpy()
+    alone = yes_cut != no_cut
+    p_yes = np.where(alone, no_cut.astype(float), p_yes)
+    predicted = np.where(np.where(alone, no_cut, margin > 0), "yes", "no")
+    named = np.array([["none", "no"], ["yes", "both"]])[yes_cut.astype(int), no_cut.astype(int)]
+    columns = {
+        **{"margin": margin, "p_yes": p_yes, "predicted": predicted},
+        **{"correct": predicted == base.label.values, "cut": named},
+    }
+    return base.drop_vars("p_either").assign({name: ("item", values) for name, values in columns.items()})
 
 
 def _null(null: Callable | Prompt | None, convention: str | None) -> Any:

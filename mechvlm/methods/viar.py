@@ -4,8 +4,11 @@
 'bias +2 attention to 36 keys'
 """
 
+from mechvlm.methods.bands import bias_layers, layer_sets
 from mechvlm.methods.bias import layer_amounts, viar_bias, viar_edits
-from mechvlm.methods.contrast import contrast_logits, vcd_generate
+from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
+from mechvlm.methods.depth import depth_correlation, item_attention
+from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
 
 __all__ = [
@@ -13,9 +16,15 @@ __all__ = [
     "NULL",
     "TEMPLATE",
     "ZONE",
+    "bias_doses",
+    "bias_layers",
     "contrast_logits",
+    "depth_correlation",
+    "item_attention",
     "layer_amounts",
+    "layer_sets",
     "vcd_generate",
+    "vcd_pope",
     "viar_bias",
     "viar_edits",
 ]

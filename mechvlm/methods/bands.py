@@ -1,0 +1,186 @@
+"""Where does a bias act? An evaluation with several sets of layers biased, and with random layers in their place.
+
+Rule this module guards: a set of layers is never compared with the unedited model alone. What as many random layers do
+too is no effect of those layers.
+
+>>> layer_sets(vlm, [3, 4])["before"], len(random_sets({3: 2.0, 4: 2.0}, range(8), controls=20, seed=0))
+([0, 1, 2], 20)
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mechvlm.evaluate import pope, stats
+from mechvlm.experiments.sight import own_layers
+from mechvlm.methods.bias import named_layers, viar_bias
+from mechvlm.methods.dose import MEANING, against, table_of, told_of
+from mechvlm.sites import number, told, whole
+from mechvlm.vlm import VLM
+
+TRIES = 50
+"""Draws for each random set that is wanted; a set may come up again, or be the very one that is compared."""
+ROUNDING = 1e-12
+
+
+def bias_layers(
+    vlm: VLM,
+    questions: Any,
+    layer_sets: Mapping[str, Sequence[int] | Mapping[int, float]],
+    amount: float = 2.0,
+    controls: int = 20,
+    seed: int = 0,
+    when: str = "always",
+    convention: str | None = None,
+    resamples: int = 2000,
+    **asked: Any,
+) -> xr.Dataset:
+    """An evaluation with each of several sets of layers biased, and with as many random layers in their place.
+
+    Args:
+        questions: as in `mv.evaluate.pope`. What is asked twice counts once.
+        layer_sets: names, with the layers of each, or with an amount for each layer (adaptive amounts, from
+            `layer_amounts`). `layer_sets(vlm, zone)` makes the usual ones.
+        amount: for the sets that say layers only.
+        controls: how many sets of random layers each set is compared with, as large and biased by the same amounts;
+            fewer where there are no more. They may share layers with the set, which is the harder comparison.
+        seed: of the random layers.
+        when, convention: as in `viar_edits`.
+        resamples: draws of pictures for the intervals.
+        asked: as in `bias_doses`.
+
+    Returns:
+        Over set: `accuracy`, `f1`, `yes_ratio`, `brier`, `gain`, `matched` and `beyond`, as in `bias_doses`; over set
+        and sample, not a number where there are fewer: `random_accuracy` and `random_beyond`. `p_value` and
+        `p_value_beyond`: one more than how many random sets do as well, over one more than how many there are; not a
+        number without any. Its least value is 1 / (controls + 1). `n_layers`, `n_controls`; `seconds` for each set with
+        its controls. The coordinate `layers` says which they are.
+
+    Raises:
+        ValueError: without sets, for an empty one, or for fewer than no controls.
+        TypeError: for sets without names.
+
+    Example:
+        >>> some = mv.evaluate.read_pope("demo", "adversarial")[:6]
+        >>> found = mv.methods.viar.bias_layers(vlm, some, {"middle": [3, 4]}, controls=2, resamples=50)
+        >>> found.p_value.values
+        array([1.])
+
+    Source:
+        VIAR's table of layers (`layer_ablation_pope.json`), which had no random layers beside it.
+    """
+    sets = _sets(layer_sets, amount)
+    if whole("controls", controls) < 0:
+        raise ValueError(f"controls={controls} is no number of random sets; give 0 or more.")
+    done: dict[tuple, xr.Dataset] = {}
+
+    def with_(amounts: dict[int, float]) -> xr.Dataset:
+        key = tuple(sorted(amounts.items()))
+        if key not in done:
+            edits = viar_bias(vlm, amounts, when=when, convention=convention)
+            done[key] = pope(vlm, questions, edits=edits, **asked)
+        return done[key]
+
+    base, columns, chance, seconds = pope(vlm, questions, **asked), [], [], []
+    for amounts in sets.values():
+        start = time.perf_counter()
+        columns.append(against(base, with_(amounts), resamples))
+        others = random_sets(amounts, own_layers(vlm), controls, seed)
+        chance.append([_point(base, with_(other)) for other in others])
+        seconds.append(time.perf_counter() - start)
+    result = table_of(columns, "set") | _chance(columns, chance, controls)
+    result["n_layers"] = ("set", [len(amounts) for amounts in sets.values()])
+    result["seconds"] = ("set", seconds, {"long_name": "time", "units": "s"})
+    coords = {"set": list(sets), "layers": ("set", [named_layers(amounts) for amounts in sets.values()])}
+    about = {"amount": float(amount), "controls": controls, "seed": seed, "when": when, "edits": "bias on image tokens"}
+    return xr.Dataset(result, coords, {**base.attrs, **told_of(resamples, convention), **about})
+
+
+def layer_sets(
+    vlm: VLM, zone: Sequence[int], adaptive: Mapping[int, float] | None = None
+) -> dict[str, Sequence[int] | Mapping[int, float]]:
+    """The sets of layers that a zone is compared with: those before and behind it, the last one, and all.
+
+    Args:
+        zone: its layers, for instance those that `mv.find_zone` finds.
+        adaptive: amounts by layer, from `layer_amounts`, as one more set.
+
+    Example:
+        >>> layer_sets(vlm, [3, 4])["behind"]
+        [5, 6, 7]
+    """
+    own = own_layers(vlm)
+    usual: dict[str, Any] = {
+        "zone": list(zone),
+        "before": [layer for layer in own if layer < min(zone)],
+        "behind": [layer for layer in own if layer > max(zone)],
+        "last": own[-1:],
+        "all": own,
+        "adaptive": adaptive,
+    }
+    return {name: layers for name, layers in usual.items() if layers}
+
+
+def random_sets(
+    amounts: Mapping[int, float], layers: Sequence[int], controls: int, seed: int
+) -> list[dict[int, float]]:
+    """Sets of random layers, as many as a set has and with its amounts, none of them the set itself or there twice.
+
+    Sets that are alike but for their layers get the same random ones, so that few have to be run.
+
+    Example:
+        >>> random_sets({0: 2.0, 1: 2.0}, range(3), controls=5, seed=0)
+        [{0: 2.0, 2: 2.0}, {1: 2.0, 2: 2.0}]
+    """
+    own, by = tuple(sorted(amounts.items())), np.array(sorted(amounts.values()))
+    generator, found = np.random.default_rng([seed, len(by)]), dict[tuple, None]()
+    for _ in range(TRIES * controls):
+        drawn = generator.choice(np.array(layers), len(by), replace=False).tolist()
+        one = tuple(sorted(zip(drawn, generator.permutation(by).tolist(), strict=True)))
+        if len(found) < controls and one != own:
+            found[one] = None
+    return [dict(one) for one in sorted(found)]
+
+
+def _sets(sets: Any, amount: float) -> dict[str, dict[int, float]]:
+    """Each set's layers with their amounts."""
+    if not isinstance(sets, Mapping):
+        raise TypeError(f"layer_sets={told(sets)} are no sets with names; write for instance {{'zone': [8, 9]}}.")
+    if not sets:
+        raise ValueError("layer_sets holds no set; give at least one, for instance {'zone': [8, 9]}.")
+    empty = [name for name, layers in sets.items() if not len(layers)]
+    if empty:
+        raise ValueError(f"the set {empty[0]!r} has no layers; give at least one, or leave the set out.")
+    by = number("amount", amount)
+    return {
+        str(name): dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, by)
+        for name, layers in sets.items()
+    }
+
+
+def _point(base: xr.Dataset, found: xr.Dataset) -> tuple[float, float]:
+    """Accuracy, and that above the moved threshold."""
+    once = base.item.values == base.duplicate_of.values
+    base, found = base.isel(item=once), found.isel(item=once)
+    accuracy, ratio = float(found.correct.mean()), float((found.predicted == "yes").mean())
+    matched = stats.matched_baseline(base.margin.values, base.label.values, ratio, resamples=1)
+    return accuracy, accuracy - float(matched["value"].sel(metric="accuracy"))
+
+
+def _chance(
+    columns: Sequence[Mapping[str, tuple[float, float, float]]], chance: Sequence[list[tuple[float, float]]], most: int
+) -> dict[str, Any]:
+    """What random layers do, and how often they do as well."""
+    table, found = np.full((2, len(columns), most), np.nan), dict[str, Any]()
+    for row, points in enumerate(chance):
+        table[:, row, : len(points)] = np.array(points).reshape(-1, 2).T
+    count = np.array([len(points) for points in chance])
+    for at, (name, p_value) in enumerate((("accuracy", "p_value"), ("beyond", "p_value_beyond"))):
+        own = np.array([column[name][0] for column in columns])
+        as_well = (table[at] >= own[:, None] - ROUNDING).sum(1)
+        found[f"random_{name}"] = (["set", "sample"], table[at], {"long_name": MEANING[name], "units": "1"})
+        found[p_value] = ("set", np.where(count > 0, (1 + as_well) / (1 + count), np.nan), {"long_name": "p-value"})
+    return {**found, "n_controls": ("set", count)}

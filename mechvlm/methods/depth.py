@@ -1,0 +1,169 @@
+"""Do answers that look less at the picture go wrong more? Attention of each item against whether its answer is right.
+
+Rule this module guards: what tells "yes" from "no" is not told from what tells right from wrong until answers of each
+kind are looked at by themselves, and many layers are many tests.
+
+>>> item_attention(vlm, mv.evaluate.read_pope("demo", "random")[:2]).sizes
+Frozen({'item': 2, 'layer': 8})
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from mechvlm.evaluate import read_pope, stats
+from mechvlm.experiments.record import record
+from mechvlm.experiments.sight import own_layers
+from mechvlm.experiments.sweep import numbers
+from mechvlm.methods.asked import prompt_of
+from mechvlm.methods.published import ZONE, published
+from mechvlm.prompt import Prompt
+from mechvlm.readings import mass
+from mechvlm.sites import Site, told, whole_numbers
+from mechvlm.vlm import VLM
+
+ZONE_NAME = "zone"
+
+
+def depth_correlation(
+    evaluation: xr.Dataset,
+    attention: xr.DataArray,
+    zone: Sequence[int] | None = None,
+    permutations: int = 5000,
+    seed: int = 0,
+    convention: str | None = None,
+) -> xr.Dataset:
+    """How much attention to the picture goes with the answer being right, layer by layer and over a zone.
+
+    Args:
+        evaluation: what `mv.evaluate.pope` returns.
+        attention: what each item's rows pay to its picture, over item and layer, in the evaluation's order: `mass` of a
+            profile with one row of values for each item.
+        zone: layers whose mean is one more test; None: none.
+        permutations, seed: of the permuted answers; see `mv.evaluate.stats.associate`.
+        convention: None looks at each predicted answer by itself (`r_within` is what is tested), corrects for the
+            number of layers, and counts repeated questions once. "viar-2026" correlates all items together, corrects
+            nothing and averages layers 8 to 16 where no zone is given.
+
+    Returns:
+        Over measure, the layers and "zone": what `associate` returns, and `says`, the finding in words. A negative r
+        means more attention to the picture on wrong answers.
+
+    Raises:
+        ValueError: for attention of other items, or a zone that is not among its layers.
+        TypeError: for what is no evaluation or no array of items by layers.
+
+    Example:
+        >>> asked = mv.evaluate.read_pope("demo", "adversarial")[:150]
+        >>> base, attention = mv.evaluate.pope(vlm, asked), item_attention(vlm, asked)  # doctest: +SKIP
+        >>> mv.methods.viar.depth_correlation(base, attention, zone=[2, 3, 4]).says.values  # doctest: +SKIP
+
+    Source:
+        VIAR's per-sample correlation (`persample_correlation`), read there with the opposite sign.
+    """
+    old = published(convention)
+    _check(evaluation, attention)
+    chosen = list(ZONE) if old and zone is None else None if zone is None else list(whole_numbers("zone", zone))
+    table = _measures(attention, chosen)
+    if old:
+        answers, more = evaluation, {}
+    else:
+        once = evaluation.item.values == evaluation.duplicate_of.values
+        answers, table = evaluation.isel(item=once), table.isel(item=once)
+        more = {"strata": answers.predicted.values, "clusters": answers.image.values}
+    found = stats.associate(table, answers.correct.values, permutations=permutations, seed=seed, **more)
+    right = answers.correct.values.astype(bool)
+    found = found.assign(right=table.isel(item=right).mean("item"), wrong=table.isel(item=~right).mean("item"))
+    said = [_said(found.sel(measure=name), str(name), old) for name in found.measure.values]
+    about = {"sign": "a negative r: more attention to the picture on wrong answers", "items": int(table.sizes["item"])}
+    return found.assign(says=("measure", said)).assign_attrs(**about, convention=convention or "corrected")
+
+
+def item_attention(
+    vlm: VLM,
+    questions: Any,
+    images: Any = None,
+    split: str | Sequence[str] | None = None,
+    template: str = "{question}",
+    convention: str | None = None,
+) -> xr.DataArray:
+    """What the rows behind the picture pay to it, for each question of an evaluation and each layer.
+
+    Args:
+        questions, images, split, template: as in `mv.evaluate.pope`.
+        convention: "viar-2026" takes columns 0 to N-1 for the picture and rows N and on for the text.
+
+    Returns:
+        Attention mass from 0 to 1, averaged over rows and heads, over item and layer. A repeated question is read once.
+
+    Example:
+        >>> item_attention(vlm, mv.evaluate.read_pope("demo", "random")[:1]).values.round(1)[0, :2].tolist()
+        [0.7, 0.7]
+
+    Source:
+        VIAR's `neglect_depth` and `layer_text2vis`, which differ from this by the convention.
+    """
+    old, own, rows = published(convention), own_layers(vlm), dict[int, np.ndarray]()
+    prompts: list[Prompt] = []
+    for item in read_pope(questions, split):
+        if item.duplicate_of != item.number:
+            rows[item.number] = rows[item.duplicate_of]
+            continue
+        prompts.append(prompt_of(vlm, item, images, template))
+        count, size = len(prompts[-1].image), len(prompts[-1])
+        keys = list(range(count)) if old else prompts[-1].image
+        text = list(range(count, size)) if old else prompts[-1].question + prompts[-1].last
+        reading = mass({"image": keys}, queries=text)
+        run = vlm.run(prompts[-1], read={Site("pattern", layer): reading for layer in own})
+        rows[item.number] = np.array([numbers(run[Site("pattern", layer)].float().mean()) for layer in own])
+    about = {"long_name": "attention mass", "units": "fraction", "convention": convention or "corrected"}
+    values = np.stack(list(rows.values()))
+    coords = {"item": list(rows), "layer": own}
+    return xr.DataArray(values, coords, ["item", "layer"], "attention", {**record(vlm, prompts[:1]), **about})
+
+
+def _check(evaluation: Any, attention: Any) -> None:
+    if not isinstance(evaluation, xr.Dataset) or not {"correct", "predicted", "image"} <= set(evaluation.variables):
+        raise TypeError(f"{told(evaluation)} is no evaluation; make it with mv.evaluate.pope.")
+    if not isinstance(attention, xr.DataArray) or set(attention.dims) != {"item", "layer"}:
+        held = ", ".join(map(str, attention.dims)) if isinstance(attention, xr.DataArray) else type(attention).__name__
+        raise TypeError(f"attention is an array of item by layer, and {held} was given; average the other dims first.")
+    if attention.sizes["item"] != evaluation.sizes["item"]:
+        raise ValueError(
+            f"there is attention of {attention.sizes['item']} items, and the evaluation has "
+            f"{evaluation.sizes['item']}; give both for the same questions in the same order."
+        )
+
+
+def _measures(attention: xr.DataArray, zone: list[int] | None) -> xr.DataArray:
+    """Attention of each item in each layer, and its mean over the zone."""
+    layers = attention.layer.values.tolist() if "layer" in attention.coords else list(range(attention.sizes["layer"]))
+    outside = [layer for layer in zone or () if layer not in layers]
+    if outside or zone == []:
+        raise ValueError(
+            f"zone={told(zone)} is not among the layers {layers[0]} to {layers[-1]}; give at least one of them."
+        )
+    along = attention.transpose("item", "layer").values.astype(float)
+    names = [str(layer) for layer in layers]
+    if zone:
+        mean = along[:, [layers.index(layer) for layer in zone]].mean(1, keepdims=True)
+        along, names = np.concatenate([along, mean], 1), [*names, ZONE_NAME]
+    return xr.DataArray(along, dims=["item", "measure"], coords={"measure": names}, name="attention")
+
+
+def _said(one: xr.Dataset, name: str, old: bool) -> str:
+    """The finding of one measure, in words."""
+    where = name if name == ZONE_NAME else f"layer {name}"
+    r, p = float(one.r if old else one.r_within), float(one.p if old else one.p_max)
+    if not np.isfinite(r):
+        return f"{where}: attention does not vary."
+    how = "uncorrected, answers of both kinds together" if old else "corrected for all layers, within each answer"
+    direction = "more" if r < 0 else "less"
+    known = (
+        f"{direction} attention to the picture on wrong answers"
+        if p < 0.05
+        else "no association that is told from none"
+    )
+    return f"{where}: {known} (r = {r:+.3f}, p = {p:.3g}; {how})."
