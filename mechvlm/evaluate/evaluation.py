@@ -1,0 +1,315 @@
+"""Asks a model the questions of POPE, with edits or without, and keeps what it says to each.
+
+Rule this module guards: every item's answer is that of its own forward pass. What is asked twice runs once, questions
+about one picture run together, and neither changes a number.
+
+>>> found = pope(vlm, read_pope("demo", "adversarial")[:12])
+>>> int(found.correct.sum())
+12
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+from tqdm import tqdm
+
+from mechvlm.edits import Edit, name_of
+from mechvlm.evaluate.edit_texts import EditTexts
+from mechvlm.evaluate.files import Item, is_paths, paths_of, read_pope
+from mechvlm.evaluate.finished import Answer, Finished
+from mechvlm.evaluate.parsers import Parser, Scoring, chances, parser_of, scoring_of
+from mechvlm.evaluate.pictures import looked_at, picture_of
+from mechvlm.experiments.record import record
+from mechvlm.experiments.shards import fingerprint, weights_print
+from mechvlm.plan import listed_edits
+from mechvlm.prompt import Prompt
+from mechvlm.sites import told, whole
+from mechvlm.vlm import VLM
+
+TEMPLATES = {
+    "plain": "{question}",
+    "viar": "{question}\nAnswer with yes or no.",
+    "vcd": "{question} Please answer this question with one word.",
+    "lmms-eval": "{question}\nAnswer the question using a single word or phrase.",
+    "viar-2026": "USER: <image>\n{question}\nAnswer with yes or no.\nASSISTANT:",
+}
+"""What published evaluations ask, by name; the last is VIAR's whole prompt for LLaVA, verbatim."""
+
+EditsOf = Callable[[Prompt], Sequence[Edit]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be evaluated, and how."""
+
+    vlm: VLM
+    items: list[Item]
+    images: Any
+    edits: EditsOf
+    alike: bool  # whether every prompt gets the same edits
+    template: str
+    scoring: Scoring
+    parser: Parser | None
+    size: int | None
+    longest: int
+
+    def prompt(self, item: Item, picture: Any = None) -> Prompt:
+        """The question of an item, in its template and about its picture."""
+        own = self.vlm.arch.row.mark
+        marks = {"<image>", self.vlm.processor.image_token if own is None else own} - {""}
+        about = picture_of(item, self.images) if picture is None else picture
+        raw = any(mark in self.template for mark in marks)
+        return self.vlm.prompt(about, self.template.replace("{question}", item.question), raw)
+
+    def answers(self, items: Sequence[Item]) -> list[Answer]:
+        """What the model says to questions about one picture."""
+        picture = picture_of(items[0], self.images)
+        prompts = [self.prompt(item, picture) for item in items]
+        margins, either = self.scoring(self.first_tokens(prompts))
+        texts = [""] * len(prompts) if self.parser is None else list(self.generated(prompts))
+        return list(zip(margins.tolist(), either.tolist(), texts, strict=True))
+
+    def first_tokens(self, prompts: Sequence[Prompt]) -> Tensor:
+        """The logits of the first token of each answer, `prompt vocab`."""
+        found = []
+        for prompt in prompts:
+            edits = self.edits(prompt)
+            if self.parser is not None:
+                edits = [edit for edit in edits if edit.when != "decode"]  # which come after the first token
+            found.append(self.vlm.run(prompt, edits=edits).logits.float().cpu())
+        return torch.cat(found)
+
+    def generated(self, prompts: Sequence[Prompt]) -> Iterator[str]:
+        """What the model answers in words, greedily."""
+        size = len(prompts) if self.alike else 1
+        for start in range(0, len(prompts), size):
+            some = list(prompts[start : start + size])
+            said = self.vlm.generate(some, self.edits(some[0]), self.longest, do_sample=False, num_beams=1)
+            yield from said.text
+
+
+def pope(
+    vlm: VLM,
+    questions: Any,
+    images: Any = None,
+    edits: Sequence[Edit] | EditsOf = (),
+    split: str | Sequence[str] | None = None,
+    template: str = "{question}",
+    joined: str = "logsumexp",
+    parser: str | Parser | None = None,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    tokens: Any = None,
+    max_new_tokens: int = 16,
+) -> xr.Dataset:
+    """Ask a model questions of yes or no about pictures, and keep what it says to each.
+
+    Questions about one picture run together, and a question that is asked twice runs once; every answer is that of its
+    own forward pass all the same. The files, and all pictures, are looked through before the model runs.
+
+    Args:
+        questions: what `read_pope` takes: POPE's files, rows as in `lmms-lab/POPE`, or "demo".
+        images: the pictures: a folder, a mapping from names to pictures, or a function from a name to one. None where
+            they come with the questions.
+        edits: what to change in every run: a list, or a function from a prompt to a list, since positions differ.
+        split: one split, or some; None takes all that are there.
+        template: a name in `TEMPLATES`, or a text with {question} in it, which goes into the model's chat template;
+            one with <image> in it is the whole prompt, verbatim. It moves the share of yes by as much as most methods.
+        joined: how a word's spellings are joined: "logsumexp" adds their probabilities, "max" takes the likeliest.
+        parser: None predicts by the first token's logits: yes where they favour it, strictly. Otherwise the model
+            answers in words, greedily, and a rule says what they mean: a name in `PARSERS`, or a function of the answer
+            and the label that returns "yes", "no" or "other".
+        batch_size: at most so many questions together; by default all about a picture.
+        out: a folder, in which the answers about each finished picture are kept; the same evaluation, started again,
+            goes on from there. Another one is refused.
+        tokens: which tokens mean yes and no; None for all single-token spellings. See `scoring_of`.
+        max_new_tokens: of a generated answer.
+
+    Returns:
+        Over items, beside what the questions say and `duplicate_of`: `margin`, log P(yes) - log P(no) of the first
+        token, in nats; `p_yes`, P(yes) / (P(yes) + P(no)), and `p_either`, P(yes) + P(no), from 0 to 1; `predicted`;
+        `correct`; and with a parser `answer`, the words. `attrs` are the record: all that is needed to do it again.
+
+    Raises:
+        ValueError: for what is wrong with a file's line or a picture, before the model runs; an unknown name; a
+            template without a question; edits that never act; or a folder that holds another evaluation.
+        TypeError: for arguments that cannot be.
+
+    Example:
+        >>> biased = lambda prompt: [mv.bias_attention(layer, prompt.image, 2.0) for layer in range(2, 5)]
+        >>> found = mv.evaluate.pope(vlm, mv.evaluate.read_pope("demo", "random")[:12], edits=biased)
+        >>> found.p_yes.sizes
+        Frozen({'item': 12})
+
+    Source:
+        Li et al. (2023), "Evaluating Object Hallucination in Large Vision-Language Models" (POPE).
+    """
+    if vlm.processor is None:
+        raise ValueError("this model was given no processor, so no question can be put to it; give mv.VLM one.")
+    items, given = read_pope(questions, split), edits if callable(edits) else listed_edits("edits", edits)
+    task = Task(
+        vlm,
+        items,
+        images,
+        edits if callable(edits) else lambda prompt: given,  # noqa: ARG005
+        not callable(edits),
+        text_of(template),
+        scoring_of(vlm, joined, tokens),
+        parser_of(parser),
+        at_least_one("batch_size", batch_size),
+        at_least_one("max_new_tokens", max_new_tokens) or 0,
+    )
+    hashes = looked_at(items, images)
+    about = {
+        **record_of(task, hashes),
+        "questions": sources(questions),
+        "split": ", ".join(dict.fromkeys(item.split for item in items)),
+        "edits_given": edits_text(edits),
+        "parser": parser if isinstance(parser, str) else "none" if parser is None else name_of(parser),
+    }
+    kept = None if out is None else Finished(out, task_print(task, about, given))
+    return dataset(task, answered(task, kept), about)
+
+
+def text_of(template: str) -> str:
+    """A template by its name, or as it was given.
+
+    Raises:
+        TypeError: for what is no text.
+        ValueError: for one without a place for the question.
+    """
+    if not isinstance(template, str):
+        raise TypeError(f"template={told(template)} is no text; give one with {{question}} in it, or a name.")
+    text = TEMPLATES.get(template, template)
+    if "{question}" not in text:
+        raise ValueError(
+            f"the template {template!r} has no {{question}}; write it where the question is to stand, or choose from "
+            f"{', '.join(TEMPLATES)}."
+        )
+    return text
+
+
+def at_least_one(name: str, number: Any) -> int | None:
+    """A number of things that run together or are made, from 1; None as it is.
+
+    Raises:
+        TypeError, ValueError: for what is no such number.
+    """
+    size = None if number is None else whole(name, number)
+    if size is not None and size < 1:
+        raise ValueError(f"{name}={size} makes nothing; give 1 or more.")
+    return size
+
+
+def answered(task: Task, kept: Finished | None) -> dict[int, Answer]:
+    """Every item's answer by its number: what was finished before, and what runs now."""
+    found = {} if kept is None else kept.answers()
+    asked = [item for item in task.items if item.duplicate_of == item.number]
+    about: dict[str, list[Item]] = {}
+    for item in asked:
+        if item.number not in found:
+            about.setdefault(item.image, []).append(item)
+    with tqdm(total=len(asked), initial=len(found), unit="question", desc="pope", leave=False, delay=1) as bar:
+        for items in about.values():
+            size = task.size or len(items)
+            for start in range(0, len(items), size):
+                some = items[start : start + size]
+                new = dict(zip([item.number for item in some], task.answers(some), strict=True))
+                if kept is not None:
+                    kept.add(new)
+                found |= new
+                bar.update(len(new))
+    return found
+
+
+def dataset(task: Task, answers: Mapping[int, Answer], about: Mapping[str, Any]) -> xr.Dataset:
+    """The evaluation: what was asked, what was said, and whether it is right."""
+    items = task.items
+    margins, either, texts = zip(*(answers[item.duplicate_of] for item in items), strict=True)
+    if task.parser is None:
+        predicted = ["yes" if margin > 0 else "no" for margin in margins]
+    else:
+        predicted = [said(task.parser, text, item.label) for text, item in zip(texts, items, strict=True)]
+    columns = {
+        "p_yes": chances(torch.tensor(margins, dtype=torch.float64)).numpy(),
+        "margin": np.array(margins),
+        "p_either": np.array(either),
+        "predicted": np.array(predicted),
+        "correct": np.array([right == item.label for right, item in zip(predicted, items, strict=True)]),
+        **({} if task.parser is None else {"answer": np.array(texts)}),
+    }
+    ids = [item.question_id for item in items]
+    coords = {
+        "item": [item.number for item in items],
+        "question_id": ids if all(isinstance(one, int) for one in ids) else list(map(str, ids)),
+        **{name: [vars(item)[name] for item in items] for name in ("image", "question", "label", "split")},
+        "duplicate_of": [item.duplicate_of for item in items],
+    }
+    along = {name: ("item", np.array(values)) for name, values in coords.items()}
+    return xr.Dataset({name: ("item", values) for name, values in columns.items()}, along, dict(about))
+
+
+def said(parser: Parser, answer: str, label: str) -> str:
+    """What a rule makes of an answer.
+
+    Raises:
+        ValueError: for a rule that returns another word.
+    """
+    found = parser(answer, label)
+    if found not in ("yes", "no", "other"):
+        raise ValueError(f"the parser returned {told(found)} for {answer!r}; it must return 'yes', 'no' or 'other'.")
+    return found
+
+
+def record_of(task: Task, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What a result has to say to be done again: METHODS of mechvlm call it the evaluation record."""
+    vlm, prompt = task.vlm, task.prompt(task.items[0])
+    lines = [[item.question_id, item.image, item.question, item.label, item.split] for item in task.items]
+    greedy = f"greedy, at most {task.longest} new tokens"
+    return {
+        **record(vlm, [prompt], value="P(yes) / (P(yes) + P(no)) of the first token of the answer"),
+        "edits": "; ".join(map(str, [*vlm.edits, *task.edits(prompt)])) or "none",
+        "template": task.template,
+        "scoring": str(task.scoring),
+        "tokens_yes": " ".join(map(vlm.word, task.scoring.yes)),
+        "tokens_no": " ".join(map(vlm.word, task.scoring.no)),
+        "decoding": "none: the first token's logits" if task.parser is None else greedy,
+        "seed": "none: nothing is drawn",
+        "preprocessing": json.dumps(vlm.processor.image_processor.to_dict(), sort_keys=True, default=str),
+        "questions_sha256": sha256(lines),
+        "pictures_sha256": sha256(hashes),
+    }
+
+
+def sha256(thing: Any) -> str:
+    """A hash of lists, mappings, texts and numbers."""
+    return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()
+
+
+def sources(questions: Any) -> str:
+    """What was read, in a line: the names and hashes of files, or what else it was."""
+    if questions == "demo" or not is_paths(questions):
+        return "demo" if isinstance(questions, str) else f"a {type(questions).__name__}"
+    files = [f"{path.name} sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in paths_of(questions)]
+    return "; ".join(files)
+
+
+def edits_text(edits: Any) -> str:
+    """How the edits were given: by a text, by a function's name, or as a list."""
+    if isinstance(edits, EditTexts):
+        return str(edits)
+    return f"the function {name_of(edits)}" if callable(edits) else "a list" if edits else "none"
+
+
+def task_print(task: Task, about: Mapping[str, Any], given: Any) -> str:
+    """What an evaluation is: the model, the questions and pictures, the edits, and how it is scored."""
+    same = {name: value for name, value in about.items() if name not in ("device", "questions", "edits_given")}
+    return fingerprint(same, weights_print(task.vlm.hf), list(task.vlm.edits), given, task.scoring, task.parser)
