@@ -28,7 +28,7 @@ from mechvlm.evaluate.finished import Answer, Finished
 from mechvlm.evaluate.parsers import Parser, Scoring, chances, parser_of, scoring_of
 from mechvlm.evaluate.pictures import looked_at, picture_of
 from mechvlm.experiments.record import record
-from mechvlm.experiments.shards import fingerprint, weights_print
+from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.plan import listed_edits
 from mechvlm.prompt import Prompt
 from mechvlm.sites import told, whole
@@ -93,7 +93,7 @@ class Task:
         for start in range(0, len(prompts), size):
             some = list(prompts[start : start + size])
             said = self.vlm.generate(some, self.edits(some[0]), self.longest, do_sample=False, num_beams=1)
-            yield from said.text
+            yield from said.text or ()
 
 
 def pope(
@@ -154,12 +154,13 @@ def pope(
     """
     if vlm.processor is None:
         raise ValueError("this model was given no processor, so no question can be put to it; give mv.VLM one.")
-    items, given = read_pope(questions, split), edits if callable(edits) else listed_edits("edits", edits)
+    items = read_pope(questions, split)
+    same = [] if callable(edits) else listed_edits("edits", edits)
     task = Task(
         vlm,
         items,
         images,
-        edits if callable(edits) else lambda prompt: given,  # noqa: ARG005
+        edits if callable(edits) else lambda prompt: same,  # noqa: ARG005
         not callable(edits),
         text_of(template),
         scoring_of(vlm, joined, tokens),
@@ -175,7 +176,7 @@ def pope(
         "edits_given": edits_text(edits),
         "parser": parser if isinstance(parser, str) else "none" if parser is None else name_of(parser),
     }
-    kept = None if out is None else Finished(out, task_print(task, about, given))
+    kept = None if out is None else Finished(out, task_print(task, about, edits if callable(edits) else same))
     return dataset(task, answered(task, kept), about)
 
 
