@@ -2,7 +2,7 @@
 
 Rule this module guards: everything that is wrong with a file is found before a model runs, with its line.
 
->>> items = read_pope("demo", split="adversarial")
+>>> items = mv.evaluate.read_pope("demo", split="adversarial")
 >>> items[1].question, items[1].label
 ('Is there a 4 in the image?', 'no')
 """

@@ -1,6 +1,6 @@
 """The pictures that questions are about: found, opened and told apart before a model sees the first of them.
 
->>> items = read_pope("demo", split="random")[:6]
+>>> items = mv.evaluate.read_pope("demo", split="random")[:6]
 >>> list(looked_at(items)) == [items[0].image], picture_of(items[0]).size
 (True, (72, 72))
 """
