@@ -119,9 +119,9 @@ if TYPE_CHECKING:
     from mechvlm.experiments.tracing import causal_trace as causal_trace
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
+    from mechvlm.experiments.visual_gradient import gradient_by_layer as gradient_by_layer
     from mechvlm.experiments.zones import find_zone as find_zone
     from mechvlm.experiments.zones import u_shape as u_shape
-    from mechvlm.experiments.visual_gradient import gradient_by_layer as gradient_by_layer
 
 __version__ = "0.1.0"
 

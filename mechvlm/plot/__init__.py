@@ -6,18 +6,13 @@ them; texts that come from data are shown as they are.
 
 Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Ablations: `effects`,
 `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
-logit lens from layer to layer: `words_by_layer`. Evaluations: `comparison`, `threshold_curve`, `reliability_diagram`,
-`association`. Patches: `patched_positions` (layer by position, with the words),
-`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the
-picture that a prompt asks about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel),
-`tokens_over_image` (the logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
-Attention by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`.
-`ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Real and null
-pictures, and gradients, layer by layer: `collapse_curves`, `gradient_decay`. Words of the logit lens from layer to
-layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words), `patched_pairs` (means over
-pairs, with intervals and controls), `layers_over_image` (the picture once a layer). On the picture that a prompt asks
-about: `over_image` (a colour for each image token), `pixels_over_image` (for each pixel), `tokens_over_image` (the
-logit lens's words), `sinks_over_image` (attention sinks), `token_grid` (the squares alone).
+logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
+`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer).
+Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
+gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
+`reliability_diagram`, `association`. On the picture that a prompt asks about: `over_image` (a colour for each image
+token), `pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image`
+(attention sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -57,16 +52,13 @@ __all__ = [
     "ablation_order",
     "association",
     "bars",
+    "collapse_curves",
     "comparison",
     "deletion",
-    "flow",
     "effects",
-    "head_matrix",
-    "collapse_curves",
-    "deletion",
     "flow",
-    "effects",
     "gradient_decay",
+    "head_matrix",
     "head_search",
     "heatmap",
     "layer_spans",
@@ -76,11 +68,11 @@ __all__ = [
     "patched_pairs",
     "patched_positions",
     "pixels_over_image",
-    "reliability_diagram",
     "published_beside",
+    "reliability_diagram",
     "sinks_over_image",
-    "token_grid",
     "threshold_curve",
+    "token_grid",
     "token_sets",
     "tokens_over_image",
     "tracing",
