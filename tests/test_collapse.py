@@ -232,7 +232,7 @@ def test_several_nulls_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     np.testing.assert_allclose(found.above_swap.sel(null="black"), above, rtol=0, atol=1e-12)
     own = mv.mean_interval(found.update_cosine, "prompt", [0, 0, 1])
     np.testing.assert_array_equal(found.update_cosine_low, own.low)
-    assert found.attrs["interval"] == "95%, percentile bootstrap over 2 clusters"
+    assert found.attrs["interval"] == "95% percentile bootstrap over 2 clusters"
     assert "noise: noise(seed=0)" in found.attrs["nulls"]
 
 

@@ -67,7 +67,8 @@ def language_prior_collapse(
         nulls: null images: "black", "grey", "white", "mean", "noise", "diffusion", "blur", "shuffle", "swap" (the
             picture of the next prompt that has another one), functions of `mv.images`, or "no_image", which takes the
             image tokens out: positions are then matched from the end, for the spans question, last and text, as far as
-            the tokens are the same. A mapping names them, or ready null prompts, one for each prompt.
+            the tokens are the same (edits of the model itself act there at other words). A mapping names them, or ready
+            null prompts, one for each prompt.
         clusters: what each prompt belongs to, for instance the file of its picture, for the intervals.
         spans: over whose positions is averaged: "bos", "prefix", "image", "separators", "question", "last", or "text",
             question and last together.

@@ -12,6 +12,7 @@ Rule this module guards: a convention that is a mistake is never the default, an
 
 from collections.abc import Sequence
 
+from mechvlm.experiments.conventions import called
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told
 from mechvlm.vlm import VLM
@@ -19,7 +20,7 @@ from mechvlm.vlm import VLM
 VIAR = "viar-2026"
 """The conventions of VIAR (github.com/aayambansal/VIAR), as its code was in 2026."""
 SPANS = ("bos", "prefix", "image", "separators", "question", "last", "text")
-"""Spans of a prompt; `text` is question and last together, all words behind the image."""
+"""Spans of a prompt; `text` is question and last together, all words behind the image, as `conventions` has it."""
 
 
 def published(convention: object) -> bool:
@@ -66,19 +67,15 @@ def spans_of(prompt: Prompt, spans: Sequence[str], convention: str | None = None
             others for text; it knows no other spans.
 
     Raises:
-        ValueError: for a prompt without an image.
+        ValueError: for a prompt without an image, or with nothing else.
 
     Example:
         >>> {name: len(held) for name, held in spans_of(real, ["image", "text"]).items()}
         {'image': 36, 'text': 10}
     """
-    if not prompt.image:
-        raise ValueError("the prompt holds no image to look at; make it with vlm.prompt(image, text).")
-    own = {**prompt.spans, "text": prompt.question + prompt.last}
-    if published(convention):
-        count = len(prompt.image)
-        own = {"image": list(range(count)), "text": list(range(count, len(prompt)))}
-    return {name: own.get(name, []) for name in spans}
+    as_called = called(prompt, VIAR if published(convention) else None)
+    own = as_called.spans if published(convention) else {**as_called.really, "text": as_called.text}
+    return {name: list(own.get(name, ())) for name in spans}
 
 
 def lower_case_token(vlm: VLM, word: str) -> int:

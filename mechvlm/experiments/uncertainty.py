@@ -107,7 +107,7 @@ def with_intervals(found: xr.Dataset, clusters: Sequence[Any] | None = None, dim
         interval = mean_interval(values, dim, clusters)
         more |= {f"{name}_{end}": interval[end].assign_attrs(values.attrs) for end in ("mean", "low", "high")}
     about = interval.attrs
-    said = f"{about['level']:.0%}, {about['interval'].replace('clusters', str(about['clusters']) + ' clusters')}"
+    said = f"{about['level']:.0%} {about['interval'].replace('clusters', str(about['clusters']) + ' clusters')}"
     return found.assign(more).assign_attrs(interval=said)
 
 
