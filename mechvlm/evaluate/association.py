@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate.corrections import benjamini_hochberg, max_statistic, p_of
-from mechvlm.evaluate.draws import checked_draws, ends
+from mechvlm.evaluate.draws import checked_draws, drawn_clusters, ends
 from mechvlm.evaluate.items import Values, as_many, cluster_numbers, measured, one_each
 from mechvlm.sites import told, whole
 
@@ -173,7 +173,7 @@ def _interval(
     x, y = _centred(table, strata * 0), (truth - truth.mean())[:, None]  # near 0, so that differences of sums are exact
     moments = np.concatenate([x, x**2, x * y, y, y**2, np.ones_like(y)], 1)
     cuts = np.cumsum([x.shape[1]] * 3 + [1, 1])
-    drawn = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), resamples).astype(float)
+    drawn = drawn_clusters(total, resamples, seed)
     spread_x, spread_y, together = (np.zeros((resamples, 1)) for _ in range(3))
     for stratum in range(strata.max() + 1):
         here = np.flatnonzero(strata == stratum)

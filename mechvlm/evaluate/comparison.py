@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate.calibration import reliability
-from mechvlm.evaluate.draws import checked_draws, cluster_sums, ends
+from mechvlm.evaluate.draws import checked_draws, cluster_sums, drawn_clusters, ends
 from mechvlm.evaluate.effects import cohens_h, power, required_n
 from mechvlm.evaluate.items import cluster_numbers, measured, predictions, shares_of_one, yes_answers
 from mechvlm.evaluate.paired import mcnemar
@@ -82,7 +82,7 @@ def compare(
     count = base.sizes["item"]
     groups = cluster_numbers(base.image.values, count)
     total = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), resamples)
+    drawn = drawn_clusters(total, resamples, seed)
     every, once = _three(base, edited, drawn, groups), _three(base, edited, np.ones((1, total)), groups)[:, 0]
     found = _differences(once, every, total, level)
     found |= _margins(base, edited, drawn, groups, level) | _pairs(base, edited)

@@ -10,6 +10,11 @@ import numpy as np
 
 from mechvlm.sites import number, whole
 
+HELD = 4_000_000
+"""Clusters drawn at once."""
+FEW = 32
+"""Kinds up to which one draw of all their numbers is faster than drawing clusters one by one."""
+
 
 def checked_draws(resamples: int, level: float = 0.95) -> tuple[int, float]:
     """How often is drawn, and how often an interval is to hold the truth.
@@ -38,12 +43,26 @@ def drawn_sums(table: np.ndarray, groups: np.ndarray, resamples: int, seed: int)
     clusters a table of answers has a handful of kinds.
     """
     kinds, counts = np.unique(cluster_sums(table, groups), axis=0, return_counts=True)
-    total = int(counts.sum())
-    draws, generator, held = [], np.random.default_rng(seed), max(1, 4_000_000 // len(kinds))
-    for start in range(0, resamples, held):
-        some = min(held, resamples - start)
-        draws.append(generator.multinomial(total, counts / total, some).astype(float) @ kinds)
-    return np.concatenate(draws)
+    generator, held = np.random.default_rng(seed), max(1, HELD // len(groups))
+    starts = range(0, resamples, held)
+    return np.concatenate([_counts(counts, min(held, resamples - start), generator) @ kinds for start in starts])
+
+
+def drawn_clusters(clusters: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each cluster is in each draw of as many, with replacement: draws by clusters."""
+    generator, held = np.random.default_rng(seed), max(1, HELD // clusters)
+    once, starts = np.ones(clusters, int), range(0, resamples, held)
+    return np.concatenate([_counts(once, min(held, resamples - start), generator) for start in starts])
+
+
+def _counts(many: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
+    """How often each kind is in each draw, where there are so many of it to draw from."""
+    total = int(many.sum())
+    if len(many) <= FEW:
+        return generator.multinomial(total, many / total, resamples).astype(float)
+    drawn = np.repeat(np.arange(len(many)), many)[generator.integers(0, total, (resamples, total))]
+    drawn += len(many) * np.arange(resamples)[:, None]
+    return np.bincount(drawn.ravel(), minlength=resamples * len(many)).reshape(resamples, -1).astype(float)
 
 
 def ends(draws: np.ndarray, clusters: int, level: float) -> tuple[np.ndarray, np.ndarray]:

@@ -28,10 +28,10 @@ def one_each(name: str, values: Any) -> np.ndarray:
         TypeError: for what is no list.
         ValueError: for no item at all, or several values of an item.
     """
-    given = listed(values)
+    given = _held(values)
     if given is None:
         raise TypeError(f"{name}={told(values)} is not a list with a value for each item.")
-    array = np.asarray(values)
+    array = np.asarray(given)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"{name} has the shape {array.shape}; give one value for each item, and at least one.")
     return array
@@ -114,9 +114,13 @@ def cluster_numbers(clusters: Any, count: int) -> np.ndarray:
     """
     if clusters is None:
         return np.arange(count)
-    given = listed(clusters)
+    given = _held(clusters)
     if given is None or len(given) != count:
         raise ValueError(f"clusters={told(clusters)} must name one cluster for each of the {count} items.")
     names: dict[Any, int] = {}
-    keys = [value.item() if isinstance(value, xr.DataArray) else value for value in given]
-    return np.array([names.setdefault(key, len(names)) for key in keys])
+    return np.array([names.setdefault(key, len(names)) for key in given])
+
+
+def _held(values: Any) -> Sequence[Any] | np.ndarray | None:
+    """What a list or an array holds; None for a single value. An array with names is slow to go through."""
+    return np.asarray(values) if isinstance(values, xr.DataArray) else listed(values)

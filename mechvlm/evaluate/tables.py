@@ -38,7 +38,7 @@ def comparison_table(found: xr.Dataset) -> pd.DataFrame:
     Example:
         >>> table = mv.evaluate.stats.comparison_table(mv.evaluate.stats.compare(base, edited, resamples=200))
         >>> table.loc["accuracy", "base"]
-        '0.7625 [0.7125, 0.8043]'
+        '0.7625 [0.7..., 0.8...]'
     """
     if not isinstance(found, xr.Dataset) or not {"advantage", "margin_change", "p_above"} <= set(found.data_vars):
         raise TypeError(f"comparison_table takes what compare returns, and was given a {type(found).__name__}.")

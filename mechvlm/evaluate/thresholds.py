@@ -10,7 +10,7 @@ two next to it, and what is said of it is the mean of both, weighed by how near 
 import numpy as np
 import xarray as xr
 
-from mechvlm.evaluate.draws import checked_draws, ends
+from mechvlm.evaluate.draws import checked_draws, drawn_clusters, ends
 from mechvlm.evaluate.items import Values, as_many, cluster_numbers, measured, yes_answers
 from mechvlm.evaluate.scoring import METRICS, answer_table, measures
 from mechvlm.sites import number
@@ -144,7 +144,7 @@ def matched_baseline(
     shift = matched_shift(numbers, yes_ratio)
     checked_draws(resamples, level)
     total = int(groups.max()) + 1
-    drawn = np.random.default_rng(seed).multinomial(total, np.full(total, 1 / total), resamples)
+    drawn = drawn_clusters(total, resamples, seed)
     sums = moved_sums(numbers, truth, np.full(resamples, float(yes_ratio)), drawn, groups)
     low, high = ends(measures(sums), total, level)
     here = measures(moved_sums(numbers, truth, np.array([yes_ratio]), np.ones((1, total)), groups)[0])
@@ -171,7 +171,7 @@ def moved_sums(
     right, place, found = truth[order].astype(float), groups[order], []
     held = max(1, HELD // len(order))
     for start in range(0, len(drawn), held):
-        weights = drawn[start : start + held][:, place].astype(float)
+        weights = drawn[start : start + held][:, place]
         said = np.cumsum(weights, 1)[:, last]
         hits = np.cumsum(weights * right, 1)[:, last]
         for at in range(len(weights)):
