@@ -84,6 +84,14 @@ def test_items_of_a_cluster_are_drawn_together() -> None:
     assert apart.high - apart.low == pytest.approx((alone.high - alone.low) / 6**0.5, rel=0.05)
 
 
+def test_values_that_many_items_have_are_drawn_as_often() -> None:
+    """Forty values once and one two hundred times, which is a draw of another kind than of a few answers."""
+    values = np.concatenate([np.linspace(1, 2, 40), np.full(200, -1.0)])
+    found = stats.paired_bootstrap(np.zeros(240), values)
+    deviation = values.std() / 240**0.5
+    assert [found.low, found.high] == pytest.approx(values.mean() + 1.96 * deviation * np.array([-1, 1]), abs=0.01)
+
+
 def test_one_picture_has_no_interval() -> None:
     found = stats.paired_bootstrap([0, 1], [1, 1], clusters=["a", "a"])
     assert found.mean == 0.5
@@ -153,6 +161,11 @@ def test_reliability_is_a_loop_over_items() -> None:
             assert found.accuracy.values[at] == pytest.approx(right)
             error += len(here) / len(sure) * abs(right - np.mean(sure[here]))
     assert found.ece.item() == pytest.approx(error)
+
+
+def test_a_bin_holds_its_upper_end() -> None:
+    found = stats.calibration([0.0, 0.25, 0.5, 0.75, 1.0], [1, 1, 1, 1, 1], bins=4)
+    assert found.n_items.values.tolist() == [2, 1, 1, 1]
 
 
 def test_answers_as_often_right_as_sure_have_no_calibration_error() -> None:
@@ -261,6 +274,29 @@ def test_p_values_of_permutations_are_those_of_all_permutations() -> None:
     wanted = (np.abs(every) >= abs(found.r.item()) - 1e-9).mean()
     assert found.p_permuted.item() == pytest.approx(wanted, abs=4 * (0.25 / 20_000) ** 0.5)
     assert found.p_max.item() == found.p_permuted.item()
+
+
+def test_permutations_stay_within_strata() -> None:
+    """Beside all outcomes that keep each stratum's count: a quarter and a half are right, so that strata differ."""
+    values = np.random.default_rng(4).normal(size=8)
+    right, strata = np.array([1, 0, 0, 0, 1, 1, 0, 0]), np.repeat([0, 1], 4)
+    data = xr.DataArray(values[:, None], dims=["item", "layer"])
+    found = stats.associate(data, right, strata=strata, permutations=20_000, resamples=1)
+    x = values - np.repeat([values[:4].mean(), values[4:].mean()], 4)
+    every = []
+    for i, j, k in product(range(4), range(4, 8), range(4, 8)):
+        if j < k:
+            y = np.isin(np.arange(8), [i, j, k]) - np.repeat([0.25, 0.5], 4)
+            every.append(np.corrcoef(x, y)[0, 1])
+    wanted = (np.abs(every) >= abs(found.r_within.item()) - 1e-9).mean()
+    assert found.p_permuted.item() == pytest.approx(wanted, abs=4 * (0.25 / 20_000) ** 0.5)
+
+
+def test_no_p_value_of_permutations_is_zero() -> None:
+    right = np.arange(60) < 30
+    data = xr.DataArray(np.stack([right, -1.0 * right], 1), dims=["item", "layer"])
+    found = stats.associate(data, right, permutations=9, resamples=1)
+    assert found.p_permuted.values.tolist() == found.p_max.values.tolist() == [0.1, 0.1]
 
 
 def test_the_interval_of_a_correlation_is_that_of_plain_draws_of_clusters() -> None:
