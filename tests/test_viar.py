@@ -1,19 +1,42 @@
 """VIAR's intervention and what is asked about it: amounts by hand, odds in the model, and planted answers."""
 
+import csv
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import evaluations
 import numpy as np
+import planted
 import pytest
 import tiny
 import torch
+import xarray as xr
 from jaxtyping import config
+from scipy.stats import pointbiserialr
 from zoo import ask, build
 
 import mechvlm as mv
+from mechvlm.methods.bands import bias_layers, layer_sets, random_sets
 from mechvlm.methods.bias import layer_amounts, named_layers, viar_bias, viar_edits
+from mechvlm.methods.depth import depth_correlation, item_attention
+from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
+
+ASKED: list[dict[str, Any]] = [
+    {
+        "question_id": at,
+        "question": f"is there a {thing} ?",
+        "answer": label,
+        "image_source": str(at // 2),
+        "image": one,
+    }
+    for at, (thing, label, one) in enumerate(
+        (thing, label, tiny.picture(number)) for number in range(3) for thing, label in (("dog", "yes"), ("cat", "no"))
+    )
+]
+PERSAMPLE = Path(__file__).parent / "data" / "viar" / "persample.csv"
 
 
 @cache
@@ -160,8 +183,207 @@ def test_a_function_of_the_prompt_finds_each_prompts_own_positions() -> None:
     assert make.__name__ == "viar_edits(amount=2.0, layers=1-2)"
 
 
+def test_planted_truth_a_bias_makes_an_answer_that_looks_more_itself() -> None:
+    """One head looks evenly at all positions and carries the answer: what it says is a known function of the bias.
+
+    Of 22 positions 16 are the picture's, so it pays 16 e^b / (16 e^b + 6) to it, and says so much of what it sees: more
+    yes where the picture is bright, less where it is dark.
+    """
+    model, bright, dark, layer, head = planted.planted()
+    model.hf.model.language_model.layers[layer].self_attn.q_proj.weight.data.zero_()
+    measure = model.metric(mv.logit_difference(planted.YES, planted.NO))
+
+    def paid(amount: float) -> float:
+        return 16 * np.exp(amount) / (16 * np.exp(amount) + 6)
+
+    for prompt, sign in ((bright, 1), (dark, -1)):
+        assert (len(prompt), len(prompt.image)) == (22, 16)
+        plain = float(measure(model.run(prompt).logits))
+        assert np.sign(plain) == sign
+        for amount in (-2.0, 1.0, 3.0):
+            edits = viar_edits(model, prompt, amount, layers=[layer])
+            said = float(measure(model.run(prompt, edits=edits).logits))
+            # The final norm divides by the stream's length, which grows with what is said: compared before it.
+            site = mv.Site("attn_out", layer)
+            before, after = (
+                float(model.run(prompt, read=[site], edits=one)[site][0, -1, planted.SAID]) for one in ([], edits)
+            )
+            assert after / before == pytest.approx(paid(amount) / paid(0.0), rel=1e-4)
+            assert np.sign(said - plain) == np.sign(amount) * sign
+            others = viar_edits(model, prompt, amount, heads=[(layer, other) for other in range(4) if other != head])
+            assert float(measure(model.run(prompt, edits=others).logits)) == pytest.approx(plain, abs=1e-5)
+
+
 def test_layers_in_words() -> None:
     assert named_layers([9, 3, 4, 5, 0]) == "0, 3-5, 9"
+
+
+# -- doses -------------------------------------------------------------------------------------------------------------
+
+
+@cache
+def doses() -> xr.Dataset:
+    return bias_doses(vlm(), ASKED, [0.0, 1.0, 4.0], layers=[0, 1], masses=2, resamples=50)
+
+
+def biased(amount: float, layers: list[int]) -> xr.Dataset:
+    """The evaluation with a bias written by hand."""
+    return mv.evaluate.pope(
+        vlm(), ASKED, edits=lambda prompt: [mv.bias_attention(layer, prompt.image, amount) for layer in layers]
+    )
+
+
+def test_each_amount_is_the_evaluation_with_that_bias() -> None:
+    plain = mv.evaluate.pope(vlm(), ASKED)
+    for amount in (0.0, 1.0, 4.0):
+        expected = plain if amount == 0 else biased(amount, [0, 1])
+        here = doses().sel(amount=amount)
+        assert np.allclose(here.margin, expected.margin, atol=1e-5) and (here.correct == expected.correct).all()
+        assert float(here.accuracy) == pytest.approx(float(expected.correct.mean()))
+        assert float(here.yes_ratio) == pytest.approx(float((expected.predicted == "yes").mean()))
+        assert float(here.brier) == pytest.approx(float(((expected.p_yes - (plain.label == "yes")) ** 2).mean()))
+        assert float(here.gain) == pytest.approx(float(here.accuracy) - float(plain.correct.mean()))
+        assert float(here.beyond) == pytest.approx(float(here.accuracy) - float(here.matched))
+    assert not np.array_equal(doses().margin[0], doses().margin[2])
+
+
+def test_a_dose_says_how_much_attention_it_moved() -> None:
+    """By whole patterns, of the first question about each of the first two pictures."""
+    prompts = [vlm().prompt(ASKED[at]["image"], ASKED[at]["question"]) for at in (0, 2)]
+    sites = [mv.Site("pattern", layer) for layer in range(3)]
+    for amount in (0.0, 4.0):
+        paid = []
+        for prompt in prompts:
+            edits = [mv.bias_attention(layer, prompt.image, amount) for layer in (0, 1)] if amount else []
+            run = vlm().run(prompt, read=sites, edits=edits)
+            rows = prompt.question + prompt.last
+            paid.append([float(run[site][0][:, rows][..., prompt.image].sum(-1).mean()) for site in sites])
+        here = doses().sel(amount=amount)
+        assert np.allclose(here.mass_by_layer, np.mean(paid, 0), atol=1e-5)
+        assert float(here.mass) == pytest.approx(np.mean(paid, 0)[:2].mean(), abs=1e-5)
+    assert (np.diff(doses().mass) > 0).all()
+
+
+def test_planted_truth_what_only_moves_the_threshold_is_found_to() -> None:
+    """An edit that adds a number to the logits of yes changes answers, and nothing that a threshold would not."""
+    ids = vlm().token_ids("yes")
+    plain = mv.evaluate.pope(vlm(), ASKED)
+    by = float(np.median(-plain.margin.values))
+
+    def favour(logits: torch.Tensor) -> torch.Tensor:
+        logits[..., ids] += by
+        return logits
+
+    moved = mv.evaluate.pope(vlm(), ASKED, edits=[mv.Edit("logits", favour)])
+    assert (moved.predicted != plain.predicted).any()
+    found = mv.evaluate.stats.compare(plain, moved, resamples=200).sel(metric="accuracy")
+    ends = [float(found[f"advantage{end}"]) for end in ("", "_low", "_high")]
+    assert ends == pytest.approx([0.0, 0.0, 0.0], abs=1e-12)
+
+
+# -- sets of layers ----------------------------------------------------------------------------------------------------
+
+
+def test_sets_of_layers_are_compared_with_random_ones() -> None:
+    """Of three layers there are two other ones: both are run, and the p-value counts those that do as well."""
+    found = bias_layers(vlm(), ASKED, {"first": [0], "all": [0, 1, 2]}, amount=3.0, controls=5, resamples=50)
+    right = {layer: float(biased(3.0, [layer]).correct.mean()) for layer in range(3)}
+    first = found.sel(set="first")
+    assert float(first.accuracy) == right[0] and int(first.n_controls) == 2
+    assert sorted(first.random_accuracy.values[:2]) == sorted([right[1], right[2]])
+    assert np.isnan(first.random_accuracy.values[2:]).all()
+    as_well = sum(right[layer] >= right[0] for layer in (1, 2))
+    assert float(first.p_value) == pytest.approx((1 + as_well) / 3)
+    whole = found.sel(set="all")
+    assert float(whole.accuracy) == float(biased(3.0, [0, 1, 2]).correct.mean())
+    assert int(whole.n_controls) == 0 and np.isnan(whole.p_value) and np.isnan(whole.p_value_beyond)
+    assert found.layers.values.tolist() == ["0", "0-2"]
+
+
+def test_random_sets_are_as_large_as_biased_and_never_the_set_itself() -> None:
+    own = {3: 2.0, 4: 2.0, 5: 1.0}
+    found = random_sets(own, range(8), 20, seed=0)
+    assert len(found) == 20 == len({tuple(sorted(one.items())) for one in found}) and own not in found
+    assert all(sorted(one.values()) == [1.0, 2.0, 2.0] and set(one) <= set(range(8)) for one in found)
+    assert found == random_sets(own, range(8), 20, seed=0) != random_sets(own, range(8), 20, seed=1)
+
+
+def test_random_sets_favour_no_layer() -> None:
+    drawn = [layer for seed in range(300) for one in random_sets({0: 1.0}, range(8), 1, seed) for layer in one]
+    counts = np.bincount(drawn, minlength=8)
+    assert counts[0] == 0
+    expected = 300 / 7
+    assert (np.abs(counts[1:] - expected) < 5 * np.sqrt(expected)).all()
+
+
+def test_the_usual_sets_hold_every_layer_where_it_belongs() -> None:
+    amounts = layer_amounts(vlm(), 2.0, [0, 1, 2], "code", [0.1, 0.2, 0.3])
+    sets = layer_sets(vlm(), [1], amounts)
+    assert sets == {"zone": [1], "before": [0], "behind": [2], "last": [2], "all": [0, 1, 2], "adaptive": amounts}
+    assert "before" not in layer_sets(vlm(), [0])
+
+
+# -- attention and being right -----------------------------------------------------------------------------------------
+
+
+def test_the_attention_of_each_item_is_its_patterns_summed() -> None:
+    found = item_attention(vlm(), ASKED)
+    sites = [mv.Site("pattern", layer) for layer in range(3)]
+    for item in (0, 5):
+        prompt = vlm().prompt(ASKED[item]["image"], ASKED[item]["question"])
+        run = vlm().run(prompt, read=sites)
+        rows = prompt.question + prompt.last
+        paid = [float(run[site][0][:, rows][..., prompt.image].sum(-1).mean()) for site in sites]
+        assert np.allclose(found.sel(item=item), paid, atol=1e-5)
+        old = [float(run[site][0][:, tiny.TOKENS :, : tiny.TOKENS].sum(-1).mean()) for site in sites]
+        assert np.allclose(item_attention(vlm(), ASKED, convention="viar-2026").sel(item=item), old, atol=1e-5)
+
+
+@cache
+def published_items() -> tuple[xr.Dataset, xr.DataArray]:
+    """The published answers and attention of 500 questions."""
+    rows = list(csv.DictReader(PERSAMPLE.read_text().splitlines()))
+    labels, predicted = (np.array([row[name] for row in rows]) for name in ("answer_gt", "pred"))
+    margins = np.where(predicted == "yes", 1.0, -1.0)
+    made = evaluations.evaluation(margins, labels, np.array([str(at // 6) for at in range(len(rows))]))
+    values = [[float(row[f"layer_{layer}"]) for layer in range(32)] for row in rows]
+    return made, xr.DataArray(np.array(values), {"layer": range(32)}, ["item", "layer"])
+
+
+def test_the_published_correlations_come_out_under_the_published_convention() -> None:
+    found = depth_correlation(*published_items(), permutations=50, convention="viar-2026")
+    assert found.r.sel(measure=["zone", "14", "15", "17"]).values.round(3).tolist() == [-0.023, -0.154, -0.142, -0.14]
+    assert found.p.sel(measure=["zone"]).values.round(3).tolist() == [0.615]
+    assert found.p.sel(measure=["14", "15", "17"]).values.round(4).tolist() == [0.0005, 0.0015, 0.0017]
+    said = str(found.says.sel(measure="14").item())
+    assert said.startswith("layer 14: more attention to the picture on wrong answers (r = -0.154")
+    assert float(found.wrong.sel(measure="14")) > float(found.right.sel(measure="14"))
+
+
+def test_the_published_association_is_one_of_the_answers_yes() -> None:
+    found = depth_correlation(*published_items(), permutations=200).sel(measure="14")
+    assert found.r_stratum.sel(stratum=["yes", "no"]).values.round(3).tolist() == [-0.295, -0.008]
+    everything = depth_correlation(*published_items(), permutations=2000)
+    assert float(everything.p_max.sel(measure="14")) < 0.05
+
+
+def test_planted_truth_attention_that_only_tells_yes_from_no_is_not_taken_for_being_right() -> None:
+    """Answers of yes look more and are right more: all items together associate, and none of the answers does."""
+    generator, count = np.random.default_rng(0), 2000
+    said_yes = generator.random(count) < 0.5
+    right = generator.random(count) < np.where(said_yes, 0.9, 0.6)
+    labels = np.where(said_yes == right, "yes", "no")
+    made = evaluations.evaluation(np.where(said_yes, 1.0, -1.0), labels, np.arange(count).astype(str))
+    attention = xr.DataArray(said_yes[:, None] + 0.3 * generator.normal(size=(count, 2)), dims=["item", "layer"])
+    together = depth_correlation(made, attention, [0], 100, convention="viar-2026").sel(measure="0")
+    apart = depth_correlation(made, attention, [0], 100).sel(measure="0")
+    expected = pointbiserialr(right, attention[:, 0])
+    assert float(together.r) == pytest.approx(expected.statistic) and float(together.p) == pytest.approx(
+        expected.pvalue
+    )
+    assert float(together.r) > 0.25 and abs(float(apart.r_within)) < 0.05 and float(apart.p_max) > 0.05
+    assert "less attention to the picture on wrong answers" in str(together.says.item())
+    assert "no association" in str(apart.says.item())
 
 
 REFUSED: list[tuple[str, Callable[[], object]]] = [
@@ -219,6 +441,46 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (
         "the prompt 'is there a dog ?' holds no image, so there is nothing to look at more.",
         lambda: viar_edits(vlm(), vlm().prompt(None, "is there a dog ?"), layers=[0]),
+    ),
+    (
+        "amounts=2 is not a list of amounts; write for instance [0, 1, 2].",
+        lambda: bias_doses(vlm(), ASKED, 2, layers=[0]),  # type: ignore[arg-type]
+    ),
+    (
+        "amounts is empty; give at least one, for instance [0, 1, 2].",
+        lambda: bias_doses(vlm(), ASKED, [], layers=[0]),
+    ),
+    (
+        "layer_sets=[0] are no sets with names; write for instance {'zone': [8, 9]}.",
+        lambda: bias_layers(vlm(), ASKED, [0]),  # type: ignore[arg-type]
+    ),
+    (
+        "layer_sets holds no set; give at least one, for instance {'zone': [8, 9]}.",
+        lambda: bias_layers(vlm(), ASKED, {}),
+    ),
+    (
+        "the set 'zone' has no layers; give at least one, or leave the set out.",
+        lambda: bias_layers(vlm(), ASKED, {"zone": []}),
+    ),
+    (
+        "controls=-1 is no number of random sets; give 0 or more.",
+        lambda: bias_layers(vlm(), ASKED, {"zone": [0]}, controls=-1),
+    ),
+    (
+        "{} is no evaluation; make it with mv.evaluate.pope.",
+        lambda: depth_correlation({}, xr.DataArray([[1.0]], dims=["item", "layer"])),  # type: ignore[arg-type]
+    ),
+    (
+        "attention is an array of item by layer, and item, head was given; average the other dims first.",
+        lambda: depth_correlation(evaluations.baseline(1), xr.DataArray([[1.0]], dims=["item", "head"])),
+    ),
+    (
+        "there is attention of 1 items, and the evaluation has 6; give both for the same questions in the same order.",
+        lambda: depth_correlation(evaluations.baseline(1), xr.DataArray([[1.0]], dims=["item", "layer"])),
+    ),
+    (
+        "zone=[7] is not among the layers 0 to 2; give at least one of them.",
+        lambda: depth_correlation(evaluations.baseline(1), xr.DataArray(np.ones((6, 3)), dims=["item", "layer"]), [7]),
     ),
     (
         "this model sees the picture by cross-attention, in layers 1, 3, where all keys are the picture's, so a bias "
