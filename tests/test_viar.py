@@ -388,8 +388,7 @@ def test_planted_truth_attention_that_only_tells_yes_from_no_is_not_taken_for_be
 
 REFUSED: list[tuple[str, Callable[[], object]]] = [
     (
-        "convention='viar' is not known; leave it out for the corrected quantity, or give 'viar-2026' for the "
-        "published one.",
+        "convention='viar' is not known; choose None for correct positions, or 'viar-2026' for what was published.",
         lambda: viar_edits(vlm(), real(), layers=[0], convention="viar"),
     ),
     (

@@ -181,6 +181,6 @@ def _chance(
     for at, (name, p_value) in enumerate((("accuracy", "p_value"), ("beyond", "p_value_beyond"))):
         own = np.array([column[name][0] for column in columns])
         as_well = (table[at] >= own[:, None] - ROUNDING).sum(1)
-        found[f"random_{name}"] = (["set", "sample"], table[at], {"long_name": MEANING[name], "units": "1"})
+        found[f"random_{name}"] = (["set", "sample"], table[at], {"long_name": MEANING[name]})
         found[p_value] = ("set", np.where(count > 0, (1 + as_well) / (1 + count), np.nan), {"long_name": "p-value"})
     return {**found, "n_controls": ("set", count)}

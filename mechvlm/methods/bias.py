@@ -14,9 +14,10 @@ import numpy as np
 
 from mechvlm.attention_edits import bias_attention
 from mechvlm.edits import Edit
+from mechvlm.experiments.published import published
 from mechvlm.experiments.record import chosen_layers
 from mechvlm.experiments.sight import cross_layers, named
-from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE, published
+from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, number, told, whole
 from mechvlm.vlm import VLM

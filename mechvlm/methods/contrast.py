@@ -22,9 +22,10 @@ from mechvlm import images
 from mechvlm.edits import Edit
 from mechvlm.evaluate import pope, read_pope
 from mechvlm.evaluate.parsers import Scoring, scoring_of
+from mechvlm.experiments.published import published
 from mechvlm.experiments.record import one_prompt
 from mechvlm.methods.asked import prompt_of
-from mechvlm.methods.published import NULL, published
+from mechvlm.methods.published import NULL
 from mechvlm.prompt import Prompt
 from mechvlm.sites import number, told, whole
 from mechvlm.vlm import VLM

@@ -14,11 +14,12 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate import read_pope, stats
+from mechvlm.experiments.published import published
 from mechvlm.experiments.record import record
 from mechvlm.experiments.sight import own_layers
 from mechvlm.experiments.sweep import numbers
 from mechvlm.methods.asked import prompt_of
-from mechvlm.methods.published import ZONE, published
+from mechvlm.methods.published import ZONE
 from mechvlm.prompt import Prompt
 from mechvlm.readings import mass
 from mechvlm.sites import Site, told, whole_numbers

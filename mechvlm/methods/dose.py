@@ -141,7 +141,7 @@ def table_of(columns: Sequence[Mapping[str, tuple[float, float, float]]], dim: s
     for name, meaning in MEANING.items():
         for place, end in enumerate(("", "_low", "_high")):
             values = [column[name][place] for column in columns]
-            found[f"{name}{end}"] = (dim, values, {"long_name": meaning, "units": "1"})
+            found[f"{name}{end}"] = (dim, values, {"long_name": meaning})
     return found
 
 

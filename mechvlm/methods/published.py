@@ -3,13 +3,11 @@
 Rule this module guards: these are facts about one study of one model, used where `convention="viar-2026"` asks for them
 and nowhere else.
 
->>> published(None), published("viar-2026"), len(ADAPTIVE_TABLE)
-(False, True, 32)
+>>> len(ADAPTIVE_TABLE), ZONE[0], ZONE[-1]
+(32, 8, 16)
 """
 
 from mechvlm import images
-
-CONVENTION = "viar-2026"
 
 ZONE = tuple(range(8, 17))
 """The layers of LLaVA-1.5-7B that were called the visual neglect zone; written by hand, found by no rule."""
@@ -31,17 +29,3 @@ ADAPTIVE_TABLE = (
 From `attention_analysis_summary.json`, `vis_attn_frac_mean` of 50 pictures. The image's columns there are 0 to 575,
 which hold the words before the picture, the first position's sink among them, and lack the last image tokens.
 """
-
-
-def published(convention: str | None) -> bool:
-    """Whether the published convention is asked for; None asks for the corrected one.
-
-    Raises:
-        ValueError: for any other word.
-    """
-    if convention not in (None, CONVENTION):
-        raise ValueError(
-            f"convention={convention!r} is not known; leave it out for the corrected quantity, or give {CONVENTION!r} "
-            "for the published one."
-        )
-    return convention is not None

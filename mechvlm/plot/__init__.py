@@ -10,9 +10,10 @@ logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
-`reliability_diagram`, `association`. On the picture that a prompt asks about: `over_image` (a colour for each image
-token), `pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image`
-(attention sinks), `token_grid` (the squares alone).
+`reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
+`layer_controls`. On the picture that a prompt asks about: `over_image` (a colour for each image token),
+`pixels_over_image` (for each pixel), `tokens_over_image` (the logit lens's words), `sinks_over_image` (attention
+sinks), `token_grid` (the squares alone).
 
 >>> figure = lines(profile.mass.mean(["example", "head"]), x="layer", colour="span")
 >>> figure.show(), figure.write_html("profile.html")
@@ -30,6 +31,8 @@ from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.collapse import collapse_curves as collapse_curves
 from mechvlm.plot.collapse import gradient_decay as gradient_decay
 from mechvlm.plot.curves import deletion as deletion
+from mechvlm.plot.doses import dose_curves as dose_curves
+from mechvlm.plot.doses import layer_controls as layer_controls
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.patched import layers_over_image as layers_over_image
@@ -55,12 +58,14 @@ __all__ = [
     "collapse_curves",
     "comparison",
     "deletion",
+    "dose_curves",
     "effects",
     "flow",
     "gradient_decay",
     "head_matrix",
     "head_search",
     "heatmap",
+    "layer_controls",
     "layer_spans",
     "layers_over_image",
     "lines",
