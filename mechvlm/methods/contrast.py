@@ -19,14 +19,17 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mechvlm import images
-from mechvlm.edits import Edit
+from mechvlm.edits import Edit, name_of
 from mechvlm.evaluate import pope, read_pope
+from mechvlm.evaluate.files import Item
 from mechvlm.evaluate.parsers import Scoring, scoring_of
+from mechvlm.evaluate.pictures import picture_of
 from mechvlm.experiments.published import published
 from mechvlm.experiments.record import one_prompt
 from mechvlm.methods.asked import prompt_of
 from mechvlm.methods.published import NULL
 from mechvlm.prompt import Prompt
+from mechvlm.shared import shared_logits
 from mechvlm.sites import number, told, whole
 from mechvlm.vlm import VLM
 
@@ -165,7 +168,7 @@ def vcd_generate(
     )
     settings: dict[str, str | int | float] = {
         **vlm.provenance(prompt, edits),
-        "null": told(other.words) if isinstance(null, Prompt) else null.__name__,
+        "null": told(other.words) if isinstance(null, Prompt) else name_of(null),
         "decoding": f"sampled, temperature {temperature:g}, seed {seed}" if do_sample else "greedy",
         **{"alpha": float(alpha), "beta": float(beta), "convention": convention or "corrected"},
     }
@@ -219,22 +222,25 @@ def vcd_pope(
     _check_weights(alpha, beta)
     base = pope(vlm, questions, images, edits, split, template, joined, batch_size=batch_size, tokens=tokens)
     scoring, answers = scoring_of(vlm, joined, tokens), dict[int, tuple[float, ...]]()
-    for item in read_pope(questions, split):
-        if item.duplicate_of != item.number:
-            answers[item.number] = answers[item.duplicate_of]
-            continue
-        real = prompt_of(vlm, item, images, template)
-        both = [
-            vlm.run(prompt, edits=edits(prompt) if callable(edits) else edits).logits.float()
-            for prompt in (real, real.with_image(null))
-        ]
-        answers[item.number] = _scored(scoring, both[0], both[1], alpha, beta)
-    margin, yes_cut, no_cut, real_margin, null_margin = np.array(list(answers.values())).T
+    items, about = read_pope(questions, split), dict[str, list[Item]]()
+    for item in items:
+        if item.duplicate_of == item.number:
+            about.setdefault(item.image, []).append(item)
+    for some in about.values():
+        picture = picture_of(some[0], images)
+        real, other = (
+            shared_logits(vlm, [prompt_of(vlm, item, None, template, shown) for item in some], edits).logits.float()
+            for shown in (picture, null(picture))
+        )
+        for row, item in enumerate(some):
+            answers[item.number] = _scored(scoring, real[row : row + 1], other[row : row + 1], alpha, beta)
+    rows = [answers[item.duplicate_of] for item in items]
+    margin, yes_cut, no_cut, real_margin, null_margin = np.array(rows).T
     return (
         _evaluation(base, margin, yes_cut > 0, no_cut > 0)
         .assign(margin_real=("item", real_margin), margin_null=("item", null_margin))
         .assign_attrs(
-            null=null.__name__,
+            null=name_of(null),
             alpha=float(alpha),
             beta=float(beta),
             convention=convention or "corrected",
