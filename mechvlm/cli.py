@@ -1,4 +1,5 @@
-"""The command line: `mechvlm report` looks at a question about a picture, `mechvlm check` at a model.
+"""The command line: `mechvlm report` looks at a question about a picture, `mechvlm check` at a model, `mechvlm pope`
+at its answers to a benchmark.
 
 Rule this module guards: what the package refuses is one sentence on standard error and exit code 2, no traceback.
 The sentences are the package's own; nothing else is caught.
@@ -6,23 +7,28 @@ The sentences are the package's own; nothing else is caught.
     mechvlm report
     mechvlm report --model llava-hf/llava-1.5-7b-hf --image dog.jpg --question "Is there a dog?" --device cuda
     mechvlm check llava-hf/llava-1.5-7b-hf
+    mechvlm pope llava-hf/llava-1.5-7b-hf --questions POPE/output/coco --images val2014 --edit bias:2.0@8-16
 """
 
+__all__ = ["app", "check_device", "main", "null_image"]
+
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
+
+from mechvlm.commands.pope_command import pope_command
+from mechvlm.commands.shell import Device, Dtype, check_device, loaded, one_sentence, writable
 
 DEMO_QUESTION = 0
 CASES = 6
 NULLS = "black, grey, white, mean, noise(seed), diffusion(t), blur(sigma), shuffle(seed) or swap(file)"
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
+app.command("pope")(pope_command)
 
 
 def main() -> None:
@@ -60,8 +66,8 @@ def report(
     answers: Annotated[str, typer.Option(help="Answers to follow, the first against the second.")] = "yes,no",
     layer: Annotated[int | None, typer.Option(help="Whose attention is drawn over the picture, from 0.")] = None,
     head: Annotated[int | None, typer.Option(help="Whose attention is drawn over the picture, from 0.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda where there is one]")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("mechvlm-report"),
 ) -> None:
     """Look at one question about one picture from all sides, and write report.html with its numbers."""
@@ -81,90 +87,14 @@ def report(
 @app.command()
 def check(
     model: Annotated[str, typer.Argument(help="A name on the Hugging Face hub, a checkpoint directory, or demo.")],
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1. [default: cuda where there is one]")] = None,
-    dtype: Annotated[str | None, typer.Option(help=f"One of {', '.join(DTYPES)}.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
 ) -> None:
     """Run the laws that every reading and edit rests on, on a model; exit code 1 if one does not hold."""
     with one_sentence():
         table = loaded(model, device, dtype).check()
     if (table.verdict != "holds").any():
         raise typer.Exit(1)
-
-
-@contextmanager
-def one_sentence() -> Iterator[None]:
-    """Turn the errors that a user's words can cause into their sentence, and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        refuse(" ".join(str(error).split()))
-
-
-def refuse(sentence: str) -> NoReturn:
-    """Say what is wrong on standard error, and leave."""
-    typer.echo(f"mechvlm: {sentence}", err=True)
-    raise typer.Exit(2)
-
-
-def loaded(model: str, device: str | None, dtype: str | None) -> Any:
-    """The model, loaded without transformers' own remarks.
-
-    Raises:
-        ValueError: for a model, device or type that is not there.
-    """
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"no dtype is called {dtype!r}; choose from {', '.join(DTYPES)}.")
-    import torch  # seconds to import, as the rest
-
-    check_device(device, torch.cuda.device_count(), torch.backends.mps.is_available())
-    from huggingface_hub import logging as hub_logging
-    from transformers import logging
-
-    logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()
-    if model == "demo" or Path(model).is_dir():
-        logging.disable_progress_bar()
-    from mechvlm.load import load
-
-    return load(model, device=device, dtype=dtype)
-
-
-def check_device(device: str | None, count: int, mps: bool = False) -> None:
-    """Refuse a device that is not there.
-
-    Args:
-        count: how many CUDA devices there are.
-        mps: whether there is Apple's.
-    """
-    if device == "mps" and not mps:
-        raise ValueError("device 'mps' was asked for, and this machine has no MPS; write --device cpu.")
-    if device is None or device in ("cpu", "mps"):
-        return
-    named = re.fullmatch(r"cuda(?::(\d+))?", device)
-    if not named:
-        raise ValueError(f"no device is called {device!r}; write cpu, cuda or cuda:1.")
-    if not count:
-        raise ValueError(f"device {device!r} was asked for, and this machine has no CUDA; write --device cpu.")
-    if int(named[1] or 0) >= count:
-        raise ValueError(f"device {device!r} was asked for, and this machine has {count} CUDA devices, counted from 0.")
-
-
-def writable(out: Path) -> Path:
-    """The folder to write into, made where there is none.
-
-    Raises:
-        ValueError: where it cannot be written.
-    """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        trial = out / ".mechvlm"
-        trial.touch()
-        trial.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"the folder '{out}' cannot be written ({error.strerror}); choose another with --out."
-        ) from None
-    return out
 
 
 def null_image(text: str) -> Callable:

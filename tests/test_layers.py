@@ -65,7 +65,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
         *("lens_names", "bridge", "circuits"),
     ),
     "science": ("pairs", "references", "laws", "laws_bridge", "experiments", "evaluate", "methods"),
-    "pictures": ("plot", "report", "cli"),
+    "pictures": ("plot", "report", "commands", "cli"),
 }
 # mechvlm.demo stands aside: its model is made like any other, with values at most; science and pictures may import it.
 DEMO = "demo"

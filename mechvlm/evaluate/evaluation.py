@@ -273,7 +273,6 @@ def said(parser: Parser, answer: str, label: str) -> str:
 def record_of(task: Task, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a result has to say to be done again: METHODS of mechvlm call it the evaluation record."""
     vlm, prompt = task.vlm, task.prompt(task.items[0])
-    lines = [[item.question_id, item.image, item.question, item.label, item.split] for item in task.items]
     greedy = f"greedy, at most {task.longest} new tokens"
     return {
         **record(vlm, [prompt], value="P(yes) / (P(yes) + P(no)) of the first token of the answer"),
@@ -285,9 +284,14 @@ def record_of(task: Task, hashes: Mapping[str, str]) -> dict[str, Any]:
         "decoding": "none: the first token's logits" if task.parser is None else greedy,
         "seed": "none: nothing is drawn",
         "preprocessing": json.dumps(vlm.processor.image_processor.to_dict(), sort_keys=True, default=str),
-        "questions_sha256": sha256(lines),
+        "questions_sha256": content_of(task.items),
         "pictures_sha256": sha256(hashes),
     }
+
+
+def content_of(items: Sequence[Item]) -> str:
+    """A hash of what questions say, whatever file they stand in."""
+    return sha256([[item.question_id, item.image, item.question, item.label, item.split] for item in items])
 
 
 def sha256(thing: Any) -> str:

@@ -110,17 +110,19 @@ class Section:
         return {caption: embedded(picture) for caption, picture in self.pictures.items()}
 
 
-def page(sections: Sequence[Section], provenance: Mapping[str, object], question: str) -> str:
+def page(sections: Sequence[Section], provenance: Mapping[str, object], question: str, about: str = "") -> str:
     """The whole page.
 
     Args:
         provenance: what the numbers came from, for the last section.
         question: the question asked, for the heading.
+        about: what the page shows, in words that a full stop can follow; by default that of a report.
     """
+    about = about or f"What {provenance['model']} does with the picture when it answers this question"
     loader = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     loader.trim_blocks = loader.lstrip_blocks = True
     return loader.get_template("report.html.j2").render(
-        sections=sections, provenance=provenance, question=question, plotly=get_plotlyjs()
+        sections=sections, provenance=provenance, question=question, about=about, plotly=get_plotlyjs()
     )
 
 

@@ -1,0 +1,170 @@
+"""`mechvlm pope`: what it writes, that a record suffices to run it again, and one sentence for whatever is wrong."""
+
+import json
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import xarray as xr
+from typer.testing import CliRunner, Result
+
+import mechvlm as mv
+from mechvlm.cli import app
+from mechvlm.evaluate.evaluation import Task
+
+SPLITS = {"random": ("cat", "dog", "red cat", "blue dog"), "popular": ("cat", "dog", "red cat", "7")}
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["pope", *map(str, words)])
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint, pictures, and two files of questions."""
+    folder = tmp_path_factory.mktemp("pope")
+    tiny.model().save_pretrained(folder / "model")
+    tiny.processor().save_pretrained(folder / "model")
+    (folder / "images").mkdir()
+    (folder / "questions").mkdir()
+    for number in range(3):
+        tiny.picture(number).save(folder / "images" / f"{number}.png")
+    for split, words in SPLITS.items():
+        lines = [
+            {"question_id": 4 * number + at, "image": f"{number}.png", "text": f"is there a {word} in the image ?"}
+            | {"label": ("yes", "no")[at % 2]}
+            for number in range(3)
+            for at, word in enumerate(words)
+        ]
+        (folder / "questions" / f"coco_pope_{split}.json").write_text("\n".join(map(json.dumps, lines)))
+    return folder
+
+
+def given(place: Path) -> list[str | Path]:
+    return [place / "model", "--questions", place / "questions", "--images", place / "images"]
+
+
+@pytest.fixture(scope="module")
+def made(place: Path) -> Path:
+    """The folder of one run."""
+    more = ["--edit", "bias:2.0@0-1", "--edit", "ablate@2.1", "--template", "{question} yes or no ?", "--joined", "max"]
+    result = run(*given(place), *more, "--out", place / "out")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{place / 'out' / 'pope.html'}\n"
+    return place / "out"
+
+
+def test_it_writes_the_numbers_that_pope_returns(place: Path, made: Path) -> None:
+    vlm = mv.load(place / "model")
+    how = {"images": place / "images", "template": "{question} yes or no ?", "joined": "max"}
+    edits = mv.evaluate.edits_from("bias:2.0@0-1", "ablate@2.1")
+    items = pd.read_csv(made / "items.csv")
+    for name, these in (("base", ()), ("edited", edits)):
+        expected = mv.evaluate.pope(vlm, place / "questions", edits=these, **how)
+        found = xr.open_dataset(made / f"{name}.nc", engine="h5netcdf")
+        xr.testing.assert_allclose(found, expected, atol=1e-5)
+        np.testing.assert_allclose(items[f"{name}_p_yes"], expected.p_yes, atol=1e-6)
+        assert items[f"{name}_predicted"].tolist() == expected.predicted.values.tolist()
+    compared = mv.evaluate.stats.compare(
+        *(xr.open_dataset(made / f"{n}.nc", engine="h5netcdf") for n in ("base", "edited"))
+    )
+    written = xr.open_dataset(made / "comparison.nc", engine="h5netcdf")
+    np.testing.assert_allclose(written.advantage, compared.advantage)
+    page = (made / "pope.html").read_text(encoding="utf-8")
+    assert page.count("<section") == 7
+    assert compared.attrs["verdict"][1:] in page
+    assert '<p class="trouble">' in page
+    assert page.count('<p class="trouble">') == 1  # the one for browsers without scripts
+
+
+def test_a_record_suffices_to_make_the_same_numbers_again(made: Path, tmp_path: Path) -> None:
+    record = json.loads((made / "record.json").read_text())
+    again = run("--rerun", made / "record.json", "--out", tmp_path / "again")
+    assert again.exit_code == 0, again.stderr
+    line = run(*shlex.split(record["command"])[2:], "--out", tmp_path / "line")
+    assert line.exit_code == 0, line.stderr
+    for folder in ("again", "line"):
+        pd.testing.assert_frame_equal(pd.read_csv(tmp_path / folder / "items.csv"), pd.read_csv(made / "items.csv"))
+    second = json.loads((tmp_path / "again" / "record.json").read_text())
+    assert (second["rerun_of"], second["differs_from_it"]) == (record["made"], {})
+    assert all(second[name] == record[name] for name in ("command", "asked", "weights", "accuracy", "yes_ratio"))
+    assert record["evaluations"]["edited"]["edits_given"] == "bias:2.0@0-1; ablate@2.1"
+
+
+def test_what_is_not_as_the_record_found_it_is_refused(made: Path, tmp_path: Path) -> None:
+    record = json.loads((made / "record.json").read_text())
+    for name, what in (
+        ("questions_sha256", "questions"),
+        ("pictures_sha256", "pictures"),
+        ("weights", "model's weights"),
+    ):
+        changed = tmp_path / "record.json"
+        changed.write_text(json.dumps({**record, name: "0" * 64}))
+        result = run("--rerun", changed, "--out", tmp_path / "out")
+        assert result.exit_code == 2
+        assert result.stderr == (
+            f"mechvlm: the {what} are not those of the record (sha256 000000000000... there, {record[name][:12]}... "
+            "here), so its numbers cannot come out again; give the same, or run without --rerun.\n"
+        )
+
+
+def test_a_second_run_into_the_same_folder_asks_nothing_again(
+    made: Path, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Task, "answers", lambda *_: pytest.fail("a question was asked again"))
+    before = (made / "items.csv").read_text()
+    assert run("--rerun", made / "record.json", "--out", made).exit_code == 0
+    assert (made / "items.csv").read_text() == before
+    other = run(*given(place), "--out", made)
+    assert other.exit_code == 2
+    assert f"out='{made / 'finished' / 'base'}' holds another evaluation" in other.stderr
+
+
+def test_without_edits_there_is_the_model_alone(place: Path, tmp_path: Path) -> None:
+    result = run(
+        *given(place), "--split", "random", "--parser", "first-word", "--max-new-tokens", "2", "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.stderr
+    items = pd.read_csv(tmp_path / "items.csv")
+    assert len(items) == 12
+    assert "base_answer" in items
+    assert "edited_correct" not in items
+    assert (tmp_path / "pope.html").read_text(encoding="utf-8").count("<section") == 4
+
+
+WRONG = {  # words of the command line, and the sentence
+    "": "there is no model to ask; name one, such as demo, or give --rerun a record.json.",
+    "nothing": "there are no questions; give --questions a POPE file, a folder of them, or demo.",
+    "demo --edit bias@3": (
+        "no edit is written 'bias@3'; write bias:AMOUNT@LAYERS, cut@LAYERS, ablate@LAYER.HEAD,... or "
+        "scale:FACTOR@LAYER.HEAD,..., for instance bias:2.0@8-16 or ablate@3.5,4.1."
+    ),
+    "demo --questions {place}/none.json": (
+        "there is no file '{place}/none.json' of questions; give a POPE file, a folder of them, or 'demo'."
+    ),
+    "demo --split hard": "these questions have no split 'hard'; they have random, popular, adversarial.",
+    "demo --parser gpt": (
+        "no parser is called 'gpt'; choose from official, opera, vcd, lmms-eval, viar, first-word, or None for logits."
+    ),
+    "--rerun {place}/images/0.png": (
+        "'{place}/images/0.png' is no record of mechvlm pope (UnicodeDecodeError); give the record.json that it wrote."
+    ),
+    "{place}/model --questions {place}/questions --images {place}/questions": (
+        "coco_pope_random.json, line 1: there is no file '{place}/questions/0.png'; give the path of one picture "
+        "(wrong as well: coco_pope_random.json, line 5; coco_pope_random.json, line 9)."
+    ),
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_one_sentence_and_exit_code_2(words: str, place: Path, tmp_path: Path) -> None:
+    result = run(*[word.format(place=place) for word in words.split()], "--out", tmp_path)
+    assert result.stderr == f"mechvlm: {WRONG[words].replace('{place}', str(place))}\n"
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+def test_its_help() -> None:
+    assert "--edit" in run("--help").stdout
