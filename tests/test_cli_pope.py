@@ -3,6 +3,7 @@
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -59,7 +60,7 @@ def made(place: Path) -> Path:
 
 def test_it_writes_the_numbers_that_pope_returns(place: Path, made: Path) -> None:
     vlm = mv.load(place / "model")
-    how = {"images": place / "images", "template": "{question} yes or no ?", "joined": "max"}
+    how: dict[str, Any] = {"images": place / "images", "template": "{question} yes or no ?", "joined": "max"}
     edits = mv.evaluate.edits_from("bias:2.0@0-1", "ablate@2.1")
     items = pd.read_csv(made / "items.csv")
     for name, these in (("base", ()), ("edited", edits)):
@@ -68,9 +69,8 @@ def test_it_writes_the_numbers_that_pope_returns(place: Path, made: Path) -> Non
         xr.testing.assert_allclose(found, expected, atol=1e-5)
         np.testing.assert_allclose(items[f"{name}_p_yes"], expected.p_yes, atol=1e-6)
         assert items[f"{name}_predicted"].tolist() == expected.predicted.values.tolist()
-    compared = mv.evaluate.stats.compare(
-        *(xr.open_dataset(made / f"{n}.nc", engine="h5netcdf") for n in ("base", "edited"))
-    )
+    base, edited = (xr.open_dataset(made / f"{name}.nc", engine="h5netcdf") for name in ("base", "edited"))
+    compared = mv.evaluate.stats.compare(base, edited)
     written = xr.open_dataset(made / "comparison.nc", engine="h5netcdf")
     np.testing.assert_allclose(written.advantage, compared.advantage)
     page = (made / "pope.html").read_text(encoding="utf-8")

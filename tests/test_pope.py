@@ -482,10 +482,15 @@ def test_the_record_names_all_that_the_numbers_rest_on(tmp_path: Path) -> None:
 
 def test_the_demo_is_asked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its questions and pictures; the answers are right ones, since asking for 900 of them takes seconds."""
-    monkeypatch.setattr(Task, "answers", lambda _, items: [(1.0 if i.label == "yes" else -1.0, 1.0, "") for i in items])
+
+    def right(_: Task, items: Any) -> Any:
+        return [(1.0 if item.label == "yes" else -1.0, 1.0, "") for item in items], "right answers"
+
+    monkeypatch.setattr(Task, "answers", right)
     found = evaluate.pope(mv.load("demo"), "demo", split="adversarial")
     assert found.sizes["item"] == 900
     assert bool(found.correct.all())
+    assert found.attrs["engine"] == "150 x right answers"
     assert found.question.values[1] == mv.demo.pope("adversarial")[1].text
 
 

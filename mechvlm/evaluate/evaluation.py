@@ -10,6 +10,7 @@ about one picture run together, and neither changes a number.
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 from tqdm import tqdm
 
 from mechvlm.edits import Edit, name_of
@@ -29,8 +29,9 @@ from mechvlm.evaluate.parsers import Parser, Scoring, chances, parser_of, scorin
 from mechvlm.evaluate.pictures import looked_at, picture_of
 from mechvlm.experiments.record import record
 from mechvlm.fingerprints import fingerprint, weights_print
-from mechvlm.plan import listed_edits
+from mechvlm.plan import check_edit, listed_edits
 from mechvlm.prompt import Prompt
+from mechvlm.shared import shared_logits
 from mechvlm.sites import told, whole
 from mechvlm.vlm import VLM
 
@@ -69,23 +70,19 @@ class Task:
         raw = any(mark in self.template for mark in marks)
         return self.vlm.prompt(about, self.template.replace("{question}", item.question), raw)
 
-    def answers(self, items: Sequence[Item]) -> list[Answer]:
-        """What the model says to questions about one picture."""
+    def answers(self, items: Sequence[Item]) -> tuple[list[Answer], str]:
+        """What the model says to questions about one picture, and how they were run."""
         picture = picture_of(items[0], self.images)
         prompts = [self.prompt(item, picture) for item in items]
-        margins, either = self.scoring(self.first_tokens(prompts))
+        shared = shared_logits(self.vlm, prompts, self.first_edits)
+        margins, either = self.scoring(shared.logits.float().cpu())
         texts = [""] * len(prompts) if self.parser is None else list(self.generated(prompts))
-        return list(zip(margins.tolist(), either.tolist(), texts, strict=True))
+        return list(zip(margins.tolist(), either.tolist(), texts, strict=True)), shared.engine
 
-    def first_tokens(self, prompts: Sequence[Prompt]) -> Tensor:
-        """The logits of the first token of each answer, `prompt vocab`."""
-        found = []
-        for prompt in prompts:
-            edits = self.edits(prompt)
-            if self.parser is not None:
-                edits = [edit for edit in edits if edit.when != "decode"]  # which come after the first token
-            found.append(self.vlm.run(prompt, edits=edits).logits.float().cpu())
-        return torch.cat(found)
+    def first_edits(self, prompt: Prompt) -> list[Edit]:
+        """The edits that act before the first token; where words are generated, others come after it."""
+        edits = listed_edits("edits", self.edits(prompt))
+        return edits if self.parser is None else [edit for edit in edits if check_edit(edit).when != "decode"]
 
     def generated(self, prompts: Sequence[Prompt]) -> Iterator[str]:
         """What the model answers in words, greedily."""
@@ -177,7 +174,8 @@ def pope(
         "parser": parser if isinstance(parser, str) else "none" if parser is None else name_of(parser),
     }
     kept = None if out is None else Finished(out, task_print(task, about, edits if callable(edits) else same))
-    return dataset(task, answered(task, kept), about)
+    answers, engine = answered(task, kept)
+    return dataset(task, answers, {**about, "engine": engine})
 
 
 def text_of(template: str) -> str:
@@ -210,9 +208,10 @@ def at_least_one(name: str, number: Any) -> int | None:
     return size
 
 
-def answered(task: Task, kept: Finished | None) -> dict[int, Answer]:
-    """Every item's answer by its number: what was finished before, and what runs now."""
+def answered(task: Task, kept: Finished | None) -> tuple[dict[int, Answer], str]:
+    """Every item's answer by its number: what was finished before, and what runs now; and how that was run."""
     found = {} if kept is None else kept.answers()
+    engines: Counter[str] = Counter()
     asked = [item for item in task.items if item.duplicate_of == item.number]
     about: dict[str, list[Item]] = {}
     for item in asked:
@@ -223,12 +222,20 @@ def answered(task: Task, kept: Finished | None) -> dict[int, Answer]:
             size = task.size or len(items)
             for start in range(0, len(items), size):
                 some = items[start : start + size]
-                new = dict(zip([item.number for item in some], task.answers(some), strict=True))
+                answers, engine = task.answers(some)
+                engines[engine] += 1
+                new = dict(zip([item.number for item in some], answers, strict=True))
                 if kept is not None:
                     kept.add(new)
                 found |= new
                 bar.update(len(new))
-    return found
+    return found, engines_text(engines)
+
+
+def engines_text(engines: Mapping[str, int]) -> str:
+    """How batches were run, the most frequent ways first."""
+    said = [f"{times} x {engine}" for engine, times in sorted(engines.items(), key=lambda pair: -pair[1])]
+    return "; ".join(said[:5]) + (f"; {len(said) - 5} more ways" if len(said) > 5 else "") or "kept from before"
 
 
 def dataset(task: Task, answers: Mapping[int, Answer], about: Mapping[str, Any]) -> xr.Dataset:

@@ -56,7 +56,7 @@ def benchmark_page(found: Mapping[str, xr.Dataset], folder: Path, about: Mapping
 def by_split(found: Mapping[str, xr.Dataset]) -> Section:
     """Accuracy and the rest for each split, and their mean, as POPE reports them."""
     parts = {
-        (str(split), name): stats.scores(part.label.values, part.predicted.values, part.image.values)
+        (str(split), str(name)): stats.scores(part.label.values, part.predicted.values, part.image.values)
         for name, one in found.items()
         for split, part in one.groupby("split")
     }
