@@ -25,9 +25,9 @@ from PIL import Image
 
 import mechvlm as mv
 from mechvlm import evaluate
-from mechvlm.evaluate.evaluation import Task
 from mechvlm.evaluate.parsers import PARSERS, scoring_of
 from mechvlm.evaluate.pictures import looked_at
+from mechvlm.evaluate.task import Task
 
 DATA = Path(__file__).parent / "data" / "pope"
 SPLITS = ("random", "popular", "adversarial")
@@ -500,7 +500,7 @@ SCRIPT = """
 import sys, time
 import tiny
 from mechvlm import evaluate
-from mechvlm.evaluate.evaluation import Task
+from mechvlm.evaluate.task import Task
 
 rows = [
     {"question_id": number, "image": str(number // 2), "text": f"is there a {number} in the image ?", "label": "yes"}

@@ -82,6 +82,22 @@ def test_every_line_of_the_table_of_causes_runs() -> None:
     assert all(engine.startswith("rerun from the edited layer") for engine in engines.values()), engines
 
 
+def test_every_line_of_the_table_of_evaluations_runs() -> None:
+    """On two pictures of the demo's benchmark; all of them take ten seconds each time."""
+    import mechvlm as mv
+
+    names: dict[str, Any] = {
+        "mv": mv,
+        "vlm": mv.load("demo"),
+        "some": mv.evaluate.read_pope("demo", "adversarial")[:12],
+    }
+    part = README.split("\n## Evaluation\n")[1].split("\n## ")[0]
+    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
+        names[name] = eval(code.replace('"demo", split="adversarial"', "some"), names)
+    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
+    assert [type(eval(code, names)).__name__ for code in rows] == ["Dataset", "Dataset", "DataFrame"]
+
+
 def test_the_code_is_short() -> None:
     code, *_ = blocks("python")
     assert len([line for line in code.splitlines() if line.strip()]) <= 12

@@ -43,39 +43,46 @@ class Asked:
     dtype: str | None = None
 
 
+Model = Annotated[str | None, typer.Argument(help="A name on the Hugging Face hub, a checkpoint directory, or demo.")]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option("--questions", "--file", help="A POPE file or a folder of them; may be repeated. [default: demo's]"),
+]
+Images = Annotated[Path | None, typer.Option(help="The folder of the pictures.")]
+Splits = Annotated[list[str] | None, typer.Option(help="A split to keep; may be repeated. [default: all]")]
+Edits = Annotated[
+    list[str] | None,
+    typer.Option(help="bias:2.0@8-16, cut@4-7, ablate@3.5,4.1 or scale:2@3.5; all that are given act together."),
+]
+Template = Annotated[str, typer.Option(help="plain, viar, vcd, lmms-eval, viar-2026, or a text with {question}.")]
+Joined = Annotated[str, typer.Option(help="How a word's spellings are joined: logsumexp or max.")]
+LowerCase = Annotated[bool, typer.Option("--lower-case", help="Only the small-letter tokens, as VIAR.")]
+ParserName = Annotated[
+    str | None,
+    typer.Option(help="Read generated text by official, opera, vcd, lmms-eval, viar or first-word. [default: logits]"),
+]
+Tokens = Annotated[int, typer.Option(help="Of a generated answer.")]
+Batch = Annotated[int | None, typer.Option(help="At most so many questions together.")]
+Rerun = Annotated[Path | None, typer.Option(help="The record.json of an earlier run, to be run again.")]
+Out = Annotated[Path, typer.Option(help="The folder to write into.")]
+
+
 def pope_command(
-    model: Annotated[
-        str | None, typer.Argument(help="A name on the Hugging Face hub, a checkpoint directory, or demo.")
-    ] = None,
-    questions: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--questions", "--file", help="A POPE file or a folder of them; may be repeated. [default: demo's]"
-        ),
-    ] = None,
-    images: Annotated[Path | None, typer.Option(help="The folder of the pictures.")] = None,
-    split: Annotated[list[str] | None, typer.Option(help="A split to keep; may be repeated. [default: all]")] = None,
-    edit: Annotated[
-        list[str] | None,
-        typer.Option(help="bias:2.0@8-16, cut@4-7, ablate@3.5,4.1 or scale:2@3.5; all that are given act together."),
-    ] = None,
-    template: Annotated[
-        str, typer.Option(help="plain, viar, vcd, lmms-eval, viar-2026, or a text with {question}.")
-    ] = "plain",
-    joined: Annotated[str, typer.Option(help="How a word's spellings are joined: logsumexp or max.")] = "logsumexp",
-    lower_case: Annotated[bool, typer.Option("--lower-case", help="Only the small-letter tokens, as VIAR.")] = False,
-    parser: Annotated[
-        str | None,
-        typer.Option(
-            help="Read generated text by official, opera, vcd, lmms-eval, viar or first-word. [default: logits]"
-        ),
-    ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Of a generated answer.")] = 16,
-    batch_size: Annotated[int | None, typer.Option(help="At most so many questions together.")] = None,
+    model: Model = None,
+    questions: Questions = None,
+    images: Images = None,
+    split: Splits = None,
+    edit: Edits = None,
+    template: Template = "plain",
+    joined: Joined = "logsumexp",
+    lower_case: LowerCase = False,
+    parser: ParserName = None,
+    max_new_tokens: Tokens = 16,
+    batch_size: Batch = None,
     device: Device = None,
     dtype: Dtype = None,
-    rerun: Annotated[Path | None, typer.Option(help="The record.json of an earlier run, to be run again.")] = None,
-    out: Annotated[Path, typer.Option(help="The folder to write into.")] = Path("mechvlm-pope"),
+    rerun: Rerun = None,
+    out: Out = Path("mechvlm-pope"),
 ) -> None:
     """Ask a model the questions of a POPE file, with edits and without, and write what the edits change."""
     with one_sentence():
@@ -154,11 +161,13 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     """
     from mechvlm.evaluate import edits_from, pope, read_pope
     from mechvlm.evaluate.evaluation import content_of, sha256
+    from mechvlm.evaluate.parsers import parser_of
     from mechvlm.evaluate.pictures import looked_at
+    from mechvlm.evaluate.task import text_of
     from mechvlm.fingerprints import fingerprint, weights_print
     from mechvlm.report.benchmark import benchmark_page
 
-    edits = edits_from(*asked.edit)
+    edits, _, _ = edits_from(*asked.edit), text_of(asked.template), parser_of(asked.parser)  # before a model is loaded
     questions = "demo" if asked.questions == ["demo"] else list(asked.questions)
     items = read_pope(questions, asked.split or None)
     vlm = loaded(asked.model, asked.device, asked.dtype)

@@ -11,8 +11,8 @@ item are kept, and intervals are over pictures, since questions about one pictur
 from mechvlm.evaluate import stats as stats
 from mechvlm.evaluate.edit_texts import EditTexts as EditTexts
 from mechvlm.evaluate.edit_texts import edits_from as edits_from
-from mechvlm.evaluate.evaluation import TEMPLATES as TEMPLATES
 from mechvlm.evaluate.evaluation import pope as pope
 from mechvlm.evaluate.files import Item as Item
 from mechvlm.evaluate.files import read_pope as read_pope
 from mechvlm.evaluate.parsers import PARSERS as PARSERS
+from mechvlm.evaluate.task import TEMPLATES as TEMPLATES

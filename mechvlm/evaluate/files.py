@@ -4,7 +4,7 @@ Rule this module guards: everything that is wrong with a file is found before a 
 
 >>> items = mv.evaluate.read_pope("demo", split="adversarial")
 >>> items[1].question, items[1].label
-('Is there a 4 in the image?', 'no')
+('Is there a 1 in the image?', 'no')
 """
 
 import json

@@ -96,19 +96,6 @@ def changes(base: xr.Dataset, edited: xr.Dataset) -> list[Section]:
     found = stats.compare(base, edited)
     table = stats.comparison_table(found)
     rows = [[name, *map(str, row)] for name, row in zip(table.index, table.to_numpy().tolist(), strict=True)]
-    turned = [
-        at for at, (a, b) in enumerate(zip(base.predicted.values, edited.predicted.values, strict=True)) if a != b
-    ]
-    once = [at for at in turned if int(base.duplicate_of[at]) == at]
-    columns = ["picture", "question", "right", "base", "edited", "margin of base", "margin with edits"]
-    examples = [
-        [
-            *(str(base[name].values[at]) for name in ("image", "question", "label", "predicted")),
-            str(edited.predicted.values[at]),
-            *(f"{float(one.margin[at]):+.2f}" for one in (base, edited)),
-        ]
-        for at in once[:SHOWN]
-    ]
     return [
         Section(
             "changes",
@@ -136,15 +123,33 @@ def changes(base: xr.Dataset, edited: xr.Dataset) -> list[Section]:
             "Ten bins of equal width over the probability of the answer that is given.",
             drawings=[Drawing("Reliability of base and edited", reliability_diagram(found))],
         ),
-        Section(
-            "items",
-            "Answers that changed",
-            f"{len(once)} answers changed; {sum(bool(edited.correct[at]) for at in once)} of them are right now.",
-            f"At most {SHOWN} of them; items.csv has all answers.",
-            "Margins are log P(yes) - log P(no), in nats.",
-            tables=[Table("Answers that changed", columns, examples)],
-        ),
+        turned_answers(base, edited),
     ]
+
+
+def turned_answers(base: xr.Dataset, edited: xr.Dataset) -> Section:
+    """Which answers the edits changed."""
+    turned = [
+        at for at, (a, b) in enumerate(zip(base.predicted.values, edited.predicted.values, strict=True)) if a != b
+    ]
+    once = [at for at in turned if int(base.duplicate_of[at]) == at]
+    columns = ["picture", "question", "right", "base", "edited", "margin of base", "margin with edits"]
+    examples = [
+        [
+            *(str(base[name].values[at]) for name in ("image", "question", "label", "predicted")),
+            str(edited.predicted.values[at]),
+            *(f"{float(one.margin[at]):+.2f}" for one in (base, edited)),
+        ]
+        for at in once[:SHOWN]
+    ]
+    return Section(
+        "items",
+        "Answers that changed",
+        f"{len(once)} answers changed; {sum(bool(edited.correct[at]) for at in once)} of them are right now.",
+        f"At most {SHOWN} of them; items.csv has all answers.",
+        "Margins are log P(yes) - log P(no), in nats.",
+        tables=[Table("Answers that changed", columns, examples)],
+    )
 
 
 def calibration(base: xr.Dataset) -> Section:
@@ -169,7 +174,7 @@ def table_of(found: Mapping[str, xr.Dataset]) -> pd.DataFrame:
         found: evaluations of the same questions, by name.
     """
     asked = next(iter(found.values()))
-    columns: dict[str, Any] = {name: asked[name].values for name in asked.coords}
+    columns: dict[str, Any] = {str(name): asked[name].values for name in asked.coords}
     for name, one in found.items():
         columns |= {f"{name}_{what}": one[what].values for what in PER_ITEM if what in one}
     return pd.DataFrame(columns)
