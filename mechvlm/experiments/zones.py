@@ -129,6 +129,7 @@ def find_zone(
     result["in_zone"] = ("layer", inside, {"long_name": "resamples with the layer in the zone", "units": "share"})
     test = "all pictures" if fixed else "chosen by one half of the pictures, tested on the other; twice the median p"
     about: dict[str, Any] = {"rule": f"layers {told(rule)}" if fixed else rule, "c": c, "test": test, "level": level}
+    about |= {"quantity": str(values.quantity.item())} if "quantity" in values.coords else {}
     return result.assign_attrs(about, splits=splits, resamples=resamples, seed=seed, clusters=total)
 
 

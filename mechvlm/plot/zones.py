@@ -40,15 +40,19 @@ def zone_curve(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
     """
     _check(found, "zone_curve", "find_zone", "values", {"in_zone", "p_value", "mean", "low", "high"})
     start, stop = float(found.chosen_start), float(found.chosen_stop)
-    chosen, held = np.isfinite(start), bool(found.found)
+    chosen, held = bool(np.isfinite(start)), bool(found.found)
     which = f"layers {start:.0f} to {stop - 1:.0f}" if chosen else "no layers"
-    verdict = f"A zone: {which}" if held else f"No zone: the rule chooses {which}" + ", which do not hold" * chosen
+    verdict = (
+        f"A zone: {which}" if held else f"No zone: the rule chooses {which}" + (", which do not hold" if chosen else "")
+    )
     said = f"{verdict}; p = {float(found.p_value):.3g} ({found.attrs['test']})"
     band = (found["low"], found["high"])
     over = (
         f". Line and band: mean and {100 * found.attrs['level']:.0f}% interval over {found.attrs['clusters']} pictures."
     )
-    figure = lines(found["mean"], "layer", band=band, title=title, caption=caption or said + over)
+    long, units = UNITS.get(found.attrs.get("quantity", ""), (found["mean"].attrs["long_name"], None))
+    mean = found["mean"].assign_attrs(long_name=long, **({"units": units} if units else {}))
+    figure = lines(mean, "layer", band=band, title=title, caption=caption or said + over)
     if chosen:
         fill = (
             {"fillcolor": FAINT, "line": {"width": 0}} if held else {"line": {"width": 1, "dash": "dot", "color": INK}}
@@ -88,6 +92,14 @@ def head_matrix(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fig
             x=columns, y=rows, mode="markers", marker=mark, showlegend=False, hoverinfo="skip", name=name
         )
     return figure
+        layers, heads = np.nonzero(found[name].transpose("layer", "head").values)
+        mark = {"symbol": symbol, "size": 8, "color": "white", "line": {"width": 1, "color": INK}}
+        figure.add_scatter(
+            x=heads, y=layers, mode="markers", marker=mark, showlegend=False, hoverinfo="skip", name=name
+        )
+    # Marks are put outside the table's frame by themselves, unless its range is said.
+    figure.update_xaxes(range=[-0.5, mean.sizes["head"] - 0.5])
+    return figure.update_yaxes(autorange=None, range=[mean.sizes["layer"] - 0.5, -0.5])
 
 
 def published_beside(
@@ -139,11 +151,11 @@ def layer_spans(profile: xr.Dataset, level: float = 0.95, title: str = "", capti
     """
     _check(profile, "layer_spans", "layer_profile", "prompts", {"vis_l", "mass", "first"})
     curves = [profile.mass.sel(span="image", drop=True), profile["first"]]
-    together = xr.concat([one.mean("head") for one in curves], xr.Variable("keys", ["image", "position 0"]))
+    together = xr.concat([one.mean("head") for one in curves], xr.Variable("span", ["image", "position 0"]))
     over = mean_interval(together, "prompt", profile.cluster.values, level)
     mean = over["mean"].assign_attrs(long_name="attention mass", units="fraction")
     said = f"Means over {profile.sizes['prompt']} prompts about {over.attrs['clusters']} pictures, heads and text rows."
-    return lines(mean, "layer", "keys", band=_shown(over.low, over.high), title=title, caption=caption or said)
+    return lines(mean, "layer", "span", band=_shown(over.low, over.high), title=title, caption=caption or said)
 
 
 def _shown(low: xr.DataArray, high: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray] | None:
