@@ -74,6 +74,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
+    from mechvlm.experiments.bends import u_shape as u_shape
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response
@@ -121,7 +122,6 @@ if TYPE_CHECKING:
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
     from mechvlm.experiments.visual_gradient import gradient_by_layer as gradient_by_layer
     from mechvlm.experiments.zones import find_zone as find_zone
-    from mechvlm.experiments.zones import u_shape as u_shape
 
 __version__ = "0.1.0"
 
@@ -185,7 +185,7 @@ _LATER = {
     "tuned_lens": "mechvlm.experiments.translators",
     "mean_interval": "mechvlm.experiments.uncertainty",
     "find_zone": "mechvlm.experiments.zones",
-    "u_shape": "mechvlm.experiments.zones",
+    "u_shape": "mechvlm.experiments.bends",
     "neglect_heads": "mechvlm.experiments.neglect",
     "gradient_by_layer": "mechvlm.experiments.visual_gradient",
 }

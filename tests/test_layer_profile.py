@@ -182,6 +182,26 @@ def test_a_q_formers_tokens_are_profiled_as_image_tokens() -> None:
     np.testing.assert_allclose(found.mass.sum("span"), 1, rtol=1e-5)
 
 
+def test_figures_show_the_curves_of_the_profile_and_what_the_columns_hold(wide: mv.VLM) -> None:
+    prompts = both_lengths(wide)
+    own, published = (mv.layer_profile(wide, prompts, convention=name) for name in (None, VIAR))
+    beside = mv.plot.published_beside(own, published, "density")
+    curves = {trace.name: trace.y for trace in beside.data if trace.mode == "lines+markers"}
+    np.testing.assert_allclose(curves["corrected"], own["mean"].sel(quantity="density"))
+    np.testing.assert_allclose(curves[VIAR], published["mean"].sel(quantity="density"))
+    bos = float(published.really.sel(own="bos").mean())
+    assert beside.layout.annotations[0].text.startswith(f"What {VIAR} calls the image is paid, on average")
+    assert f"{bos:.3f} bos" in beside.layout.annotations[0].text.replace("<br>", " ")
+    spans = {trace.name: trace.y for trace in mv.plot.layer_spans(own).data if trace.mode == "lines+markers"}
+    np.testing.assert_allclose(spans["position 0"], own["first"].mean(["prompt", "head"]))
+    np.testing.assert_allclose(spans["image"], own["mean"].sel(quantity="mass"))
+    with pytest.raises(ValueError) as caught:
+        mv.plot.published_beside(own, published, "vas")
+    assert str(caught.value) == (
+        "quantity='vas' is not known; choose from 'mass', 'all_rows', 'density', 'density_share'."
+    )
+
+
 def image_alone(vlm: mv.VLM) -> Prompt:
     ids = torch.tensor([[tiny.IMAGE] * tiny.TOKENS])
     return vlm.prompt(encoding={"input_ids": ids, "pixel_values": tiny.encoding()["pixel_values"]})

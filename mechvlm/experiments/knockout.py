@@ -132,7 +132,7 @@ def percent(metric: Metric | None) -> bool:
     return metric is None or (isinstance(metric, WordMetric) and metric.name == "probability")
 
 
-def clusters_of(prompts: Sequence[Prompt], clusters: Sequence[Any] | None) -> list[Any]:
+def clusters_of(prompts: Sequence[Prompt], clusters: Sequence[Any] | np.ndarray | None) -> list[Any]:
     """What prompts belong together: those about one picture, where nothing else is said.
 
     Example:

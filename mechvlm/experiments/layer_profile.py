@@ -48,7 +48,7 @@ Found = dict[str, np.ndarray]
 def layer_profile(
     vlm: VLM,
     prompts: Prompt | Sequence[Prompt],
-    clusters: Sequence[Any] | None = None,
+    clusters: Sequence[Any] | np.ndarray | None = None,
     convention: str | None = None,
     level: float = 0.95,
 ) -> xr.Dataset:

@@ -10,7 +10,6 @@ curve always has a lowest stretch; whether it is there in pictures that were not
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -19,23 +18,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mechvlm.sites import listed, number, told, whole, whole_numbers
+from mechvlm.experiments.curves import Curve, Seen, Times, by_cluster, check_draws, curve_of, resampled
+from mechvlm.sites import told, whole_numbers
 
 RULES = ("shoulders", "below_mean")
 LEAST = 2
 """Layers that make a zone: a single low layer is none."""
 Run = tuple[int, int] | None
-Curve = Float[np.ndarray, " layer"]
-Times = Float[np.ndarray, " cluster"]
-"""How often each cluster counts: 1 or 0 for one of a half, or how often it is drawn."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """Values summed over the prompts of each cluster, and how many prompts each cluster has."""
-
-    sums: Float[np.ndarray, "cluster layer"]
-    counts: Float[np.ndarray, " cluster"]
 
 
 Choice = Callable[[Seen, Times], Run]
@@ -43,7 +32,7 @@ Choice = Callable[[Seen, Times], Run]
 
 def find_zone(
     values: xr.DataArray,
-    clusters: Sequence[Any] | None = None,
+    clusters: Sequence[Any] | np.ndarray | None = None,
     rule: str | Sequence[int] = "shoulders",
     c: float = 0.5,
     level: float = 0.95,
@@ -103,16 +92,16 @@ def find_zone(
         takes layers below the mean minus half a standard deviation; the test is this package's. Twice the median of
         p-values of splits: Meinshausen, Meier and Buehlmann (2009), "p-Values for High-Dimensional Regression".
     """
-    table, seen = _by_cluster(values, clusters)
+    table, seen = by_cluster(values, clusters)
     if isinstance(rule, str) and rule not in RULES:
         raise ValueError(f"rule={rule!r} is not known; choose 'shoulders' or 'below_mean', or give layers.")
     fixed = None if isinstance(rule, str) else _fixed(rule, table.layer.values)
-    _check(level, splits, resamples)
+    check_draws(level, splits, resamples)
     z = NormalDist().inv_cdf(level)
     named: dict[Any, Choice] = {"shoulders": partial(_shoulders, z=z), "below_mean": partial(_below, c=c)}
     choose: Choice = (lambda *_: fixed) if fixed else named[rule]
     draw, total = np.random.default_rng(seed), len(seen.counts)
-    again, all_of_them = _drawn(draw, np.arange(total), total, resamples), np.ones(total)
+    again, all_of_them = resampled(draw, np.arange(total), total, resamples), np.ones(total)
     chosen = choose(seen, all_of_them)
     p_value, gap = _tested(seen, fixed, all_of_them, again) if fixed else _halves(seen, choose, draw, splits, resamples)
     runs = [choose(seen, times) for times in again]
@@ -123,105 +112,14 @@ def find_zone(
     result = xr.Dataset({name: float(at + layers[0]) for name, at in ends.items()}, {"layer": layers})
     same = float(np.mean([run == chosen for run in runs])) if chosen else 0.0
     result = result.assign(found=found, p_value=p_value, gap=gap, same=same)
-    ends_of = np.quantile(_curve(seen, again), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    for name, curve in zip(("mean", "low", "high"), (_curve(seen, all_of_them), *ends_of), strict=True):
+    ends_of = np.quantile(curve_of(seen, again), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    for name, curve in zip(("mean", "low", "high"), (curve_of(seen, all_of_them), *ends_of), strict=True):
         result[name] = ("layer", curve, {"long_name": values.name or "value", **values.attrs})
     result["in_zone"] = ("layer", inside, {"long_name": "resamples with the layer in the zone", "units": "share"})
     test = "all pictures" if fixed else "chosen by one half of the pictures, tested on the other; twice the median p"
     about: dict[str, Any] = {"rule": f"layers {told(rule)}" if fixed else rule, "c": c, "test": test, "level": level}
     about |= {"quantity": str(values.quantity.item())} if "quantity" in values.coords else {}
     return result.assign_attrs(about, splits=splits, resamples=resamples, seed=seed, clusters=total)
-
-
-def u_shape(
-    values: xr.DataArray,
-    clusters: Sequence[Any] | None = None,
-    level: float = 0.95,
-    resamples: int = 1000,
-    seed: int = 0,
-) -> xr.Dataset:
-    """Whether a curve over layers is bent like a U: how much better a parabola foretells a layer that it has not seen.
-
-    Args:
-        values, clusters: as in `find_zone`.
-        level: of the intervals, which are those of resampled clusters and say nothing of other models' layers.
-
-    Returns:
-        `gain`: 1 - (squared errors of the parabola) / (squared errors of a constant), each fitted to the mean curve
-        without the layer whose value it is to give; at most 1, and 0 or less where the parabola is of no use.
-        `over_line`: the same against a straight line instead of a constant, since a mere slope has a gain, too.
-        `curvature`: what the parabola rises from the middle to either end, in the unit of the values; above 0 for a U.
-        `bottom`: the layer where it is lowest or highest. All over `end`: "mean", "low" and "high".
-
-    Raises:
-        ValueError, TypeError: as `find_zone`.
-
-    Example:
-        >>> curves = np.array([[4.0, 1.1, 0.0, 0.9, 4.0], [4.1, 1.0, 0.0, 1.0, 3.9]] * 2)
-        >>> mv.u_shape(xr.DataArray(curves, dims=["prompt", "layer"])).curvature.sel(end="mean").item() > 0
-        True
-
-    Source:
-        VIAR (github.com/aayambansal/VIAR) speaks of a U-shaped profile and gives no score. Errors of layers left out:
-        Allen (1974), "The Relationship between Variable Selection and Data Augmentation" (PRESS).
-    """
-    _, seen = _by_cluster(values, clusters)
-    _check(level, 1, resamples)
-    total = len(seen.counts)
-    drawn = _drawn(np.random.default_rng(seed), np.arange(total), total, resamples)
-    curves = _curve(seen, np.vstack([np.ones(total), drawn]))
-    x = np.linspace(-1, 1, curves.shape[1])
-    errors = [_left_out(curves, np.vander(x, degree + 1)) for degree in range(3)]
-    slope, curvature = (np.linalg.lstsq(np.vander(x, 3), curves.T, rcond=None)[0][at] for at in (1, 0))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        found = {"gain": 1 - errors[2] / errors[0], "over_line": 1 - errors[2] / errors[1], "curvature": curvature}
-        found["bottom"] = (1 - slope / (2 * curvature)) * (curves.shape[1] - 1) / 2
-    quantiles = [(1 - level) / 2, (1 + level) / 2]
-    ends = {name: [each[0], *np.quantile(each[1:], quantiles)] for name, each in found.items()}
-    about = {"level": level, "resamples": resamples, "seed": seed, "clusters": total}
-    return xr.Dataset({name: ("end", each) for name, each in ends.items()}, {"end": ["mean", "low", "high"]}, about)
-
-
-def _check(level: float, splits: int, resamples: int) -> None:
-    """Refuses a level that is no share, and nothing to draw."""
-    if not 0 < number("level", level) < 1:
-        raise ValueError(f"level={level} is no share; give for instance 0.95.")
-    if whole("splits", splits) < 1 or whole("resamples", resamples) < 1:
-        raise ValueError(f"splits={splits} and resamples={resamples} must both be 1 or more.")
-
-
-def _by_cluster(values: xr.DataArray, clusters: Sequence[Any] | None) -> tuple[xr.DataArray, Seen]:
-    """The values with their axes in order, and by cluster."""
-    if not isinstance(values, xr.DataArray):
-        raise TypeError(f"{told(values)} is no DataArray; give values over prompt and layer.")
-    if set(values.dims) != {"prompt", "layer"}:
-        raise ValueError(
-            f"the values have {', '.join(map(str, values.dims)) or 'no axes'}; give them over prompt and layer, for "
-            "instance profile.vis_l.sel(quantity='mass')."
-        )
-    table = values.transpose("prompt", "layer")
-    if "layer" not in table.coords:
-        table = table.assign_coords(layer=np.arange(table.sizes["layer"]))
-    layers = table.layer.values
-    if table.sizes["layer"] < 4 or not np.array_equal(layers, np.arange(layers[0], layers[0] + len(layers))):
-        raise ValueError(
-            f"the values are of layers {', '.join(map(str, layers))}; give at least four, one after the other."
-        )
-    if not np.isfinite(table.values).all():
-        empty = layers[~np.isfinite(table.values).all(0)]
-        raise ValueError(
-            f"the values of layers {', '.join(map(str, empty))} are not all numbers; give layers that have them."
-        )
-    given = list(range(table.sizes["prompt"])) if clusters is None else listed(clusters)
-    if given is None or len(given) != table.sizes["prompt"]:
-        raise ValueError(
-            f"clusters={told(clusters)} must name one cluster for each of the {table.sizes['prompt']} prompts."
-        )
-    names = list(dict.fromkeys(given))
-    if len(names) < 4:
-        raise ValueError(f"the values are of {len(names)} clusters, and a test on halves needs at least 4 pictures.")
-    member = np.array([[one == name for one in given] for name in names], dtype=float)
-    return table, Seen(member @ table.values.astype(float), member.sum(1))
 
 
 def _fixed(rule: Any, layers: np.ndarray) -> tuple[int, int]:
@@ -240,7 +138,7 @@ def _fixed(rule: Any, layers: np.ndarray) -> tuple[int, int]:
 
 def _shoulders(seen: Seen, times: Times, z: float) -> Run:
     """The longest run of layers each of which is below both layers next to the run, by more than chance."""
-    curve = _curve(seen, times)
+    curve = curve_of(seen, times)
     off = np.sqrt(times)[:, None] * (seen.sums - seen.counts[:, None] * curve)
     # The error is that of all pictures, also in a half, so that both look for dips of one depth.
     spread = off.T @ off / (times @ seen.counts) ** 2 * times.sum() / len(times)
@@ -257,7 +155,7 @@ def _shoulders(seen: Seen, times: Times, z: float) -> Run:
 
 def _below(seen: Seen, times: Times, c: float) -> Run:
     """The longest run of layers below the mean over layers minus so many standard deviations."""
-    curve = _curve(seen, times)
+    curve = curve_of(seen, times)
     low = np.r_[False, curve < curve.mean() - c * curve.std(), False]
     firsts, behinds = np.flatnonzero(low[1:] & ~low[:-1]), np.flatnonzero(low[:-1] & ~low[1:])
     runs = [(int(a), int(b)) for a, b in zip(firsts, behinds, strict=True) if b - a >= LEAST]
@@ -276,26 +174,12 @@ def _gaps(curves: Float[np.ndarray, "*some layer"], run: tuple[int, int]) -> lis
     return [curves[..., at] - inside for at in beside]
 
 
-def _curve(seen: Seen, times: Float[np.ndarray, "*some cluster"]) -> Float[np.ndarray, "*some layer"]:
-    """The mean over prompts, where clusters count so many times."""
-    return (times @ seen.sums) / (times @ seen.counts)[..., None]
-
-
-def _drawn(
-    draw: np.random.Generator, members: np.ndarray, total: int, resamples: int
-) -> Float[np.ndarray, "resample cluster"]:
-    """How often each of so many clusters is drawn in each resample of some of them."""
-    times = np.zeros((resamples, total))
-    times[:, members] = draw.multinomial(len(members), np.full(len(members), 1 / len(members)), resamples)
-    return times
-
-
 def _tested(
     seen: Seen, run: tuple[int, int], times: Times, drawn: Float[np.ndarray, "resample cluster"]
 ) -> tuple[float, float]:
     """The p-value of a run that owes nothing to these clusters, and how far it is below the lower of its neighbours."""
-    above = [1 + int((gap <= 0).sum()) for gap in _gaps(_curve(seen, drawn), run)]
-    return max(above) / (1 + len(drawn)), float(min(_gaps(_curve(seen, times), run)))
+    above = [1 + int((gap <= 0).sum()) for gap in _gaps(curve_of(seen, drawn), run)]
+    return max(above) / (1 + len(drawn)), float(min(_gaps(curve_of(seen, times), run)))
 
 
 def _halves(seen: Seen, choose: Choice, draw: np.random.Generator, splits: int, resamples: int) -> tuple[float, float]:
@@ -306,16 +190,8 @@ def _halves(seen: Seen, choose: Choice, draw: np.random.Generator, splits: int, 
         mine[draw.permutation(total)[: total // 2]] = 1.0
         for half in (mine, 1 - mine):
             run, other = choose(seen, half), np.flatnonzero(half == 0)
-            drawn = _drawn(draw, other, total, resamples)
+            drawn = resampled(draw, other, total, resamples)
             found.append((1.0, np.nan) if run is None else _tested(seen, run, 1 - half, drawn))
     p_values, gaps = np.array(found).T
     there = gaps[np.isfinite(gaps)]
     return min(1.0, 2 * float(np.median(p_values))), float(np.median(there)) if len(there) else float("nan")
-
-
-def _left_out(
-    curves: Float[np.ndarray, "curve layer"], terms: Float[np.ndarray, "layer term"]
-) -> Float[np.ndarray, " curve"]:
-    """The squared errors of a least-squares fit at each layer when it is left out, summed; by leverage."""
-    hat = terms @ np.linalg.pinv(terms)
-    return (((curves - curves @ hat.T) / (1 - np.diag(hat))) ** 2).sum(-1)

@@ -152,7 +152,7 @@ def layer_spans(profile: xr.Dataset, level: float = 0.95, title: str = "", capti
     _check(profile, "layer_spans", "layer_profile", "prompts", {"vis_l", "mass", "first"})
     curves = [profile.mass.sel(span="image", drop=True), profile["first"]]
     together = xr.concat([one.mean("head") for one in curves], xr.Variable("span", ["image", "position 0"]))
-    over = mean_interval(together, "prompt", profile.cluster.values, level)
+    over = mean_interval(together, "prompt", profile.cluster.values.tolist(), level)
     mean = over["mean"].assign_attrs(long_name="attention mass", units="fraction")
     said = f"Means over {profile.sizes['prompt']} prompts about {over.attrs['clusters']} pictures, heads and text rows."
     return lines(mean, "layer", "span", band=_shown(over.low, over.high), title=title, caption=caption or said)

@@ -1,0 +1,74 @@
+"""Is a curve over layers bent like a U?
+
+Rule this module guards: a shape is judged by layers that it was not fitted to.
+
+>>> curves = xr.DataArray(np.tile([4.0, 1.0, 0.0, 1.0, 4.0], (4, 1)), dims=["prompt", "layer"])
+>>> float(u_shape(curves).curvature.sel(end="mean").round(6))
+4.0
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+from mechvlm.experiments.curves import by_cluster, check_draws, curve_of, resampled
+
+
+def u_shape(
+    values: xr.DataArray,
+    clusters: Sequence[Any] | np.ndarray | None = None,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Whether a curve over layers is bent like a U: how much better a parabola foretells a layer that it has not seen.
+
+    Args:
+        values, clusters: as in `find_zone`.
+        level: of the intervals, which are those of resampled clusters and say nothing of other models' layers.
+
+    Returns:
+        `gain`: 1 - (squared errors of the parabola) / (squared errors of a constant), each fitted to the mean curve
+        without the layer whose value it is to give; at most 1, and 0 or less where the parabola is of no use.
+        `over_line`: the same against a straight line instead of a constant, since a mere slope has a gain, too.
+        `curvature`: what the parabola rises from the middle to either end, in the unit of the values; above 0 for a U.
+        `bottom`: the layer where it is lowest or highest. All over `end`: "mean", "low" and "high".
+
+    Raises:
+        ValueError, TypeError: as `find_zone`.
+
+    Example:
+        >>> curves = np.array([[4.0, 1.1, 0.0, 0.9, 4.0], [4.1, 1.0, 0.0, 1.0, 3.9]] * 2)
+        >>> mv.u_shape(xr.DataArray(curves, dims=["prompt", "layer"])).curvature.sel(end="mean").item() > 0
+        True
+
+    Source:
+        VIAR (github.com/aayambansal/VIAR) speaks of a U-shaped profile and gives no score. Errors of layers left out:
+        Allen (1974), "The Relationship between Variable Selection and Data Augmentation" (PRESS).
+    """
+    _, seen = by_cluster(values, clusters)
+    check_draws(level, 1, resamples)
+    total = len(seen.counts)
+    drawn = resampled(np.random.default_rng(seed), np.arange(total), total, resamples)
+    curves = curve_of(seen, np.vstack([np.ones(total), drawn]))
+    x = np.linspace(-1, 1, curves.shape[1])
+    errors = [_left_out(curves, np.vander(x, degree + 1)) for degree in range(3)]
+    slope, curvature = (np.linalg.lstsq(np.vander(x, 3), curves.T, rcond=None)[0][at] for at in (1, 0))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = {"gain": 1 - errors[2] / errors[0], "over_line": 1 - errors[2] / errors[1], "curvature": curvature}
+        found["bottom"] = (1 - slope / (2 * curvature)) * (curves.shape[1] - 1) / 2
+    quantiles = [(1 - level) / 2, (1 + level) / 2]
+    ends = {name: [each[0], *np.quantile(each[1:], quantiles)] for name, each in found.items()}
+    about = {"level": level, "resamples": resamples, "seed": seed, "clusters": total}
+    return xr.Dataset({name: ("end", each) for name, each in ends.items()}, {"end": ["mean", "low", "high"]}, about)
+
+
+def _left_out(
+    curves: Float[np.ndarray, "curve layer"], terms: Float[np.ndarray, "layer term"]
+) -> Float[np.ndarray, " curve"]:
+    """The squared errors of a least-squares fit at each layer when it is left out, summed; by leverage."""
+    hat = terms @ np.linalg.pinv(terms)
+    return (((curves - curves @ hat.T) / (1 - np.diag(hat))) ** 2).sum(-1)
