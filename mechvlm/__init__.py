@@ -73,8 +73,8 @@ if TYPE_CHECKING:
     from mechvlm.experiments.accuracy import answer_accuracy as answer_accuracy
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
-    from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.bends import u_shape as u_shape
+    from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.dose import dose_response as dose_response

@@ -86,12 +86,6 @@ def head_matrix(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fig
     mean = found["mean"].transpose("layer", "head").assign_attrs(long_name="mean attention to the image")
     figure = heatmap(mean, title=title, caption=caption or said)
     for name, symbol in (("neglect", "triangle-down"), ("specialist", "triangle-up")):
-        rows, columns = np.nonzero(found[name].transpose("layer", "head").values)
-        mark = {"symbol": symbol, "size": 8, "color": "white", "line": {"width": 1, "color": INK}}
-        figure.add_scatter(
-            x=columns, y=rows, mode="markers", marker=mark, showlegend=False, hoverinfo="skip", name=name
-        )
-    return figure
         layers, heads = np.nonzero(found[name].transpose("layer", "head").values)
         mark = {"symbol": symbol, "size": 8, "color": "white", "line": {"width": 1, "color": INK}}
         figure.add_scatter(
