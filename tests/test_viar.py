@@ -19,7 +19,7 @@ from zoo import ask, build
 
 import mechvlm as mv
 from mechvlm.methods.bands import bias_layers, layer_sets, random_sets
-from mechvlm.methods.bias import layer_amounts, named_layers, viar_bias, viar_edits
+from mechvlm.methods.bias import head_pairs, layer_amounts, named_layers, viar_bias, viar_edits, zone_layers
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
@@ -36,6 +36,7 @@ ASKED: list[dict[str, Any]] = [
         (thing, label, tiny.picture(number)) for number in range(3) for thing, label in (("dog", "yes"), ("cat", "no"))
     )
 ]
+ENDS = (("", 0.0), ("_low", -0.1), ("_high", 0.1))
 PERSAMPLE = Path(__file__).parent / "data" / "viar" / "persample.csv"
 
 
@@ -214,6 +215,14 @@ def test_planted_truth_a_bias_makes_an_answer_that_looks_more_itself() -> None:
             assert float(measure(model.run(prompt, edits=others).logits)) == pytest.approx(plain, abs=1e-5)
 
 
+def test_a_zone_that_was_found_gives_its_layers_and_neglect_heads_their_pairs() -> None:
+    zone = xr.Dataset({"found": True, "start": 8.0, "stop": 17.0, "p_value": 0.01})
+    assert tuple(zone_layers(zone)) == ZONE
+    heads = xr.DataArray([[False, True], [True, False]], {"layer": [3, 4]}, ["layer", "head"])
+    found = xr.Dataset({"neglect": heads, "specialist": ~heads}).assign_coords(head=[0, 1])
+    assert head_pairs(found) == [(3, 1), (4, 0)] and head_pairs(found, "specialist") == [(3, 0), (4, 1)]
+
+
 def test_layers_in_words() -> None:
     assert named_layers([9, 3, 4, 5, 0]) == "0, 3-5, 9"
 
@@ -386,6 +395,47 @@ def test_planted_truth_attention_that_only_tells_yes_from_no_is_not_taken_for_be
     assert "no association" in str(apart.says.item())
 
 
+def test_a_profile_of_prompts_is_attention_of_items() -> None:
+    made, attention = published_items()
+    of_prompts = depth_correlation(made, attention.rename(item="prompt"), permutations=20)
+    assert np.array_equal(of_prompts.r, depth_correlation(made, attention, permutations=20).r)
+
+
+# -- figures -----------------------------------------------------------------------------------------------------------
+
+
+def test_doses_are_drawn_beside_the_moved_threshold() -> None:
+    figure = mv.plot.dose_curves(doses())
+    drawn = {trace.name: trace for trace in figure.data if trace.showlegend is None}
+    for name, variable in (
+        ("biased", "accuracy"),
+        ("threshold moved instead", "matched"),
+        ("share of yes", "yes_ratio"),
+    ):
+        assert drawn[name].x.tolist() == [0.0, 1.0, 4.0]
+        assert drawn[name].y.tolist() == doses()[variable].values.tolist()
+    assert drawn["beyond the threshold"].y.tolist() == doses().beyond.values.tolist()
+    assert drawn["attention on the picture"].y.tolist() == doses().mass.values.tolist()
+
+
+@pytest.mark.parametrize("measure", ["accuracy", "beyond"])
+def test_sets_of_layers_are_drawn_beside_random_ones(measure: str) -> None:
+    ends = {
+        f"{name}{end}": ("set", [0.5 + by, 0.6 + by]) for name in ("accuracy", "beyond", "gain") for end, by in ENDS
+    }
+    random = ("set", "sample"), [[0.4, 0.8], [np.nan, np.nan]]
+    p = {"p_value": ("set", [0.25, np.nan]), "p_value_beyond": ("set", [0.25, np.nan])}
+    coords = {"set": ["zone", "all"], "layers": ("set", ["3-4", "0-7"])}
+    found = xr.Dataset({**ends, **p, "random_accuracy": random, "random_beyond": random}, coords)
+    figure = mv.plot.layer_controls(found, measure)
+    drawn = {trace.name: trace for trace in figure.data if trace.mode == "markers"}
+    assert drawn["these layers"].y.tolist() == [0.5, 0.6]
+    band, middle = [trace for trace in figure.data if trace.name == "random layers"]
+    assert (min(band.y), max(band.y)) == (0.4, 0.8) and list(middle.y) == pytest.approx([0.6, 0.6])
+    assert [note.text for note in figure.layout.annotations][:2] == ["p = 0.25", "no random set"]
+    assert figure.layout.xaxis.ticktext == ("zone<br>3-4", "all<br>0-7")
+
+
 REFUSED: list[tuple[str, Callable[[], object]]] = [
     (
         "convention='viar' is not known; choose None for correct positions, or 'viar-2026' for what was published.",
@@ -440,6 +490,22 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
     (
         "the prompt 'is there a dog ?' holds no image, so there is nothing to look at more.",
         lambda: viar_edits(vlm(), vlm().prompt(None, "is there a dog ?"), layers=[0]),
+    ),
+    (
+        "no zone was found (p = 0.4), so there are no layers to bias; give layers= yourself.",
+        lambda: zone_layers(xr.Dataset({"found": False, "start": np.nan, "stop": np.nan, "p_value": 0.4})),
+    ),
+    ("a list is no zone; make it with mv.find_zone.", lambda: zone_layers([8, 9])),  # type: ignore[arg-type]
+    ("side='left' is not known; choose 'neglect' or 'specialist'.", lambda: head_pairs(xr.Dataset(), "left")),
+    (
+        "dose_curves draws what bias_doses returns, and was given a Dataset; make it with mv.methods.viar.bias_doses.",
+        lambda: mv.plot.dose_curves(xr.Dataset()),
+    ),
+    (
+        "measure='f1' is not known; choose 'accuracy' or 'beyond'.",
+        lambda: mv.plot.layer_controls(
+            xr.Dataset({name: 0.0 for name in ("accuracy", "random_accuracy", "p_value")}), "f1"
+        ),
     ),
     (
         "amounts=2 is not a list of amounts; write for instance [0, 1, 2].",

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from mechvlm.attention_edits import bias_attention
 from mechvlm.edits import Edit
@@ -50,8 +51,8 @@ def viar_edits(
         when: "prompt" biases the pass over the prompt, "decode" the steps after it, "always" both.
         adaptive: None for the same amount in each layer; "code": `amount * (1 - v) / mean of (1 - v) over all layers`,
             as the published code has it; "paper": divided by the largest `1 - v` of the biased layers instead.
-        profile: v, the image's share of attention density in each of the model's layers, for adaptive amounts:
-            `density_share` of `mv.attention_profile`, averaged to one number a layer.
+        profile: v, the image's share of attention density in each of the model's layers, for adaptive amounts: the
+            `mean` of `mv.layer_profile` at quantity "density_share".
         convention: "viar-2026" biases columns 0 to N-1 for N image tokens, wherever the picture stands, so the first
             position and the words before the picture with it; layers are 8 to 16 where none are given (all for the
             code's adaptive form), and v is the stored table of LLaVA-1.5.
@@ -157,6 +158,49 @@ def layer_amounts(
         raise ValueError(f"layer {outside[0]} is not in this model, which has {len(missing)} layers.")
     over = missing.mean() if adaptive == "code" else missing[chosen].max()
     return {layer: number("amount", amount) * float(missing[layer] / over) for layer in chosen}
+
+
+def zone_layers(zone: xr.Dataset) -> list[int]:
+    """The layers of a zone that was found.
+
+    Args:
+        zone: what `mv.find_zone` returns.
+
+    Raises:
+        ValueError: where there is none.
+        TypeError: for anything else.
+
+    Example:
+        >>> zone_layers(xr.Dataset({"found": True, "start": 3.0, "stop": 5.0, "p_value": 0.01}))
+        [3, 4]
+    """
+    if not isinstance(zone, xr.Dataset) or not {"found", "start", "stop", "p_value"} <= set(zone.data_vars):
+        raise TypeError(f"a {type(zone).__name__} is no zone; make it with mv.find_zone.")
+    if not bool(zone.found):
+        raise ValueError(
+            f"no zone was found (p = {float(zone.p_value):.3g}), so there are no layers to bias; give layers= yourself."
+        )
+    return list(range(int(zone.start), int(zone.stop)))
+
+
+def head_pairs(found: xr.Dataset, side: str = "neglect") -> list[tuple[int, int]]:
+    """Heads of neglect, or specialists, as pairs of layer and head: for `heads=` of `viar_edits`.
+
+    Args:
+        found: what `mv.neglect_heads` returns.
+        side: "neglect" or "specialist".
+
+    Raises:
+        ValueError: for another side.
+
+    Example:
+        >>> head_pairs(mv.neglect_heads(mv.layer_profile(vlm, [real, null])))[0]
+        (0, 4)
+    """
+    if side not in ("neglect", "specialist"):
+        raise ValueError(f"side={side!r} is not known; choose 'neglect' or 'specialist'.")
+    chosen = found[side].transpose("layer", "head")
+    return [(int(chosen.layer[at]), int(chosen["head"][head])) for at, head in np.argwhere(chosen.values)]
 
 
 def named_layers(layers: Sequence[int] | Mapping[int, float]) -> str:

@@ -212,8 +212,8 @@ def vcd_pope(
 
     Example:
         >>> some = mv.evaluate.read_pope("demo", "adversarial")[:6]
-        >>> mv.methods.viar.vcd_pope(vlm, some, mv.images.black).correct.values.all()
-        True
+        >>> mv.methods.viar.vcd_pope(vlm, some, mv.images.black).correct.values.tolist()
+        [True, True, True, True, True, True]
 
     Source:
         Leng et al. (2024), section 4; VIAR printed it as a comparison, without the cut.

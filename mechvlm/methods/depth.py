@@ -40,8 +40,8 @@ def depth_correlation(
 
     Args:
         evaluation: what `mv.evaluate.pope` returns.
-        attention: what each item's rows pay to its picture, over item and layer, in the evaluation's order: `mass` of a
-            profile with one row of values for each item.
+        attention: what each item's rows pay to its picture, over item (or prompt) and layer, in the evaluation's order:
+            `item_attention`, or `vis_l` of `mv.layer_profile` at one quantity.
         zone: layers whose mean is one more test; None: none.
         permutations, seed: of the permuted answers; see `mv.evaluate.stats.associate`.
         convention: None looks at each predicted answer by itself (`r_within` is what is tested), corrects for the
@@ -65,6 +65,8 @@ def depth_correlation(
         VIAR's per-sample correlation (`persample_correlation`), read there with the opposite sign.
     """
     old = published(convention)
+    if isinstance(attention, xr.DataArray) and "prompt" in attention.dims:
+        attention = attention.rename(prompt="item")
     _check(evaluation, attention)
     chosen = list(ZONE) if old and zone is None else None if zone is None else list(whole_numbers("zone", zone))
     table = _measures(attention, chosen)

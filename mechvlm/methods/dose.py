@@ -168,6 +168,7 @@ def _mean(paid: Tensor) -> np.ndarray:
 
 
 def told_of(resamples: int, convention: str | None) -> dict[str, Any]:
+    """What a result says about how it was made."""
     return {
         "interval": "percentile bootstrap over images",
         "resamples": resamples,
