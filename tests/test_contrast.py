@@ -11,7 +11,7 @@ import torch
 from jaxtyping import config
 
 import mechvlm as mv
-from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
+from mechvlm.methods.contrast import _Mixing, contrast_logits, vcd_generate, vcd_pope
 
 STEPS = 8
 
@@ -87,13 +87,17 @@ def test_the_contrast_says_something_else() -> None:
 
 
 def test_draws_follow_the_contrasted_probabilities() -> None:
-    """The first token of many seeds, against the softmax of the contrast over what is plausible."""
-    first = [vcd_generate(vlm(), real(), max_new_tokens=1, do_sample=True, seed=seed) for seed in range(40)]
-    expected = first[0].logits[0].double().softmax(-1).numpy()
-    counts = np.bincount([int(one.tokens) for one in first], minlength=len(expected))
-    assert counts[expected == 0].sum() == 0
-    deviation = np.sqrt(len(first) * expected * (1 - expected)) + 1
-    assert (np.abs(counts - len(first) * expected) < 5 * deviation).all()
+    """Many draws from one pair of branches, against the softmax of their contrast over what is plausible."""
+    said = vcd_generate(vlm(), real(), max_new_tokens=1)
+    mixing = _Mixing(1.0, 0.1, 1.0, torch.Generator().manual_seed(0))
+    both = torch.cat([said.real, said.null])
+    drawn = [mixing(torch.empty(2, 0), both) for _ in range(2000)]
+    assert all(torch.equal(one[0], one[1]) for one in drawn)
+    counts = np.bincount([int(one[0].argmax()) for one in drawn], minlength=both.shape[1])
+    expected = said.logits[0].double().softmax(-1).numpy()
+    assert counts[expected == 0].sum() == 0 and (expected > 0.05).sum() > 1
+    deviation = np.sqrt(len(drawn) * expected * (1 - expected)) + 1
+    assert (np.abs(counts - len(drawn) * expected) < 5 * deviation).all()
 
 
 def test_the_same_seed_draws_the_same() -> None:
