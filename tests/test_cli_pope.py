@@ -96,10 +96,15 @@ def test_the_command_line_in_a_record_asks_for_the_same(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, asked = json.loads((made / "record.json").read_text()), list[Any]()
-    monkeypatch.setattr(pope_command, "written", lambda *given: asked.append(given) or tmp_path)
+
+    def noted(one: pope_command.Asked, *_: Any) -> Path:
+        asked.append(one)
+        return tmp_path
+
+    monkeypatch.setattr(pope_command, "written", noted)
     assert run(*shlex.split(record["command"])[2:], "--out", tmp_path).exit_code == 0
     assert run("--rerun", made / "record.json", "--out", tmp_path).exit_code == 0
-    assert asked[0][0] == asked[1][0] == pope_command.Asked(**record["asked"])
+    assert asked[0] == asked[1] == pope_command.Asked(**record["asked"])
 
 
 def test_what_is_not_as_the_record_found_it_is_refused(made: Path, tmp_path: Path) -> None:

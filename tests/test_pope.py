@@ -523,7 +523,8 @@ found = evaluate.pope(tiny.vlm(), rows, picture, edits, out=sys.argv[1] or None)
 def test_a_killed_evaluation_goes_on_with_the_pictures_that_were_not_finished(tmp_path: Path) -> None:
     script, out = tmp_path / "script.py", tmp_path / "out"
     script.write_text(SCRIPT)
-    path = os.pathsep.join([str(Path(mv.__file__).parents[1]), str(Path(__file__).parent)])
+    where = [str(Path(mv.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(filter(None, where))
 
     own_process = [sys.executable, str(script), str(out), "0.4"]
     killed = subprocess.Popen(own_process, env={**os.environ, "PYTHONPATH": path})
