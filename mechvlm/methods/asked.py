@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from mechvlm.evaluate import read_pope
-from mechvlm.evaluate.evaluation import text_of
 from mechvlm.evaluate.files import Item
 from mechvlm.evaluate.pictures import picture_of
+from mechvlm.evaluate.task import text_of
 from mechvlm.prompt import Prompt
 from mechvlm.vlm import VLM
 
