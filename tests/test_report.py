@@ -123,7 +123,11 @@ def test_every_section_is_there_with_its_figures(shown: Reader, folder: Path) ->
         counted = len(section["figures"]), len(section["tables"]), {link for link in section["links"] if link[0] != "#"}
         assert counted == (figures, tables, files), name
     written = {path.name for path in folder.iterdir()}
-    assert written == {"report.html"}.union(*(files for *_, files in SECTIONS.values()))
+    assert written == {"report.html", "figures"}.union(*(files for *_, files in SECTIONS.values()))
+    drawn = [path.stem for path in (folder / "figures").glob("*.json")]
+    assert sorted(drawn) == sorted(
+        f"{name}-{number + 1}" for name, (figures, *_) in SECTIONS.items() for number in range(figures)
+    )
 
 
 def test_nothing_was_left_out(text: str) -> None:

@@ -50,6 +50,11 @@ class Drawing:
         return [] if isinstance(self.figures, go.Figure) else list(self.figures)
 
     @property
+    def first(self) -> go.Figure:
+        """The figure that is shown first."""
+        return self.figures if isinstance(self.figures, go.Figure) else list(self.figures.values())[self.start]
+
+    @property
     def json(self) -> str:
         """The figures, and once what they have in common: the picture under them."""
         figures = [self.figures] if isinstance(self.figures, go.Figure) else list(self.figures.values())

@@ -55,7 +55,8 @@ def report(
     Args:
         real: the question about the picture.
         null: the same about a null image, `real.with_image(mv.images.black)`.
-        out: a folder, made where there is none. It gets report.html, and the numbers of each figure as netCDF or CSV.
+        out: a folder, made where there is none. It gets report.html, the numbers of each figure as netCDF or
+            CSV, and in figures/ each figure as plotly's JSON.
         answers: the answers to follow, the first against the second.
         layer, head: whose attention is drawn over the picture; None takes the head whose effect when ablated, times
             its text positions' attention to the image, is largest.
@@ -98,12 +99,18 @@ def made(part: Callable[[Study], Section], study: Study) -> Section:
 
 
 def written(section: Section, folder: Path) -> Section:
-    """The section, its numbers written into the folder: arrays as netCDF, tables as CSV."""
+    """The section, its numbers and figures written into the folder: arrays as netCDF, tables as CSV, figures as JSON.
+
+    A figure's file is read again by `plotly.io.read_json`.
+    """
     files = [
         f"{name}.csv" if isinstance(kept, pd.DataFrame) else f"{name}.nc" for name, kept in section.numbers.items()
     ]
     for file, kept in zip(files, section.numbers.values(), strict=True):
         write_numbers(kept, folder / file)
+    for number, drawing in enumerate(section.drawings, 1):
+        (folder / "figures").mkdir(exist_ok=True)
+        drawing.first.write_json(folder / "figures" / f"{section.name}-{number}.json")
     return replace(section, files=files)
 
 
