@@ -74,7 +74,7 @@ def viar_edits(
         8 to 16 of LLaVA-1.5-7B, all heads, all rows, in the pass over the prompt and in every step.
     """
     old = published(convention)
-    _check_picture(vlm, prompt)
+    check_picture(vlm, prompt)
     keys = list(range(len(prompt.image))) if old else prompt.image
     if isinstance(heads, Mapping):
         return [bias_attention(at, keys, by, heads=some, when=when) for at, some, by in _each_head(heads, layers)]
@@ -253,7 +253,7 @@ def _each_head(heads: Mapping[Any, Any], layers: Sequence[int] | None) -> list[t
     return [(layer, some, by) for (layer, by), some in grouped.items()]
 
 
-def _check_picture(vlm: VLM, prompt: Prompt) -> None:
+def check_picture(vlm: VLM, prompt: Prompt) -> None:
     """Refuse a prompt whose picture no bias on positions can reach."""
     if not prompt.image:
         raise ValueError(f"the prompt {prompt.words!r} holds no image, so there is nothing to look at more.")

@@ -45,7 +45,8 @@ def contrast_logits(
     """The contrast of two branches' logits, with what is implausible cut off.
 
     `(1 + alpha) real - alpha null`, and minus infinity for every token whose real probability is below `beta` times
-    that of the likeliest one. The likeliest real token is never cut.
+    that of the likeliest one. The likeliest real token is never cut. With log-probabilities for logits (VIAR's
+    `viar.py`, without a cut) a row changes by a constant, and what is said by nothing.
 
     Args:
         real_logits: of the branch that sees the picture, as the model gave them: before any temperature.

@@ -40,6 +40,11 @@ Below stands for each result of the study which function has it, what was publis
 * contrast: `vcd_generate`, `vcd_pope`, `contrast_logits`
     published: VCD 0.79 on 500 questions.
     wrong: no cut of implausible tokens, and no picture after the first token, so it was not VCD.
+* legacy form: `entropy_layers`, `legacy_edits`, `grey_divergence`, and `contrast_logits` without a cut
+    published: factors of 2 to 5, less with depth, on weights in layers 2 to 23 where a ratio of entropies is from 1.5.
+    wrong: the hooks were never registered. A factor is a bias of its logarithm. In the published table, of
+        rows behind the picture, no layer of 2 to 23 has such a ratio (0.5 to 1.2); by all rows, as this code has it,
+        even attention has 30.
 * statistics: `mv.evaluate.stats`
     published: McNemar 1.207, p = 0.272, and more.
     wrong: 9,000 items of which 5,127 are different, on 500 pictures; pairs taken as independent.
@@ -59,6 +64,7 @@ from mechvlm.methods.bias import head_pairs, layer_amounts, viar_bias, viar_edit
 from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
+from mechvlm.methods.legacy import entropy_layers, entropy_ratios, grey_divergence, legacy_edits, legacy_factors
 from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
 
 __all__ = [
@@ -71,14 +77,19 @@ __all__ = [
     "bias_layers",
     "contrast_logits",
     "depth_correlation",
+    "entropy_layers",
+    "entropy_ratios",
     "find_zone",
     "gradient_by_layer",
+    "grey_divergence",
     "head_pairs",
     "item_attention",
     "language_prior_collapse",
     "layer_amounts",
     "layer_profile",
     "layer_sets",
+    "legacy_edits",
+    "legacy_factors",
     "neglect_heads",
     "u_shape",
     "vcd_generate",
