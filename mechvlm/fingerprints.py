@@ -57,8 +57,10 @@ def spelled(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
         return repr(thing).encode()
     if type(thing) in (list, tuple) and all(type(part) in (int, float, str) for part in thing):
         return repr(thing).encode()  # positions, of which there may be thousands
-    if isinstance(thing, ModuleType) or (isinstance(thing, type) and installed(thing)):
+    if isinstance(thing, ModuleType) and comes_along(thing.__name__):
         return thing.__name__.encode()
+    if isinstance(thing, type) and installed(thing):
+        return f"{thing.__module__}.{thing.__qualname__}".encode()
     parts = list(parts_of(thing))
     if isinstance(thing, set | frozenset):
         return b"set" + b"".join(sorted(written(part, known) for part in parts))
@@ -71,6 +73,8 @@ def parts_of(thing: Any) -> Iterable[Any]:
         return [thing.name, list(thing.edits)]  # its weights are told once, by `weights_print`
     if isinstance(thing, Edit) and thing.bias is not None:
         return [str(thing), thing.bias, thing.when, thing.site]
+    if isinstance(thing, ModuleType):
+        return [thing.__name__, {name: one for name, one in vars(thing).items() if not name.startswith("__")}]
     if isinstance(thing, type):
         return [thing.__qualname__, {name: one for name, one in vars(thing).items() if not name.startswith("__")}]
     if isinstance(thing, FunctionType):
@@ -85,10 +89,21 @@ def parts_of(thing: Any) -> Iterable[Any]:
         return [one for pair in sorted(thing.items(), key=lambda pair: str(pair[0])) for one in pair]
     if isinstance(thing, list | tuple | set | frozenset | np.ndarray):
         return thing
+    return parts_of_object(thing)
+
+
+def parts_of_object(thing: Any) -> Iterable[Any]:
+    """What an object holds: what would be copied of it, slots and the state of generators of numbers included."""
+    if isinstance(thing, torch.Generator):
+        return [thing.get_state()]
     try:
-        return [vars(thing)]
-    except TypeError:
-        return [text_of(thing)]  # of a built-in type
+        held = thing.__reduce_ex__(4)
+    except TypeError:  # it cannot be copied
+        try:
+            return [vars(thing)]
+        except TypeError:
+            return [text_of(thing)]
+    return held if isinstance(held, tuple) else [text_of(thing)]
 
 
 def text_of(thing: Any) -> str:
@@ -103,7 +118,8 @@ def parts_of_function(function: FunctionType) -> list[Any]:
     function = unwrap(function) if known else function  # from the checks of shapes that a test run puts around ours
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if known:
-        return [function.__qualname__, function.__defaults__, function.__kwdefaults__, *held]
+        named = function.__module__, function.__qualname__
+        return [*named, function.__defaults__, function.__kwdefaults__, *held]
     names = sorted(names_in(function.__code__) & set(function.__globals__))
     found = [one for name in names for one in (name, function.__globals__[name])]
     return [function.__code__, function.__defaults__, function.__kwdefaults__, *held, *found]
@@ -111,7 +127,12 @@ def parts_of_function(function: FunctionType) -> list[Any]:
 
 def installed(thing: Any) -> bool:
     """Whether a function or class comes with a package, ours included, and is known by its name."""
-    package = str(thing.__module__).split(".")[0]
+    return comes_along(str(thing.__module__))
+
+
+def comes_along(module: str) -> bool:
+    """Whether a module comes with a package, ours included."""
+    package = module.split(".", maxsplit=1)[0]
     path = vars(sys.modules[package]).get("__file__") if package in sys.modules else None
     return package in {"mechvlm", *sys.stdlib_module_names} - {"__main__"} or "site-packages" in str(path)
 

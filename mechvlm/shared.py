@@ -26,9 +26,10 @@ from mechvlm.batch import check_prompts
 from mechvlm.between import Reaching
 from mechvlm.edits import Edit
 from mechvlm.fingerprints import fingerprint
+from mechvlm.plan import listed_edits
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.reach import Reach, whole_from
+from mechvlm.reach import BY_TOKEN, Reach, whole_from
 from mechvlm.rerun import rerun
 from mechvlm.start import ALONG, MASK, Start, start_of, tried
 from mechvlm.vlm import VLM
@@ -36,6 +37,7 @@ from mechvlm.walk import at
 
 BY_WORD = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "position_ids", "cross_attention_mask")
 """What an encoding holds that has an entry for each position."""
+BEHIND = "what an edit does to earlier positions depends on what stands behind them"
 EditsOf = Sequence[Edit] | Callable[[Prompt], Sequence[Edit]]
 """Edits of any prompt: the same for each, or a function from a prompt to its own."""
 
@@ -57,7 +59,7 @@ class Apart(Exception):  # noqa: N818 - answered within this module
     """Why prompts are run one by one, in words."""
 
 
-def shared_logits(vlm: VLM, prompts: Sequence[Prompt], edits: EditsOf = (), share: bool = True) -> Shared:
+def shared_logits(vlm: VLM, prompts: Sequence[Prompt], edits: EditsOf | Any = (), share: bool = True) -> Shared:
     """The last position's logits of several prompts, with what they begin with computed once.
 
     Args:
@@ -77,7 +79,8 @@ def shared_logits(vlm: VLM, prompts: Sequence[Prompt], edits: EditsOf = (), shar
         2
     """
     asked = check_prompts(prompts, vlm.shape)
-    own = [list(edits(prompt) if callable(edits) else edits) for prompt in asked]
+    same = [] if callable(edits) else listed_edits("edits", edits)
+    own = [listed_edits("edits", edits(prompt)) if callable(edits) else same for prompt in asked]
     for prompt, its in zip(asked, own, strict=True):
         vlm.plan([prompt], edits=its)  # what cannot be is said before anything runs
     try:
@@ -104,18 +107,41 @@ def on_one_prefix(vlm: VLM, prompts: Sequence[Prompt], edits: Sequence[list[Edit
     check_words(start, words, first)
     logits = torch.empty(len(prompts), start.logits.shape[-1], dtype=start.logits.dtype, device=start.logits.device)
     for members in groups:
-        longest = max(members, key=lambda member: len(prompts[member]))
-        shorter = of_words(start, vlm.with_edits(edits[longest]), prompts[longest])
-        streams, ends = entering(start, words, [prompts[member] for member in members], first)
-        try:
-            rows = rerun(shorter, [[]] * len(members), [Reach(0, first)] * len(members), streams=streams, ends=ends)
-        except Reaching:
-            raise Apart("an edit changes earlier positions by what stands behind them") from None
-        logits[members] = rows
+        for some in in_pieces(members, prompts, first):
+            logits[some] = on_start(start, words, [prompts[n] for n in some], edits[some[0]], first, vlm)
     gap, scale = float((logits[base] - start.logits[0]).abs().max()), float(start.logits.abs().max())
     if gap > (0.03 if start.logits.dtype.itemsize == 2 else 2e-5) * scale:
         raise Apart(f"layers called by themselves answer otherwise than the model, by {gap:.2g}")
     return Shared(logits, f"{len(prompts)} questions on the keys and values of {first} positions before them")
+
+
+def on_start(
+    start: Start, words: Any, prompts: Sequence[Prompt], edits: list[Edit], first: int, vlm: VLM
+) -> Float[Tensor, "batch vocab"]:
+    """Some prompts with the same edits as rows of one batch.
+
+    Raises:
+        Apart: where what is edited before them is not what was edited in the start.
+    """
+    longest = max(prompts, key=len)
+    own = of_words(start, vlm.with_edits(edits), longest)
+    for site in start.sites:
+        end = None if site[0] in BY_TOKEN else first
+        if not torch.equal(own.after(site)[:, :end], start.after(site)[:, :end]):
+            raise Apart(BEHIND)
+    streams, ends = entering(start, words, prompts, first)
+    count = len(prompts)
+    try:
+        return rerun(own, [[]] * count, [Reach(0, first)] * count, streams=streams, ends=ends)
+    except Reaching:
+        raise Apart(BEHIND) from None
+
+
+def in_pieces(members: list[int], prompts: Sequence[Prompt], first: int) -> Iterable[list[int]]:
+    """Rows in batches that are no larger than a run of two prompts, which is where packing them ends as well."""
+    longest = max(len(prompts[member]) for member in members)
+    size = max(1, (2 * longest - first) // (longest - first))
+    return (members[at : at + size] for at in range(0, len(members), size))
 
 
 def common_positions(prompts: Sequence[Prompt]) -> int:
@@ -170,7 +196,8 @@ def alike(prompts: Sequence[Prompt], edits: Sequence[list[Edit]], common: int) -
     Raises:
         Apart: where edits of what the prompts begin with differ.
     """
-    if len({fingerprint([within(edit, common) for edit in its]) for its in edits}) > 1:
+    before = [[within(edit, len(prompt), common) for edit in its] for prompt, its in zip(prompts, edits, strict=True)]
+    if len({fingerprint(signs) for signs in before}) > 1:
         raise Apart("what is edited before the questions differ is not the same in all")
     found: dict[tuple[int, str], list[int]] = {}
     for number, prompt in enumerate(prompts):
@@ -186,16 +213,21 @@ def treats_alike(edit: Edit) -> bool:
     return edit.site.tower != "text" or min((*edit.bias.keys, *(edit.bias.queries or ()))) >= 0
 
 
-def within(edit: Edit, common: int) -> object:
+def within(edit: Edit, length: int, common: int) -> object:
     """What an edit does to the positions that prompts begin with; None where it leaves them alone."""
-    positions = edit.positions if edit.bias is None else edit.bias.queries
-    if positions and min(positions) >= common:
-        return None
-    if edit.bias is None or min(positions or (0,)) < 0 or min(edit.bias.keys) < 0 or edit.bias.cross:
+    if edit.site.tower != "text":
         return edit
-    queries = None if positions is None else tuple(one for one in positions if one < common)
-    keys = tuple(key for key in edit.bias.keys if key < common)
-    return [edit.site, edit.when, edit.way, fingerprint(replace(edit.bias, queries=None, keys=(0,))), queries, keys]
+    positions = edit.positions if edit.bias is None else edit.bias.queries
+    here = None if not positions else [one % length for one in positions]
+    if here and min(here) >= common:
+        return None
+    before = None if here is None else [one for one in here if one < common]
+    if edit.bias is None or edit.bias.cross:
+        return [edit, before]
+    keys = [key % length for key in edit.bias.keys if key % length < common]
+    if not keys:
+        return None
+    return [edit.site, edit.when, edit.way, fingerprint(replace(edit.bias, queries=None, keys=(0,))), before, keys]
 
 
 def beginning(start: Start, vlm: VLM, prompts: Sequence[Prompt], edits: Sequence[list[Edit]], common: int) -> int:
@@ -236,8 +268,7 @@ def check_words(start: Start, words: Any, first: int) -> None:
 def of_words(start: Start, vlm: VLM, prompt: Prompt) -> Start:
     """The start of another prompt, as far as what was kept is the same; what stands behind is not."""
     length = len(prompt)
-    by_token = ("image_features", "deepstack")
-    sites = {site: x if site[0] in by_token else x[:, :length] for site, x in start.sites.items()}
+    sites = {site: x if site[0] in BY_TOKEN else x[:, :length] for site, x in start.sites.items()}
     given = [shortened(named, length) for named in start.given]
     cuts = tuple(cut for cut in start.cuts if cut < length)
     return Start(vlm, prompt, vlm.plan([prompt]), sites, given, start.logits, cuts, start.hindrance)

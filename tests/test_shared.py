@@ -1,5 +1,8 @@
 """Questions about one picture on shared keys and values: each must get the logits of a run of its own."""
 
+from types import ModuleType
+
+import numpy as np
 import pytest
 import torch
 import zoo
@@ -7,6 +10,8 @@ from torch import Tensor
 from zoo.boxes import noise
 
 import mechvlm as mv
+from mechvlm import shared
+from mechvlm.fingerprints import fingerprint
 from mechvlm.shared import EditsOf, shared_logits
 
 WORDS = ("is there a red dog in the image ?", "is there a blue cat ?", "is there a dog in the image ?")
@@ -123,6 +128,21 @@ def from_behind(_: mv.Prompt) -> list[mv.Edit]:
     return [mv.Edit(mv.Site("resid_pre", 1), lambda x: x + x.mean(1, keepdim=True))]
 
 
+def from_the_end(_: mv.Prompt) -> list[mv.Edit]:
+    """An edit of so many last positions, which in shorter questions begin among those that all share."""
+    return [mv.Edit(mv.Site("z", 1), lambda x: torch.cat([x[:, :-9], 3 * x[:, -9:]], 1))]
+
+
+def row_from_the_end(_: mv.Prompt) -> list[mv.Edit]:
+    """An edit of a query counted from the end."""
+    return [mv.Edit(mv.Site("pattern", 1), lambda a: a * 3, rows=(-8,))]
+
+
+def of_a_square(prompt: mv.Prompt) -> list[mv.Edit]:
+    """An edit of the vision tower that differs with the question, at a position with a high number."""
+    return [mv.Edit(mv.Site("resid_post", 0, "vision"), lambda x: x * len(prompt), positions=[16])]
+
+
 def of_words(_: mv.Prompt) -> list[mv.Edit]:
     return [mv.Edit("embed", lambda x: x * 1.5)]
 
@@ -136,7 +156,10 @@ def of_the_map(_: mv.Prompt) -> list[mv.Edit]:
     "edits, why",
     [
         (by_words, "what is edited before the questions differ is not the same in all"),
-        (from_behind, "an edit changes earlier positions by what stands behind them"),
+        (from_behind, "what an edit does to earlier positions depends on what stands behind them"),
+        (from_the_end, "what an edit does to earlier positions depends on what stands behind them"),
+        (row_from_the_end, "what is edited before the questions differ is not the same in all"),
+        (of_a_square, "what is edited before the questions differ is not the same in all"),
         (of_words, "words or logits themselves are edited"),
         (of_the_map, "what stands before the questions sees them, or an edit needs to see both"),
     ],
@@ -177,6 +200,54 @@ def test_a_prompt_given_twice_gets_the_same_twice(llava: tuple[mv.VLM, list[mv.P
     vlm, prompts = llava
     found = shared_logits(vlm, [prompts[0], prompts[1], prompts[0]])
     assert gap(found.logits[0], found.logits[2]) < 5e-6
+
+
+def test_what_are_no_edits_is_refused_in_a_sentence(llava: tuple[mv.VLM, list[mv.Prompt]]) -> None:
+    vlm, prompts = llava
+    for wrong in (mv.ablate_heads(0, [0]), None, lambda _: None):
+        with pytest.raises(TypeError, match="it must be a list of edits"):
+            shared_logits(vlm, prompts, wrong)
+    made = (edit for edit in [mv.ablate_heads(0, [0])])
+    assert gap(shared_logits(vlm, prompts, made).logits, alone(vlm, prompts, [mv.ablate_heads(0, [0])])) < 5e-6
+
+
+def test_many_questions_run_in_pieces(llava: tuple[mv.VLM, list[mv.Prompt]], monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, prompts = llava
+    sizes: list[int] = []
+    plain = shared.rerun
+
+    def counting(start: object, variants: list, *more: object, **named: object) -> Tensor:
+        sizes.append(len(variants))
+        return plain(start, variants, *more, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(shared, "rerun", counting)
+    found = shared_logits(vlm, prompts * 5)
+    assert max(sizes) <= 4 and sum(sizes) == 15
+    assert gap(found.logits, alone(vlm, prompts).repeat(5, 1)) < 5e-6
+
+
+class Scaled:
+    """A function with slots and no dictionary."""
+
+    __slots__ = ("by",)
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.by
+
+
+def test_what_functions_hold_tells_them_apart() -> None:
+    drawn = [np.random.default_rng(seed) for seed in (1, 1, 2)]
+    seeded = [torch.Generator().manual_seed(seed) for seed in (1, 1, 2)]
+    for one, same, other in (map(Scaled, (1.0, 1.0, 2.0)), drawn, seeded):
+        assert fingerprint(one) == fingerprint(same) != fingerprint(other)
+    own = ModuleType("own")
+    own.__dict__["AMOUNT"] = 1.0
+    before = fingerprint(own)
+    own.__dict__["AMOUNT"] = 2.0
+    assert fingerprint(own) != before
 
 
 def test_edits_that_cannot_be_are_refused_before_anything_runs(llava: tuple[mv.VLM, list[mv.Prompt]]) -> None:
