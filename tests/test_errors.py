@@ -813,6 +813,19 @@ GENERATION: list[Case] = [
 YES = mv.logit_difference("yes", "no")
 LATER: list[Case] = [
     (
+        "the prompts are about 1 pictures, and zones are tested on halves of them; give prompts about at least 4.",
+        lambda: mv.methods.viar.audit(vlm(), [real(), real()]),
+    ),
+    (
+        "level=1 and resamples=10 give no interval; give for instance 0.95 and 1000.",
+        lambda: mv.methods.viar.audit(vlm(), [real()] * 4, range(4), level=1, resamples=10),
+    ),
+    (
+        "zone=[1, 2] must be layers between the first and the last of 3, one after the other, which have neighbours on "
+        "both sides.",
+        lambda: mv.methods.viar.audit(vlm(), [real()] * 4, range(4), zone=[1, 2]),
+    ),
+    (
         "batch_size=0 runs nothing; give 1 or more.",
         lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, 0, layer=range(2)),
     ),

@@ -49,6 +49,8 @@ Below stands for each result of the study which function has it, what was publis
     published: McNemar 1.207, p = 0.272, and more.
     wrong: 9,000 items of which 5,127 are different, on 500 pictures; pairs taken as independent.
 
+`audit` computes both of what is found by layer, of one model and the same prompts, and says what survives.
+
 >>> viar_edits(vlm, real, 2.0, layers=[2, 3])[0].label
 'bias +2 attention to 36 keys'
 """
@@ -59,6 +61,7 @@ from mechvlm.experiments.layer_profile import attention_blocks, layer_profile
 from mechvlm.experiments.neglect import neglect_heads
 from mechvlm.experiments.visual_gradient import gradient_by_layer
 from mechvlm.experiments.zones import find_zone
+from mechvlm.methods.audit import audit
 from mechvlm.methods.bands import bias_layers, layer_sets
 from mechvlm.methods.bias import head_pairs, layer_amounts, viar_bias, viar_edits, zone_layers
 from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
@@ -73,6 +76,7 @@ __all__ = [
     "TEMPLATE",
     "ZONE",
     "attention_blocks",
+    "audit",
     "bias_doses",
     "bias_layers",
     "contrast_logits",
