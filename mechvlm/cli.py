@@ -1,5 +1,5 @@
 """The command line: `mechvlm report` looks at a question about a picture, `mechvlm check` at a model, `mechvlm pope`
-at its answers to a benchmark.
+at its answers to a benchmark, `mechvlm audit` at which published findings it shows.
 
 Rule this module guards: what the package refuses is one sentence on standard error and exit code 2, no traceback.
 The sentences are the package's own; nothing else is caught.
@@ -8,6 +8,7 @@ The sentences are the package's own; nothing else is caught.
     mechvlm report --model llava-hf/llava-1.5-7b-hf --image dog.jpg --question "Is there a dog?" --device cuda
     mechvlm check llava-hf/llava-1.5-7b-hf
     mechvlm pope llava-hf/llava-1.5-7b-hf --questions POPE/output/coco --images val2014 --edit bias:2.0@8-16
+    mechvlm audit llava-hf/llava-1.5-7b-hf --file POPE/output/coco --images val2014 --items 100
 """
 
 __all__ = ["app", "check_device", "main", "null_image"]
@@ -20,6 +21,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mechvlm.commands.audit_command import audit_command
 from mechvlm.commands.pope_command import pope_command
 from mechvlm.commands.shell import Device, Dtype, check_device, loaded, one_sentence, writable
 
@@ -29,6 +31,7 @@ NULLS = "black, grey, white, mean, noise(seed), diffusion(t), blur(sigma), shuff
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 app.command("pope")(pope_command)
+app.command("audit")(audit_command)
 
 
 def main() -> None:

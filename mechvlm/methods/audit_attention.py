@@ -74,7 +74,8 @@ class Profiles:
 
     def mass(self, profile: xr.Dataset) -> xr.DataArray:
         """Mass on what is called the image, over prompt and layer."""
-        return profile.vis_l.sel(quantity="mass", drop=True).dropna("layer", how="all")
+        values = profile.vis_l.sel(quantity="mass", drop=True).dropna("layer", how="all")
+        return values.assign_attrs(long_name="attention mass on the image", units="fraction")
 
     def drawn(self, values: xr.DataArray) -> Float[np.ndarray, "draw ..."]:
         """Means over prompts in each draw."""
