@@ -2,7 +2,9 @@
 
 import json
 import shlex
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +17,10 @@ import mechvlm as mv
 from mechvlm.cli import app
 from mechvlm.commands.audit_command import layers_of, spread
 from mechvlm.evaluate import Item
-from mechvlm.report.audit import audit_page, counted
+from mechvlm.methods import audit as audits
+from mechvlm.methods.audit import audit
+from mechvlm.report import audit as written
+from mechvlm.report.audit import counted, gradients
 
 SECTIONS = 9  # in short, seven parts, and where the numbers come from
 
@@ -40,43 +45,72 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@dataclass
+class Seen:
+    """One run: its folder, and what the audit was given and returned."""
+
+    folder: Path
+    prompts: list[mv.Prompt] = field(default_factory=list)
+    clusters: list[str] = field(default_factory=list)
+    how: dict[str, Any] = field(default_factory=dict)
+    found: dict[str, xr.Dataset] = field(default_factory=dict)
+
+    def audit(self, vlm: mv.VLM, prompts: list[mv.Prompt], clusters: list[str], **how: Any) -> dict[str, xr.Dataset]:
+        self.prompts, self.clusters, self.how = prompts, clusters, how
+        self.found = audit(vlm, prompts, clusters, **how)
+        return self.found
+
+
 @pytest.fixture(scope="module")
-def made(place: Path) -> Path:
-    """The folder of one run."""
+def made(place: Path) -> Seen:
+    """One run of the command."""
+    seen = Seen(place / "out")
     given = ["--file", place / "coco_pope_random.json", "--images", place, "--items", 6, "--resamples", 40]
-    result = run(place / "model", *given, "--zone", "2-3", "--mistral", "--out", place / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(audits, "audit", seen.audit)
+        result = run(place / "model", *given, "--zone", "2-3", "--mistral", "--out", seen.folder)
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{place / 'out' / 'audit.html'}\n"
-    return place / "out"
+    assert result.stdout == f"{seen.folder / 'audit.html'}\n"
+    return seen
 
 
-def test_it_writes_the_numbers_that_the_audit_returns(place: Path, made: Path) -> None:
-    vlm = mv.load(place / "model")
-    items = spread(mv.evaluate.read_pope(place / "coco_pope_random.json"), 6)
-    prompts = [vlm.prompt(place / item.image, item.question) for item in items]
-    groups = [item.image for item in items]
-    found = mv.methods.viar.audit(vlm, prompts, groups, zone=[2, 3], mistral=True, resamples=40)
-    for name, one in found.items():
-        read = xr.load_dataset(made / f"{name}.nc", engine="h5netcdf")
-        for variable in one.data_vars:
-            if one[variable].dtype.kind == "f":
-                np.testing.assert_allclose(read[variable], one[variable], atol=1e-5)
-    table = pd.read_csv(made / "findings_table.csv")
-    assert table.verdict.tolist() == found["findings"].verdict.values.tolist()
-    page = (made / "audit.html").read_text(encoding="utf-8")
+def test_the_audit_is_asked_for_what_the_words_say(made: Seen) -> None:
+    assert made.how == {"zone": [2, 3], "mistral": True, "resamples": 40, "seed": 0}
+    assert made.clusters == [f"{number}.png" for number in (0, 1, 2, 3, 4, 0)]
+    words = ["is there a cat ?", "is there a red dog ?"]
+    assert [prompt.words for prompt in made.prompts] == [words[at] for at in (0, 1, 0, 1, 0, 1)]
+
+
+def test_it_writes_the_numbers_that_the_audit_returns(made: Seen) -> None:
+    for name, one in made.found.items():
+        with xr.open_dataset(made.folder / f"{name}.nc", engine="h5netcdf") as read:
+            assert set(read.data_vars) == set(one.data_vars)
+            first = next(iter(one.data_vars))
+            np.testing.assert_array_equal(read[first], one[first])
+    table = pd.read_csv(made.folder / "findings_table.csv")
+    findings = made.found["findings"]
+    assert table.verdict.tolist() == findings.verdict.values.tolist()
+    np.testing.assert_allclose(table.corrected_low, findings.corrected.sel(end="low"))
+    page = (made.folder / "audit.html").read_text(encoding="utf-8")
     assert page.count("<section") == SECTIONS
-    for sentence in found["findings"].sentence.values:
+    for sentence in findings.sentence.values:
         assert sentence.replace("'", "&#39;") in page
-    assert len(list((made / "figures").glob("*.json"))) == 12
+    assert len(list((made.folder / "figures").glob("*.json"))) == 12
 
 
-def test_a_record_suffices_to_make_the_same_numbers_again(made: Path, tmp_path: Path) -> None:
-    record = json.loads((made / "record.json").read_text())
-    again = run("--rerun", made / "record.json", "--out", tmp_path)
+def test_a_record_suffices_to_make_the_same_numbers_again(
+    made: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, pages = json.loads((made.folder / "record.json").read_text()), []
+
+    def page(found: dict[str, xr.Dataset], folder: Path, about: dict[str, str]) -> Path:  # noqa: ARG001
+        pages.append(found)
+        return folder
+
+    monkeypatch.setattr(written, "audit_page", page)
+    again = run("--rerun", made.folder / "record.json", "--out", tmp_path)
     assert again.exit_code == 0, again.stderr
-    pd.testing.assert_frame_equal(
-        pd.read_csv(tmp_path / "findings_table.csv"), pd.read_csv(made / "findings_table.csv")
-    )
+    xr.testing.assert_identical(pages[0]["findings"], made.found["findings"])
     second = json.loads((tmp_path / "record.json").read_text())
     assert (second["rerun_of"], second["differs_from_it"]) == (record["made"], {})
     assert second["verdicts"] == record["verdicts"]
@@ -84,8 +118,8 @@ def test_a_record_suffices_to_make_the_same_numbers_again(made: Path, tmp_path: 
     assert "--zone 2-3" in record["command"]
 
 
-def test_another_model_than_the_records_is_refused(made: Path, tmp_path: Path) -> None:
-    record = json.loads((made / "record.json").read_text())
+def test_another_model_than_the_records_is_refused(made: Seen, tmp_path: Path) -> None:
+    record = json.loads((made.folder / "record.json").read_text())
     tiny.model(layers=5, seed=1).save_pretrained(tmp_path / "model")
     tiny.processor().save_pretrained(tmp_path / "model")
     record["asked"]["model"] = str(tmp_path / "model")
@@ -138,9 +172,7 @@ def test_verdicts_are_counted_in_words() -> None:
     )
 
 
-def test_a_page_without_published_gradients_says_so(made: Path, tmp_path: Path) -> None:
-    found = {path.stem: xr.load_dataset(path, engine="h5netcdf") for path in made.glob("*.nc")}
-    del found["published_gradients"]
-    page = audit_page(found, tmp_path, {"made": "today"}).read_text(encoding="utf-8")
-    assert page.count("<section") == SECTIONS
-    assert not (tmp_path / "published_gradients.nc").exists()
+def test_a_page_without_published_gradients_has_the_corrected_ones(made: Seen) -> None:
+    found = {name: one for name, one in made.found.items() if name != "published_gradients"}
+    assert list(gradients(found).numbers) == ["gradients"]
+    assert (len(gradients(found).drawings), len(gradients(made.found).drawings)) == (1, 2)
