@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
@@ -221,3 +222,22 @@ def table(findings: Sequence[Finding]) -> xr.Dataset:
     found |= {name: ("finding", np.array(columns[name], dtype=str)) for name in texts}
     where = {"finding": [one.name for one in findings], "end": ["value", "low", "high"]}
     return xr.Dataset(found, where, {"rule": RULE})
+
+
+def audit_table(findings: xr.Dataset) -> pd.DataFrame:
+    """Findings as a table to read: a row each, with its verdict, and numbers with their intervals as text.
+
+    Args:
+        findings: what `audit` returns under this name.
+
+    Example:
+        >>> asked = [vlm.prompt(one.image, "Is there a 7 in the image?") for one in mv.demo.scenes()[:4]]
+        >>> found = mv.methods.viar.audit(vlm, asked, resamples=50)
+        >>> list(mv.methods.viar.audit_table(found["findings"]))
+        ['verdict', 'published', 'corrected', 'difference', 'unit']
+    """
+    columns: dict[str, Any] = {"verdict": findings.verdict.values}
+    for way in ("published", "corrected", "difference"):
+        rows = findings[way].transpose("finding", "end").values.tolist()
+        columns[way] = [str(Estimate(*row)).replace("no number", "–") for row in rows]
+    return pd.DataFrame({**columns, "unit": findings.unit.values}, pd.Index(findings.finding.values, name="finding"))

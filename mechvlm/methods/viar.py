@@ -67,6 +67,7 @@ from mechvlm.methods.bias import head_pairs, layer_amounts, viar_bias, viar_edit
 from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
+from mechvlm.methods.findings import audit_table
 from mechvlm.methods.legacy import entropy_layers, entropy_ratios, grey_divergence, legacy_edits, legacy_factors
 from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
 
@@ -77,6 +78,7 @@ __all__ = [
     "ZONE",
     "attention_blocks",
     "audit",
+    "audit_table",
     "bias_doses",
     "bias_layers",
     "contrast_logits",

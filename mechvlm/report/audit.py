@@ -17,6 +17,7 @@ import xarray as xr
 
 from mechvlm import plot
 from mechvlm.experiments.uncertainty import mean_interval
+from mechvlm.methods.findings import Estimate, audit_table
 from mechvlm.report.page import COUNTED, Drawing, Section, Table, page
 from mechvlm.report.write import written
 
@@ -67,12 +68,12 @@ def audit_page(found: Mapping[str, xr.Dataset], folder: str | Path, about: Mappi
 def verdicts(found: Mapping[str, xr.Dataset]) -> Section:
     """All findings in one table."""
     findings = found["findings"]
-    rows, words = [], []
-    for name in findings.finding.values:
-        one = findings.sel(finding=name)
-        numbers = [spelled(one[way]) for way in (*WAYS, "difference")]
-        rows.append([str(one.claim.values), str(one.verdict.values), *numbers, str(one.unit.values)])
-        words.append([str(name).replace("_", " "), str(one.sentence.values)])
+    rows = [
+        [claim, *row]
+        for claim, row in zip(findings.claim.values.tolist(), audit_table(findings).to_numpy().tolist(), strict=True)
+    ]
+    names = [str(name).replace("_", " ") for name in findings.finding.values]
+    words = list(zip(names, findings.sentence.values.tolist(), strict=True))
     columns = ("published finding", "verdict", *WAYS, "difference", "unit")
     level = f"{100 * float(findings.attrs['level']):.0f} %"
     return Section(
@@ -156,7 +157,13 @@ def zone(found: Mapping[str, xr.Dataset]) -> Section:
     first, *others = sentences(found, "zone", "u_shape", "last_drop")
     units = found["quantities"]
     rows = [
-        [str(quantity), way, f"{float(one.least):.3g} to {float(one.most):.3g}", spelled(one.curvature), bend(one)]
+        [
+            str(quantity),
+            way,
+            f"{float(one.least):.3g} to {float(one.most):.3g}",
+            str(Estimate(*one.curvature.values.tolist())),
+            bend(one),
+        ]
         + [zone_of(one)]
         for quantity in units["quantity"].values
         for way in WAYS
@@ -259,14 +266,6 @@ def sentences(found: Mapping[str, xr.Dataset], *names: str) -> list[str]:
     """What the audit says of findings; nothing of those that it has not."""
     findings = found["findings"]
     return [str(findings.sentence.sel(finding=name).values) for name in names if name in findings.finding.values]
-
-
-def spelled(numbers: xr.DataArray) -> str:
-    """A number with its interval, of an array over end."""
-    value, *ends = np.asarray(numbers, dtype=float)
-    if not np.isfinite(value):
-        return "–"
-    return f"{value:.3f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if np.isfinite(ends).all() else "")
 
 
 def bend(one: xr.Dataset) -> str:
