@@ -128,10 +128,8 @@ def zone_finding(about: Profiles) -> Finding:
     still = about.zone(about.corrected, band)
     shown = bool(published.found)
     here = f"{spelled(band)} ({how})"
-    said = (
-        f"In {here} the published curve is {three[0]} below the lower neighbour ({chance(published)}), and attention "
-    )
-    said += f"to the image's own tokens {three[1]} ({chance(still if shown else corrected)})"
+    said = f"In {here} the published curve is {turned(three[0])} the lower neighbour ({chance(published)}), and "
+    said += f"attention to the image's own tokens {turned(three[1])} ({chance(still if shown else corrected)})"
     if about.given is None and bool(corrected.found):
         said += f", whose own zone is {spelled(range(int(corrected.start), int(corrected.stop)))}"
     elif about.given is None:
@@ -285,7 +283,12 @@ def spelled(band: Sequence[int]) -> str:
 
 
 def turned(one: Estimate) -> str:
-    """How far below, or above."""
+    """How far below, or above.
+
+    Example:
+        >>> turned(Estimate(-0.5, -0.75, -0.25))
+        '0.500 [0.250, 0.750] above'
+    """
     side = "above" if one.value < 0 else "below"
     return f"{one.by('', '').strip()} {side}"
 
