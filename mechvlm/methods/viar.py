@@ -68,14 +68,19 @@ from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.findings import audit_table
+from mechvlm.methods.sentences import finding
 from mechvlm.methods.legacy import entropy_layers, entropy_ratios, grey_divergence, legacy_edits, legacy_factors
+from mechvlm.methods.parts import PARTS
 from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
+from mechvlm.methods.study import Studied, study
 
 __all__ = [
     "ADAPTIVE_TABLE",
     "NULL",
+    "PARTS",
     "TEMPLATE",
     "ZONE",
+    "Studied",
     "attention_blocks",
     "audit",
     "audit_table",
@@ -86,6 +91,7 @@ __all__ = [
     "entropy_layers",
     "entropy_ratios",
     "find_zone",
+    "finding",
     "gradient_by_layer",
     "grey_divergence",
     "head_pairs",
@@ -97,6 +103,7 @@ __all__ = [
     "legacy_edits",
     "legacy_factors",
     "neglect_heads",
+    "study",
     "u_shape",
     "vcd_generate",
     "vcd_pope",
