@@ -1,5 +1,6 @@
 """The command line: `mechvlm report` looks at a question about a picture, `mechvlm check` at a model, `mechvlm pope`
 at its answers to a benchmark, `mechvlm audit` at which published findings it shows.
+at its answers to a benchmark, `mechvlm viar` at all that VIAR's study looks at.
 
 Rule this module guards: what the package refuses is one sentence on standard error and exit code 2, no traceback.
 The sentences are the package's own; nothing else is caught.
@@ -9,6 +10,7 @@ The sentences are the package's own; nothing else is caught.
     mechvlm check llava-hf/llava-1.5-7b-hf
     mechvlm pope llava-hf/llava-1.5-7b-hf --questions POPE/output/coco --images val2014 --edit bias:2.0@8-16
     mechvlm audit llava-hf/llava-1.5-7b-hf --file POPE/output/coco --images val2014 --items 100
+    mechvlm viar demo
 """
 
 __all__ = ["app", "check_device", "main", "null_image"]
@@ -24,6 +26,7 @@ import typer
 from mechvlm.commands.audit_command import audit_command
 from mechvlm.commands.pope_command import pope_command
 from mechvlm.commands.shell import Device, Dtype, check_device, loaded, one_sentence, writable
+from mechvlm.commands.viar_command import viar_command
 
 DEMO_QUESTION = 0
 CASES = 6
@@ -32,6 +35,7 @@ NULLS = "black, grey, white, mean, noise(seed), diffusion(t), blur(sigma), shuff
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, no_args_is_help=True)
 app.command("pope")(pope_command)
 app.command("audit")(audit_command)
+app.command("viar")(viar_command)
 
 
 def main() -> None:

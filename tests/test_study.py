@@ -1,5 +1,6 @@
 """VIAR's whole study: its parts against what they are made of, one that was stopped, sentences that follow numbers."""
 
+import html
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -7,6 +8,7 @@ from typing import Any
 
 import jaxtyping
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import xarray as xr
@@ -18,6 +20,7 @@ from mechvlm.methods.sentences import finding
 from mechvlm.methods.parts import PARTS, Plan, layers_of, side_by_side
 from mechvlm.methods.study import study
 from mechvlm.methods.wording import against_threshold, with_interval
+from mechvlm.report.viar_page import viar_page
 
 PICTURES = {f"{number}.png": tiny.picture(number) for number in range(5)}
 WORDS = ("cat", "red dog")
@@ -121,6 +124,21 @@ def test_the_published_convention_is_passed_on() -> None:
     expected = mv.evaluate.pope(vlm(), ROWS, PICTURES, edits, tokens="lower-case")
     np.testing.assert_allclose(found["bias"].margin, expected.margin, atol=1e-5)
     assert not any("nan" in said for said in found.sentences.values())
+
+
+def test_the_page_shows_every_part_with_its_finding_and_its_numbers(
+    whole: study_module.Studied, tmp_path: Path
+) -> None:
+    page = viar_page(whole, tmp_path, {"made": "2026-01-01"}).read_text(encoding="utf-8")
+    assert page.count("<section") == len(PARTS) + 2
+    assert page.count('<p class="trouble">') == 1  # the one for browsers without scripts
+    figures = sorted(path.stem.rpartition("-")[0] for path in (tmp_path / "figures").iterdir())
+    assert set(figures) == set(PARTS) - {"when"}
+    for name, said in whole.sentences.items():
+        assert f'href="parts/{name}.nc"' in page
+        assert html.escape(said, quote=False) in page.replace("&#39;", "'")
+    items = pd.read_csv(tmp_path / "items.csv")
+    np.testing.assert_allclose(items.VIAR_margin, whole["bias"].margin, atol=1e-6)
 
 
 # -- one that was stopped ---------------------------------------------------------------------------------------------
@@ -236,8 +254,8 @@ def test_a_zone_is_spoken_of_where_there_is_one() -> None:
         values = xr.DataArray(np.array(curve) + noise, dims=["prompt", "layer"])
         bent = mv.u_shape(values, resamples=100)
         found = mv.find_zone(values, splits=5, resamples=100)
-        both = found.merge(bent.rename({name: f"u_{name}" for name in bent.data_vars}), combine_attrs="drop")
-        both = both.assign_attrs({**found.attrs, "layers": "2, 3", "layers_from": "as asked for"})
+        both = found.assign({f"u_{name}": one for name, one in bent.data_vars.items()})
+        both = both.assign_attrs(layers="2, 3", layers_from="as asked for")
         assert finding("zone", {"zone": both}).startswith(said)
         assert finding("zone", {"zone": both}).endswith("Biased: 2-3, as asked for.")
 

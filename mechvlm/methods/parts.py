@@ -24,7 +24,7 @@ from mechvlm.experiments.visual_gradient import gradient_by_layer
 from mechvlm.experiments.zones import find_zone
 from mechvlm.methods.asked import prompts_of
 from mechvlm.methods.bands import bias_layers, layer_sets
-from mechvlm.methods.bias import viar_bias
+from mechvlm.methods.bias import head_pairs, viar_bias
 from mechvlm.methods.contrast import vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
@@ -95,9 +95,8 @@ def zone(plan: Plan, made: Made) -> xr.Dataset:
     bent = u_shape(values, clusters, seed=plan.seed)
     layers, why = layers_of(plan, found)
     about = {"layers": ", ".join(map(str, layers)), "layers_from": why, "quantity": str(values.quantity.item())}
-    named = {name: f"u_{name}" for name in map(str, bent.data_vars)}
-    together = found.drop_vars("quantity", errors="ignore").merge(bent.rename(named), combine_attrs="drop")
-    return together.assign_attrs({**found.attrs, **about})
+    named = {f"u_{name}": one for name, one in bent.data_vars.items()}
+    return found.drop_vars("quantity", errors="ignore").assign(named).assign_attrs(about)
 
 
 def layers_of(plan: Plan, found: xr.Dataset) -> tuple[list[int], str]:
@@ -164,7 +163,7 @@ def samples(plan: Plan, made: Made) -> xr.Dataset:
         said = f"all {len(right)} answers are {'right' if right.all() else 'wrong'}, so nothing can go with being right"
         return paid.assign_attrs(nothing=said)
     found = depth_correlation(made["base"], attention, zone_of(made), seed=plan.seed, convention=plan.convention)
-    return found.merge(paid, combine_attrs="drop").assign_attrs({**attention.attrs, **found.attrs})
+    return found.assign(paid.data_vars).assign_attrs({**attention.attrs, **found.attrs})
 
 
 def bias(plan: Plan, made: Made) -> xr.Dataset:
@@ -184,18 +183,12 @@ def adaptive(plan: Plan, made: Made) -> xr.Dataset:
 
 def head_bias(plan: Plan, made: Made) -> xr.Dataset:
     """The same in the heads of neglect alone, in whatever layer they are."""
-    where = np.argwhere(made["heads"].neglect.transpose("layer", "head").values)
-    layers = made["heads"].layer.values
-    pairs = [(int(layers[layer]), int(head)) for layer, head in where]
+    pairs = head_pairs(made["heads"])
     if not pairs:
         return made["base"].assign_attrs(heads="none: no head is far enough below the mean")
-    edits = viar_bias(plan.vlm, plan.amount, heads=pairs, convention=plan.convention, layers=heads_in(pairs))
+    within = sorted({layer for layer, _ in pairs})
+    edits = viar_bias(plan.vlm, plan.amount, heads=pairs, convention=plan.convention, layers=within)
     return plan.evaluated(edits).assign_attrs(heads=", ".join(f"{layer}.{head}" for layer, head in pairs))
-
-
-def heads_in(pairs: Sequence[tuple[int, int]]) -> list[int]:
-    """The layers that some heads are in."""
-    return sorted({layer for layer, _ in pairs})
 
 
 def when(plan: Plan, made: Made) -> xr.Dataset:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from mechvlm.evaluate import read_pope
 from mechvlm.evaluate.evaluation import content_of, sha256, sources
+from mechvlm.evaluate.files import Item
 from mechvlm.evaluate.pictures import looked_at
 from mechvlm.experiments.published import published
 from mechvlm.experiments.record import chosen_layers
@@ -181,13 +182,33 @@ def _about(plan: Plan) -> dict[str, Any]:
         "amounts": ", ".join(f"{one:g}" for one in plan.amounts),
         "items": len(plan.items),
     }
-    content = {
-        "questions_sha256": content_of(plan.items),
-        "pictures_sha256": sha256(looked_at(plan.items, plan.images)),
-        "weights": fingerprint(weights_print(plan.vlm.hf)),
-    }
+    content = _content(plan.vlm, plan.items, plan.images)
     how = [str(plan.vlm.dtype), plan.vlm.attention, list(plan.vlm.edits)]
     return {**settings, **content, "questions": plan.source, "fingerprint": fingerprint(settings, content, how)}
+
+
+def _content(vlm: VLM, items: Sequence[Item], images: Any) -> dict[str, str]:
+    """What questions, pictures and weights are, as hashes."""
+    return {
+        "questions_sha256": content_of(items),
+        "pictures_sha256": sha256(looked_at(items, images)),
+        "weights": fingerprint(weights_print(vlm.hf)),
+    }
+
+
+def sameness(
+    vlm: VLM, questions: Any, images: Any = None, split: str | None = "adversarial", items: int | None = None
+) -> dict[str, str]:
+    """What a study has to find as it was to be made again: hashes of its questions, its pictures and the weights.
+
+    Args:
+        questions, images, split, items: as in `study`.
+
+    Example:
+        >>> list(sameness(vlm, "demo", items=6))
+        ['questions_sha256', 'pictures_sha256', 'weights']
+    """
+    return _content(vlm, read_pope(read_pope(questions, split)[:items]), images)
 
 
 def _part(name: str, plan: Plan, made: Made, print_of: str, folder: Path | None) -> xr.Dataset:
