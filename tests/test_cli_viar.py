@@ -1,4 +1,4 @@
-"""`mechvlm viar`: one command for a result, a record that suffices to run it again, and one sentence for what is wrong."""
+"""`mechvlm viar`: one command for a result, a record that suffices to run it again, one sentence for what is wrong."""
 
 import json
 import shlex
@@ -77,15 +77,19 @@ def test_a_record_suffices_to_make_the_same_numbers_again(made: Path, tmp_path: 
     assert (second["rerun_of"], second["differs_from_it"]) == (record["made"], {})
     assert all(second[name] == record[name] for name in ("command", "asked", "weights", "findings"))
     for name in record["seconds"]:
-        one, two = (
-            xr.load_dataset(at / "parts" / f"{name}.nc", engine="h5netcdf") for at in (made, tmp_path / "again")
-        )
+        files = [folder / "parts" / f"{name}.nc" for folder in (made, tmp_path / "again")]
+        one, two = (xr.load_dataset(file, engine="h5netcdf") for file in files)
         xr.testing.assert_equal(one, two)
 
 
 def test_the_command_in_a_record_asks_for_the_same(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record, asked = json.loads((made / "record.json").read_text()), []
-    monkeypatch.setattr("mechvlm.commands.viar_command.written", lambda one, *_: asked.append(one) or Path("page"))
+    record, asked = json.loads((made / "record.json").read_text()), list[Asked]()
+
+    def keep(one: Asked, *_: object) -> Path:
+        asked.append(one)
+        return made
+
+    monkeypatch.setattr("mechvlm.commands.viar_command.written", keep)
     assert run(*shlex.split(record["command"])[2:], "--out", made).exit_code == 0
     assert asked == [Asked(**record["asked"])]
     assert command_of(asked[0]) == record["command"]

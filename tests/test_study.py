@@ -30,7 +30,7 @@ ROWS = [
     for number, name in enumerate(PICTURES)
     for at, word in enumerate(WORDS)
 ]
-FEW: dict[str, Any] = {"images": PICTURES, "split": None, "amounts": [0.0, 2.0], "pictures": 5, "few": 6}
+FEW: dict[str, Any] = {"images": PICTURES, "split": None, "amounts": [0.0, 2.0], "pictures": 4, "few": 6}
 FEW |= {"controls": 1, "resamples": 40}
 
 

@@ -31,9 +31,8 @@ def _profile(parts: Parts) -> Shown:
     ]
     columns = ["layer", *map(str, found.quantity.values)]
     alt = f"Attention to the image by layer: {listed(found['mean'].sel(quantity='mass'))}."
-    return [Drawing(alt, plot.layer_spans(found, title="Attention to the image, and to position 0"))], [
-        Table("Four numbers called visual attention", columns, table)
-    ]
+    figure = plot.layer_spans(found, title="Attention to the image, and to position 0")
+    return [Drawing(alt, figure)], [Table("Four numbers called visual attention", columns, table)]
 
 
 def _three(found: xr.Dataset) -> list[list[float]]:
@@ -42,19 +41,13 @@ def _three(found: xr.Dataset) -> list[list[float]]:
 
 def _zone(parts: Parts) -> Shown:
     found = parts["zone"]
-    return [
-        Drawing(f"The curve by layer: {listed(found['mean'])}.", plot.zone_curve(found, title="Is there a zone?"))
-    ], []
+    figure = plot.zone_curve(found, title="Is there a zone?")
+    return [Drawing(f"The curve by layer: {listed(found['mean'])}.", figure)], []
 
 
 def _heads(parts: Parts) -> Shown:
-    found = parts["heads"]
-    return [
-        Drawing(
-            "Map of attention to the image by layer and head, with marks.",
-            plot.head_matrix(found, title="Attention to the image, head by head"),
-        )
-    ], []
+    figure = plot.head_matrix(parts["heads"], title="Attention to the image, head by head")
+    return [Drawing("Map of attention to the image by layer and head, with marks.", figure)], []
 
 
 def _collapse(parts: Parts) -> Shown:
@@ -98,17 +91,10 @@ def _samples(parts: Parts) -> Shown:
     if "measure" not in found.dims:
         return [], []
     both = xr.concat([found.right, found.wrong], xr.Variable("answer", ["right", "wrong"])).rename("attention mass")
-    drawings = [
-        Drawing(
-            "Correlations by layer.",
-            plot.association(found, title="Attention and being right").update_xaxes(type="category"),
-        ),
-        Drawing(
-            "Attention by layer, right and wrong.",
-            plot.lines(both, "measure", "answer", title="Attention on right and on wrong answers"),
-        ),
-    ]
-    return drawings, []
+    r = plot.association(found, title="Attention and being right")
+    r.update_xaxes(type="category")  # or plotly leaves out the zone among numbers
+    means = plot.lines(both, "measure", "answer", title="Attention on right and on wrong answers")
+    return [Drawing("Correlations by layer.", r), Drawing("Attention by layer, right and wrong.", means)], []
 
 
 def _edit(parts: Parts, edited: xr.Dataset, name: str) -> Shown:
@@ -166,11 +152,8 @@ def _when(parts: Parts) -> Shown:
 
 
 def _doses(parts: Parts) -> Shown:
-    return [
-        Drawing(
-            "Accuracy, threshold and share of yes by amount.", plot.dose_curves(parts["doses"], title="How much bias")
-        )
-    ], []
+    figure = plot.dose_curves(parts["doses"], title="How much bias")
+    return [Drawing("Accuracy, threshold and share of yes by amount.", figure)], []
 
 
 def _layers(parts: Parts) -> Shown:
