@@ -248,7 +248,10 @@ def test_whether_the_bias_beats_a_threshold_is_answered_by_the_numbers() -> None
 def test_a_zone_is_spoken_of_where_there_is_one() -> None:
     noise = np.random.default_rng(0).normal(size=(40, 7)) / 5
     for curve, said in (
-        ([3.0, 3.0, 1.0, 1.0, 1.0, 3.0, 3.0], "Layers 2 to 4 pay the image less than the layers beside them, by 1.9"),
+        (
+            [3.0, 3.0, 1.0, 1.0, 1.0, 3.0, 3.0],
+            "Layers 2 to 4 pay the image less than the layers beside them: their mean is 1.9",
+        ),
         ([2.0] * 7, "No zone of neglect is found: the rule chooses"),
     ):
         values = xr.DataArray(np.array(curve) + noise, dims=["prompt", "layer"])

@@ -57,8 +57,8 @@ def _zone(parts: Made) -> str:
     p = f"p = {float(found.p_value):.3g}, {found.attrs['clusters']} pictures"
     said = f"No zone of neglect is found: the rule chooses {which} ({p})"
     if bool(found.found):
-        said = f"{_run(range(int(chosen[0]), int(chosen[1])))} pay the image less than the layers beside them, by "
-        said += f"{float(found.gap):.3f} of the lower one ({p}; {found.attrs['test']})"
+        said = f"{which} pay the image less than the layers beside them: their mean "
+        said += f"is {float(found.gap):.3f} below the lower neighbour ({p}; {found.attrs['test']})"
     over, bent = ([float(found[f"u_{name}"].sel(end=end)) for end in ("mean", "low", "high")] for name in _BENT)
     better = "better" if over[1] > 0 else "worse" if over[2] < 0 else "not surely better"
     curve = "bent like a U" if bent[1] > 0 else "bent the other way" if bent[2] < 0 else "bent neither way for sure"
