@@ -72,14 +72,14 @@ def _where(one: xr.Dataset) -> str:
 
 def bias_said(parts: Made) -> str:
     """The finding of `bias`."""
-    return f"{upper(against_threshold(compared(parts, parts['bias'], 'VIAR')))}."
+    return f"With the bias: {against_threshold(compared(parts, parts['bias'], 'VIAR'))}."
 
 
 def adaptive_said(parts: Made) -> str:
     """The finding of `adaptive`."""
     each = parts["adaptive"]
     found = {one: compared(parts, each.sel(edit=one), f"adaptive, {one}") for one in map(str, each.edit.values)}
-    return " ".join(f"By the {one}’s formula: {against_threshold(two)}." for one, two in found.items())
+    return " ".join(f"Adaptive by the {one}’s formula: {against_threshold(two)}." for one, two in found.items())
 
 
 def head_bias_said(parts: Made) -> str:
@@ -89,7 +89,7 @@ def head_bias_said(parts: Made) -> str:
         return f"No head was biased: {heads.removeprefix('none: ')}."
     count = len(heads.split(", "))
     said = against_threshold(compared(parts, parts["head_bias"], "heads of neglect"))
-    return f"In {count} heads of neglect: {said}."
+    return f"With the bias in {count} heads of neglect: {said}."
 
 
 def when_said(parts: Made) -> str:

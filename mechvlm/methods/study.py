@@ -105,7 +105,8 @@ def study(
         pictures: how many of them attention, null pictures and gradients are measured on, at one question each.
         few: how many questions `doses`, `layers` and `contrast` are asked, the first; generated answers are to 36.
         controls: sets of random layers.
-        template: as in `mv.evaluate.pope`; by default the model's own, under the convention the published one.
+        template: as in `mv.evaluate.pope`; by default the model's own chat template, and under the convention the whole
+            published prompt, which is LLaVA-1.5's: give "plain" for other models, which it may confuse.
         resamples: draws of pictures for intervals of evaluations.
 
     Returns:

@@ -2,6 +2,8 @@
 
 Every function gives the corrected quantity; with `convention="viar-2026"` it gives the published one.
 
+`study` does all of it with one model, part by part (`PARTS`), and says what came out (`finding`).
+
 Below stands for each result of the study which function has it, what was published, and what was wrong with that.
 
 * layer profile, U-shape: `layer_profile`, `u_shape`

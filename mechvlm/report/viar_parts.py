@@ -25,18 +25,19 @@ ENDS = ("value", "low", "high")
 
 def _profile(parts: Parts) -> Shown:
     found = parts["profile"]
-    table = [
-        [int(layer), *(with_interval(*ends, digits=3) for ends in _three(found.sel(layer=layer)))]
+    quantities = [str(one) for one in found.quantity.values]
+    fine = {"density": 6}  # weights of single keys
+    rows = [
+        [int(layer), *(with_interval(*_three(found, layer, one), digits=fine.get(one, 3)) for one in quantities)]
         for layer in found.layer.values
     ]
-    columns = ["layer", *map(str, found.quantity.values)]
     alt = f"Attention to the image by layer: {listed(found['mean'].sel(quantity='mass'))}."
     figure = plot.layer_spans(found, title="Attention to the image, and to position 0")
-    return [Drawing(alt, figure)], [Table("Four numbers called visual attention", columns, table)]
+    return [Drawing(alt, figure)], [Table("Four numbers called visual attention", ["layer", *quantities], rows)]
 
 
-def _three(found: xr.Dataset) -> list[list[float]]:
-    return [[float(found[end].sel(quantity=one)) for end in ("mean", "low", "high")] for one in found.quantity.values]
+def _three(found: xr.Dataset, layer: int, quantity: str) -> list[float]:
+    return [float(found[end].sel(layer=layer, quantity=quantity)) for end in ("mean", "low", "high")]
 
 
 def _zone(parts: Parts) -> Shown:
