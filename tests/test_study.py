@@ -16,8 +16,8 @@ from evaluations import baseline, changed
 
 import mechvlm as mv
 from mechvlm.methods import study as study_module
-from mechvlm.methods.sentences import finding
 from mechvlm.methods.parts import PARTS, Plan, layers_of, side_by_side
+from mechvlm.methods.sentences import finding
 from mechvlm.methods.study import study
 from mechvlm.methods.wording import against_threshold, with_interval
 from mechvlm.report.viar_page import viar_page
@@ -67,7 +67,7 @@ def biased(prompt: mv.Prompt) -> list[mv.Edit]:
 def test_every_part_is_a_file_and_has_a_finding(whole: study_module.Studied, folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{name}.nc" for name in PARTS)
     assert list(whole.findings) == list(PARTS)
-    for name, said in whole.sentences.items():
+    for name, said in whole.findings.items():
         assert said.endswith(".") and "nan" not in said, (name, said)
         xr.testing.assert_identical(xr.load_dataset(folder / f"{name}.nc", engine="h5netcdf"), whole[name])
 
@@ -123,7 +123,7 @@ def test_the_published_convention_is_passed_on() -> None:
 
     expected = mv.evaluate.pope(vlm(), ROWS, PICTURES, edits, tokens="lower-case")
     np.testing.assert_allclose(found["bias"].margin, expected.margin, atol=1e-5)
-    assert not any("nan" in said for said in found.sentences.values())
+    assert not any("nan" in said for said in found.findings.values())
 
 
 def test_the_page_shows_every_part_with_its_finding_and_its_numbers(
@@ -134,7 +134,7 @@ def test_the_page_shows_every_part_with_its_finding_and_its_numbers(
     assert page.count('<p class="trouble">') == 1  # the one for browsers without scripts
     figures = sorted(path.stem.rpartition("-")[0] for path in (tmp_path / "figures").iterdir())
     assert set(figures) == set(PARTS) - {"when"}
-    for name, said in whole.sentences.items():
+    for name, said in whole.findings.items():
         assert f'href="parts/{name}.nc"' in page
         assert html.escape(said, quote=False) in page.replace("&#39;", "'")
     items = pd.read_csv(tmp_path / "items.csv")

@@ -26,8 +26,8 @@ from mechvlm.experiments.record import chosen_layers
 from mechvlm.experiments.shards import SUFFIX, opened
 from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.methods.dose import AMOUNTS
-from mechvlm.methods.sentences import finding
 from mechvlm.methods.parts import PARTS, Made, Plan
+from mechvlm.methods.sentences import finding
 from mechvlm.sites import listed, number, told, whole
 from mechvlm.vlm import VLM
 

@@ -70,10 +70,10 @@ from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.findings import audit_table
-from mechvlm.methods.sentences import finding
 from mechvlm.methods.legacy import entropy_layers, entropy_ratios, grey_divergence, legacy_edits, legacy_factors
 from mechvlm.methods.parts import PARTS
 from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
+from mechvlm.methods.sentences import finding
 from mechvlm.methods.study import Studied, study
 
 __all__ = [
