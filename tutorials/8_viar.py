@@ -179,8 +179,8 @@ mv.evaluate.stats.comparison_table(compared)
 # %% [markdown]
 # So, of the demo model: there is a zone by the test, and it is shallow. The bias moves most of the attention that is
 # left onto the picture, and the answers hardly at all; a threshold that says yes as often gets as many right, and
-# random layers do as well. A black picture is no natural null: another real picture is more like the real one. What cannot be
-# seen here is a small gain: with so few wrong answers, the intervals above say how much of one is possible.
+# random layers do as well. A black picture is no natural null: another real picture is more like the real one. What
+# cannot be seen here is a small gain: with so few wrong answers, the intervals above say how much of one is possible.
 #
 # The same study of another model, or in the published convention, is one line:
 # `mv.methods.viar.study(vlm, "POPE/coco", images="val2014", convention="viar-2026")`. With `out="folder"` each part is
