@@ -6,6 +6,7 @@ Rule this module guards: every sentence about a finding is the audit's own, whic
 '2 survive, 1 is not shown either way'
 """
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from mechvlm.methods.findings import Estimate, audit_table
 from mechvlm.report.page import COUNTED, Drawing, Section, Table, page
 from mechvlm.report.write import written
 
-WIDTH, ROOM = 430, 48  # of a figure that stands beside another, and of a legend above it
+WIDTH, ENTRY, ROW = 430, 160, 20  # of a figure that stands beside another; an entry of a legend, and its height
 WAYS = ("published", "corrected")
 COUNTS = {
     "survives": ("survives", "survive"),
@@ -92,7 +93,7 @@ def verdicts(found: Mapping[str, xr.Dataset]) -> Section:
 def spans(found: Mapping[str, xr.Dataset]) -> Section:
     """Who is paid by text, truly and under the name of the image."""
     profile, published = found["profile"], found["published_profile"]
-    curves = {"What text pays": profile.mass, "What is called attention to the image": published.really}
+    curves = {"What text pays": profile.mass, "What is called the image": published.really}
     drawings = []
     for title, values in curves.items():
         dim = str(values.dims[-1])
@@ -258,8 +259,11 @@ def narrow(figure: go.Figure, width: float = WIDTH) -> go.Figure:
     if not figure.layout.showlegend:
         return figure.update_layout(width=width)
     above = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.07, "yanchor": "bottom", "title_text": ""}
-    top, height = figure.layout.margin.t + ROOM, figure.layout.height + ROOM
-    return figure.update_layout(width=width, legend=above, margin_r=20, margin_t=top, height=height)
+    entries = len({trace.name for trace in figure.data if trace.showlegend is not False})
+    room = ROW + ROW * math.ceil(entries / (width // ENTRY))
+    top, height = figure.layout.margin.t + room, figure.layout.height + room
+    figure.update_layout(width=width, legend=above, margin_r=20, margin_t=top, height=height)
+    return figure.update_layout(title={"y": 1, "yanchor": "top", "yref": "container", "pad": {"t": ROW}})
 
 
 def sentences(found: Mapping[str, xr.Dataset], *names: str) -> list[str]:
