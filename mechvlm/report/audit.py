@@ -58,7 +58,9 @@ def audit_page(found: Mapping[str, xr.Dataset], folder: str | Path, about: Mappi
     parts = (verdicts, spans, sink, zone, heads, collapse, gradients)
     sections = [written(part(found), folder) for part in parts]
     own = found["findings"].attrs
-    provenance = {**{name: str(value) for name, value in own.items() if name != "rule"}, **about}
+    first, *others = str(own["prompt"]).split("\n---\n")
+    provenance = {name: str(value) for name, value in own.items() if name != "rule"}
+    provenance |= {"prompt": first + (f"\n(and {len(others)} others)" if others else ""), **about}
     title = f"Which of VIAR’s findings does {own['model']} show?"
     said = f"{own['prompts']} questions about {own['clusters']} pictures, as published and corrected"
     path = folder / "audit.html"
