@@ -15,6 +15,7 @@ import xarray as xr
 from evaluations import baseline, changed
 
 import mechvlm as mv
+from mechvlm.methods import parts as parts_module
 from mechvlm.methods import study as study_module
 from mechvlm.methods.parts import PARTS, Plan, layers_of, side_by_side
 from mechvlm.methods.sentences import finding
@@ -54,7 +55,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> study_module.Studied:
-    return study(vlm(), ROWS, zone=[1, 2], out=folder, **FEW)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(parts_module, "SPOKEN", 4)  # which takes most of the time
+        return study(vlm(), ROWS, zone=[1, 2], out=folder, **FEW)
 
 
 def biased(prompt: mv.Prompt) -> list[mv.Edit]:

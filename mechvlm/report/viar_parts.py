@@ -28,7 +28,7 @@ def _profile(parts: Parts) -> Shown:
     quantities = [str(one) for one in found.quantity.values]
     fine = {"density": 6}  # weights of single keys
     rows = [
-        [int(layer), *(with_interval(*_three(found, layer, one), digits=fine.get(one, 3)) for one in quantities)]
+        [int(layer), *(with_interval(*_three(found, int(layer), one), digits=fine.get(one, 3)) for one in quantities)]
         for layer in found.layer.values
     ]
     alt = f"Attention to the image by layer: {listed(found['mean'].sel(quantity='mass'))}."
