@@ -84,7 +84,7 @@ def pairs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_paired_bootstrap_of_9000_items() -> None:
-    found = stats.paired_bootstrap(*pairs())
+    found = stats.paired_bootstrap(*pairs(), convention="viar-2026")
     assert round(found.mean, 4) == TESTS["accuracy_diff"]
     # Two draws of 10,000: each p has a deviation of 0.0034, each end one of some 1e-4; ends are whole items of 9000.
     assert found.p_value == pytest.approx(TESTS["p_one_sided"], abs=4 * 0.0034 * 2**0.5)
@@ -261,11 +261,13 @@ def by_layer() -> xr.DataArray:
 
 
 @cache
-def associated(stratified: bool = False) -> xr.Dataset:
+def associated(stratified: bool = False, clustered: bool = False) -> xr.Dataset:
     pred = samples()["pred"]
     # Six questions about each picture, one after the other, as POPE's file has them.
     return stats.associate(
-        by_layer(), samples()["correct"], strata=pred if stratified else None, clusters=np.arange(500) // 6
+        *(by_layer(), samples()["correct"]),
+        strata=pred if stratified else None,
+        clusters=np.arange(500) // 6 if clustered else None,
     )
 
 
@@ -308,6 +310,11 @@ def test_three_layers_are_left_after_either_correction() -> None:
     left = found.sel(layer=[14, 15, 17])
     assert left.p_bh.values == pytest.approx([0.016, 0.016, 0.024], abs=4 * 32 / 3 * 0.0005)
     assert left.p_max.values == pytest.approx([0.018, 0.039, 0.047], abs=4 * 0.003)
+
+
+def test_the_three_layers_are_left_over_pictures_too_within_answers() -> None:
+    found = associated(stratified=True, clustered=True)
+    assert found.layer[found.p_max <= 0.05].values.tolist() == [14, 15, 17]
 
 
 def test_benjamini_hochberg_of_the_published_p_values_is_statsmodels() -> None:

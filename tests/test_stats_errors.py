@@ -78,6 +78,10 @@ EFFECTS: list[Case] = [
         "no value differs from its group's mean, so there is no deviation to measure a difference in.",
         lambda: stats.cohens_d([1, 1], [2, 2]),
     ),
+    (
+        "convention='viar' is not known; give None or 'viar-2026'.",
+        lambda: stats.paired_bootstrap([1, 2], [1, 2], convention="viar"),
+    ),
     ("b=-1 is no number of items; counts go from 0.", lambda: stats.mcnemar(-1, 2)),
     (
         "b and c are 0: no item is answered right by one model only, so there is nothing to test.",
@@ -169,6 +173,6 @@ FIGURES: list[Case] = [
 CASES = VALUES + EFFECTS + TABLES + FIGURES
 MODULES = [
     *("association", "calibration", "comparison", "corrections", "draws", "effects", "items", "paired", "posteriors"),
-    *("scoring", "stats", "tables", "thresholds"),
+    *("scoring", "stats", "tables", "thresholds", "verdicts"),
 ]
 """The modules of `mechvlm.evaluate` whose sentences these are."""

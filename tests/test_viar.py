@@ -432,7 +432,7 @@ def test_sets_of_layers_are_drawn_beside_random_ones(measure: str) -> None:
     assert drawn["these layers"].y.tolist() == [0.5, 0.6]
     band, middle = [trace for trace in figure.data if trace.name == "random layers"]
     assert (min(band.y), max(band.y)) == (0.4, 0.8) and list(middle.y) == pytest.approx([0.6, 0.6])
-    assert [note.text for note in figure.layout.annotations][:2] == ["p = 0.25", "no random set"]
+    assert [note.text for note in figure.layout.annotations][:2] == ["p = 0.25", "no p-value"]
     assert figure.layout.xaxis.ticktext == ("zone<br>3-4", "all<br>0-7")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate.corrections import benjamini_hochberg, max_statistic, p_of
-from mechvlm.evaluate.draws import checked_draws, drawn_clusters, ends
+from mechvlm.evaluate.draws import checked_draws, cluster_sums, drawn_clusters, ends
 from mechvlm.evaluate.items import Values, as_many, cluster_numbers, measured, one_each
 from mechvlm.sites import told, whole
 
@@ -36,24 +36,27 @@ def associate(
     """Point-biserial correlations of measurements with an outcome, corrected for their number, and within strata.
 
     A negative r means larger measurements where the outcome is false. With strata, what is tested is the correlation
-    pooled within them (each stratum's means taken out), and outcomes are permuted within strata.
+    pooled within them (each stratum's means taken out), and outcomes are permuted within strata. Items of one cluster
+    are alike, and permuting them would take every one for independent: where clusters hold several, each cluster's part
+    of the correlation has its sign drawn instead, which asks of whole clusters only.
 
     Args:
         values: numbers over `item` and any others, for instance `layer`.
         outcome: true or false (1 or 0) of each item, for instance whether its answer is right.
         strata: what items are looked at by themselves for, for instance the predicted answer.
-        clusters: what each item belongs to, for the interval; None: each stands alone. Permutations know no clusters:
-            an outcome that goes together within them makes p-values too small.
-        permutations: how often outcomes are permuted; no p-value by permutation is below 1 / (permutations + 1).
+        clusters: what each item belongs to, for the interval and the p-values by permutation; None: each stands alone.
+        permutations: how often outcomes are permuted, or signs drawn; no p-value of them is below
+            1 / (permutations + 1), nor, of few clusters, below 2 / 2^clusters.
         resamples: how often clusters are drawn for the interval.
         seed: of both.
 
     Returns:
         Over the dims of `values` without `item`: `r`, and with strata `r_within` and `r_stratum` (also over `stratum`);
-        `d`, Cohen's d, items with the outcome minus those without; and of what was tested `low` and `high`, the
-        95 % interval, `p` by the t-distribution, `p_permuted` by permutation (both two-sided), `p_bh`, the latter after
-        Benjamini and Hochberg, and `p_max`, by the largest |r| of each permutation. A value that does not vary has
-        none of them.
+        `d`, Cohen's d, items with the outcome minus those without; and of what was tested `low` and `high`, the 95 %
+        interval, `p` by the t-distribution, which takes items for independent, `p_permuted` by permutation or signs
+        (both two-sided), `p_bh`, the latter after Benjamini and Hochberg, and `p_max`, by the largest |r| of each
+        permutation, or the largest |t| of each draw of signs (r over the root of the clusters' summed squares).
+        `attrs["null"]` says which. A value that does not vary has none of them, and one cluster no p-value.
 
     Raises:
         ValueError: for values without items, an outcome that does not vary, or other numbers of them.
@@ -67,7 +70,9 @@ def associate(
 
     Source:
         VIAR's per-sample correlation, whose 32 tests were neither corrected nor stratified; for both corrections see
-        `benjamini_hochberg` and `max_statistic`.
+        `benjamini_hochberg` and `max_statistic`. The draws of signs are those of Hemerik, Goeman and Finos (2020),
+        "Robust testing in generalized linear models by sign flipping score contributions", Journal of the Royal
+        Statistical Society B 82, of effective scores summed over clusters.
     """
     table, other = _table(values)
     truth = _truth(outcome, len(table))
@@ -78,19 +83,26 @@ def associate(
     checked_draws(resamples)
     x, y = _centred(table, layers), _centred(truth[:, None], layers)[:, 0]
     tested = _correlation(x, y)
-    null = _permuted(x, y, layers, permutations, seed)
-    p = _p_of_t(tested, len(table) - 1 - len(set(layers)))
+    total = int(groups.max()) + 1
+    if total == len(table):
+        strength, null = tested, _permuted(x, y, layers, permutations, seed)
+    else:
+        strength, null = _flipped(x, y, groups, permutations, seed)
+    # Of one cluster nothing is told: its sign says nothing, and its items are no sample of others.
+    known = np.isfinite(tested) & (total > 1)
+    p = np.where(known, _p_of_t(tested, len(table) - 1 - len(set(layers))), np.nan)
     found = {"r": _correlation(_centred(table, layers * 0), truth - truth.mean()), "d": _effect(table, truth)}
     low, high = _interval(table, truth, layers, groups, resamples, seed)
-    permuted = np.where(np.isfinite(tested), p_of(np.abs(tested), np.abs(null)), np.nan)
+    permuted = np.where(known, p_of(np.abs(strength), np.abs(null)), np.nan)
     found |= {"low": low, "high": high, "p": p, "p_permuted": permuted, "p_bh": benjamini_hochberg(permuted)}
-    found["p_max"] = max_statistic(tested, null)
+    found["p_max"] = np.where(known, max_statistic(strength, null), np.nan)
     result = xr.Dataset({name: other.copy(data=one.reshape(other.shape)) for name, one in found.items()})
     if strata is not None:
         result = _with_strata(result, other, (table, truth, layers), one_each("strata", strata), tested)
     about = {"tested": "r" if strata is None else "r_within", "permutations": permutations, "resamples": resamples}
-    about |= {"items": len(table), "outcomes": int(truth.sum()), "clusters": int(groups.max()) + 1, "seed": seed}
-    return result.assign_attrs(p="t-distribution, two-sided", **about)
+    about |= {"items": len(table), "outcomes": int(truth.sum()), "clusters": total, "seed": seed}
+    about["null"] = "outcomes permuted within strata" if total == len(table) else "signs of clusters' scores"
+    return result.assign_attrs(p="t-distribution, two-sided, items as independent", **about)
 
 
 def _table(values: Any) -> tuple[np.ndarray, xr.DataArray]:
@@ -147,6 +159,22 @@ def _permuted(x: np.ndarray, y: np.ndarray, strata: np.ndarray, permutations: in
             mixed[:, here] = generator.permuted(mixed[:, here], axis=1)
         found.append(_quotient(mixed @ x, spreads))
     return np.concatenate(found)
+
+
+def _flipped(
+    x: np.ndarray, y: np.ndarray, groups: np.ndarray, permutations: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The sum of clusters' scores over the root of their squares, and the same with their signs drawn, by columns."""
+    scores = cluster_sums(_quotient(x * y[:, None], (x**2).sum(0) * (y**2).sum()), groups)
+    squares = (scores**2).sum(0)
+    # Scores that are all 0 speak for nothing, and are not left out: the value varies.
+    root = np.where(squares <= NO_SPREAD, np.inf, np.sqrt(squares))
+    generator, found = np.random.default_rng(seed), []
+    held = max(1, HELD // len(scores))
+    for start in range(0, permutations, held):
+        drawn = generator.integers(0, 2, (min(held, permutations - start), len(scores)))
+        found.append((2.0 * drawn - 1) @ (scores / root))
+    return (scores / root).sum(0), np.concatenate(found)
 
 
 def _p_of_t(r: np.ndarray, freedom: int) -> np.ndarray:

@@ -13,13 +13,14 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate.calibration import reliability
-from mechvlm.evaluate.draws import checked_draws, cluster_sums, drawn_clusters, ends
+from mechvlm.evaluate.draws import checked_draws, cluster_sums, drawn_clusters, ends, p_below
 from mechvlm.evaluate.effects import cohens_h, power, required_n
-from mechvlm.evaluate.items import cluster_numbers, measured, predictions, shares_of_one, yes_answers
+from mechvlm.evaluate.items import cluster_numbers, first_asked, measured, predictions, shares_of_one, yes_answers
 from mechvlm.evaluate.paired import mcnemar
 from mechvlm.evaluate.posteriors import beta_independent, beta_paired
 from mechvlm.evaluate.scoring import METRICS, answer_table, measures, squared_errors
 from mechvlm.evaluate.thresholds import BETWEEN, matched_shift, moved_sums, threshold_sweep
+from mechvlm.evaluate.verdicts import calibrated, no_threshold, unlike, verdict, without_threshold
 from mechvlm.sites import told
 
 MODELS = ("base", "edited", "threshold")
@@ -44,19 +45,26 @@ def compare(
 
     Args:
         base: an evaluation, as `mv.evaluate.pope` returns it.
-        edited: one of the same questions in the same order, with edits.
-        duplicates: "drop": a question asked twice about one picture counts once. "keep": as often as it is asked, which
-            pretends to more information than there is, since its answer is the same each time.
+        edited: one of the same questions in the same order, with edits. One with another model, template, scoring,
+            parser or decoding is compared as well, and `attrs["differs"]` and the verdict name what is not the same.
+        duplicates: "drop": of the items that are there, a question asked twice about one picture counts once. "keep":
+            as often as it is asked, which pretends to more information than there is, since its answer is the same.
         resamples: how often pictures are drawn.
         seed: of the draws.
         level: how often an interval holds the true value.
 
     Returns:
         Over `metric` (accuracy, precision, recall, f1, yes_ratio, other, brier): `value`, `low`, `high` of each
-        `model`; `difference`, edited minus base, with its `_low`, `_high` and `p`, the share of draws in which it is 0
-        or less; and `advantage`, edited minus threshold, with its ends: the answer to "equivalent to moving the
-        threshold?", where the threshold is moved, by margins, to the edited yes-ratio (`matched_shift`), in each draw
-        anew. `attrs["verdict"]` says it in a sentence. A moved threshold has no Brier score.
+        `model`; `difference`, edited minus base, with its `_low`, `_high` and `p`, one-sided: one more than the draws
+        in which it is 0 or less, over one more than the draws; and `advantage`, edited minus threshold, with its ends:
+        the answer to "equivalent to moving the threshold?", where the threshold is moved, by margins, to the edited
+        yes-ratio (`matched_shift`), in each draw anew. `attrs["verdict"]` says it in a sentence. A moved threshold has
+        no Brier score. One picture has no interval and no `p`.
+
+        Where answers are not the sign of the margin (parsed from words, or a contrast for the base), nothing is said of
+        a threshold: `advantage*`, `matched_shift` and `sweep_*` are not numbers, and `attrs["threshold"]` and the
+        verdict say why. `attrs["calibration"]` says whether `ece`, `bin_*` and the Brier score are of the answers, or
+        of the first token, which need not be what was parsed.
 
         Pairs: `only_base` and `only_edited` right, `mcnemar`, `mcnemar_p` (corrected) and `mcnemar_p_exact`, not
         numbers where no item differs. Over `share` (accuracy, yes_ratio): `cohens_h`, `power` and `required_n` (per
@@ -92,9 +100,19 @@ def compare(
     result = xr.Dataset(found, coords={**coords, "posterior": ["paired", "independent"]})
     result = xr.merge([result, _shares(base, edited), _sweep(base), _bins(base, edited)], combine_attrs="drop")
     about: dict[str, Any] = {"items": count, "images": total, "level": level, "resamples": resamples, "seed": seed}
-    about |= {"duplicates": duplicates, "interval": "percentile bootstrap over images", "between": BETWEEN}
+    unclaimed, differs = no_threshold(base, edited), unlike(base, edited)
+    about |= {"threshold": unclaimed or "of the base's margin", "differs": ", ".join(differs)}
+    about |= {
+        "calibration": calibrated(base=base, edited=edited),
+        "duplicates": duplicates,
+        "interval": "percentile bootstrap over images",
+        "between": BETWEEN,
+    }
     known = {f"base_{name}": value for name, value in base.attrs.items() if edited.attrs.get(name) != value}
-    return result.assign_attrs({**edited.attrs, **known, **about, "verdict": _verdict(result)})
+    result = without_threshold(result) if unclaimed else result
+    return result.assign_attrs(
+        {**edited.attrs, **known, **about, "verdict": verdict(result, differs, total, unclaimed)}
+    )
 
 
 def _matching(base: Any, edited: Any, duplicates: str) -> tuple[xr.Dataset, xr.Dataset]:
@@ -123,7 +141,7 @@ def _matching(base: Any, edited: Any, duplicates: str) -> tuple[xr.Dataset, xr.D
                 "both on the same questions, in the same order."
             )
     if duplicates == "drop":
-        first = base.item.values == base.duplicate_of.values
+        first = first_asked(base)
         base, edited = base.isel(item=first), edited.isel(item=first)
     for one in (base, edited):
         measured("margin", one.margin.values)
@@ -155,9 +173,7 @@ def _differences(once: np.ndarray, every: np.ndarray, total: int, level: float) 
         reach = ends(draws, total, level)
         found |= {name: ("metric", once[1] - once[other])}
         found |= {f"{name}_{end}": ("metric", one) for end, one in zip(("low", "high"), reach, strict=True)}
-        known = np.isfinite(draws)
-        share = ((draws <= 0) & known).sum(0) / np.maximum(known.sum(0), 1)
-        found["p" if name == "difference" else "advantage_p"] = ("metric", np.where(known.any(0), share, np.nan))
+        found["p" if name == "difference" else "advantage_p"] = ("metric", p_below(draws, total))
     return found
 
 
@@ -230,19 +246,3 @@ def _bins(base: xr.Dataset, edited: xr.Dataset) -> xr.Dataset:
     names = {name: f"bin_{name}" for name in ("confidence", "accuracy", "lower", "upper")}
     found = found.rename({**names, "n_items": "bin_items"})
     return found.assign(bin_items=found.bin_items.astype(float)).reindex(model=list(MODELS)).drop_attrs(deep=False)
-
-
-def _verdict(found: xr.Dataset) -> str:
-    """Whether the edit is told from moving the threshold, in a sentence with its numbers."""
-    one = found.sel(metric="accuracy")
-    # Rounded, so that an edit which only moves the threshold is not better by what rounding adds.
-    gain, low, high = (round(float(one[name]), 9) + 0.0 for name in ("advantage", "advantage_low", "advantage_high"))
-    said = "cannot be told from"
-    if low > 0:
-        said = "is better than"
-    elif high < 0:
-        said = "is worse than"
-    return (
-        f"accuracy with the edit {said} that of the same yes-ratio by moving the threshold: it differs by {gain:+.4f} "
-        f"[{low:+.4f}, {high:+.4f}]"
-    )

@@ -10,6 +10,8 @@ import numpy as np
 
 from mechvlm.sites import number, whole
 
+VIAR_2026 = "viar-2026"
+"""The convention of VIAR's published numbers."""
 HELD = 4_000_000
 """Clusters drawn at once."""
 FEW = 32
@@ -63,6 +65,20 @@ def _counts(many: np.ndarray, resamples: int, generator: np.random.Generator) ->
     drawn = np.repeat(np.arange(len(many)), many)[generator.integers(0, total, (resamples, total))]
     drawn += len(many) * np.arange(resamples)[:, None]
     return np.bincount(drawn.ravel(), minlength=resamples * len(many)).reshape(resamples, -1).astype(float)
+
+
+def p_below(draws: np.ndarray, clusters: int, convention: str | None = None) -> np.ndarray:
+    """The one-sided p-value of a difference above 0, over the first axis of its draws; what is no number is no draw.
+
+    Args:
+        clusters: how many were drawn from; of one, nothing is told.
+        convention: None: one more than the draws that are 0 or less, over one more than the draws, so that it is never
+            0. "viar-2026": the share of draws that are 0 or less, as published.
+    """
+    known = np.isfinite(draws)
+    many, below = known.sum(0), ((draws <= 0) & known).sum(0)
+    found = below / np.maximum(many, 1) if convention == VIAR_2026 else (1 + below) / (1 + many)
+    return np.where((many > 0) & (clusters > 1), found, np.nan)
 
 
 def ends(draws: np.ndarray, clusters: int, level: float) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,9 @@ import math
 
 import numpy as np
 
+from mechvlm.evaluate.draws import VIAR_2026
 from mechvlm.evaluate.items import Values, measured
 from mechvlm.sites import number, told, whole
-
-VIAR_2026 = "viar-2026"
-"""The convention of VIAR's published numbers."""
 
 
 def cohens_h(p1: float, p2: float) -> float:

@@ -121,6 +121,23 @@ def cluster_numbers(clusters: Any, count: int) -> np.ndarray:
     return np.array([names.setdefault(key, len(names)) for key in given])
 
 
+def first_asked(asked: xr.Dataset) -> np.ndarray:
+    """Which items are the first with their picture and question, among those that are there.
+
+    `duplicate_of` is of the whole evaluation: of a part of it, such as one split, the first may be in another one.
+
+    Args:
+        asked: an evaluation, or some items of one.
+
+    Example:
+        >>> mv.evaluate.stats.first_asked(base.isel(item=[3, 4, 3])).tolist()
+        [True, True, False]
+    """
+    seen: dict[tuple[str, str], int] = {}
+    pairs = zip(map(str, asked.image.values), map(str, asked.question.values), strict=True)
+    return np.array([seen.setdefault(pair, at) == at for at, pair in enumerate(pairs)], bool)
+
+
 def _held(values: Any) -> Sequence[Any] | np.ndarray | None:
     """What a list or an array holds; None for a single value. An array with names is slow to go through."""
     return np.asarray(values) if isinstance(values, xr.DataArray) else listed(values)

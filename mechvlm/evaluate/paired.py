@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mechvlm.evaluate.draws import checked_draws, drawn_sums, ends
+from mechvlm.evaluate.draws import VIAR_2026, checked_draws, drawn_sums, ends, p_below
 from mechvlm.evaluate.items import Values, as_many, cluster_numbers, measured
-from mechvlm.sites import whole
+from mechvlm.sites import told, whole
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Difference:
         mean: second minus first.
         low: lower end; not a number where there is one cluster only.
         high: upper end.
-        p_value: one-sided: the share of draws in which the difference is 0 or less.
+        p_value: one-sided, of a difference above 0, and never 0; not a number where there is one cluster only.
     """
 
     mean: float
@@ -86,6 +86,7 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 42,
     level: float = 0.95,
+    convention: str | None = None,
 ) -> Difference:
     """The difference of two means over the same items, with an interval from whole clusters drawn again.
 
@@ -96,12 +97,14 @@ def paired_bootstrap(
         resamples: how often clusters are drawn.
         seed: of the draws.
         level: how often the interval holds the true difference.
+        convention: of the p-value. None: one more than the draws in which the difference is 0 or less, over one more
+            than the draws. "viar-2026": the share of draws in which it is 0 or less, which can be 0.
 
     Returns:
         Mean, interval, and the one-sided p-value. With few clusters the interval is somewhat too narrow.
 
     Raises:
-        ValueError: for other numbers of values, or values that are not finite.
+        ValueError: for other numbers of values, values that are not finite, or another convention.
 
     Example:
         >>> found = mv.evaluate.stats.paired_bootstrap([1, 0, 0, 1], [1, 1, 0, 1], clusters=["x", "x", "y", "y"])
@@ -109,13 +112,18 @@ def paired_bootstrap(
         (0.25, 0.0, 0.5)
 
     Source:
-        Efron and Tibshirani (1993), "An Introduction to the Bootstrap", sections 8 and 13.
+        Efron and Tibshirani (1993), "An Introduction to the Bootstrap", sections 8 and 13; what is added to the p-value
+        as in Davison and Hinkley (1997), "Bootstrap Methods and their Application", section 4.2.
     """
     first, second = measured("a", a), measured("b", b)
     groups = cluster_numbers(clusters, as_many(a=first, b=second))
     checked_draws(resamples, level)
+    if convention not in (None, VIAR_2026):
+        raise ValueError(f"convention={told(convention)} is not known; give None or {VIAR_2026!r}.")
+    total = int(groups.max()) + 1
     table = np.stack([second - first, np.ones(len(first))], 1)
     sums = drawn_sums(table, groups, resamples, seed)
     draws = sums[:, 0] / sums[:, 1]
-    low, high = ends(draws, int(groups.max()) + 1, level)
-    return Difference(float((second - first).mean()), float(low), float(high), float((draws <= 0).mean()))
+    low, high = ends(draws, total, level)
+    p_value = p_below(draws, total, convention)
+    return Difference(float((second - first).mean()), float(low), float(high), float(p_value))

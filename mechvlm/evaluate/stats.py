@@ -3,7 +3,8 @@
 Of answers: `scores`, `brier`, `reliability`, `calibration`, `expected_calibration_error`. Of two models: `compare` and
 `comparison_table`, which hold all the rest; `mcnemar`, `paired_bootstrap`, `beta_paired`, `beta_independent`. Of the
 threshold: `threshold_sweep`, `matched_shift`, `matched_baseline`. Of effects: `cohens_h`, `cohens_d`, `power`,
-`required_n`. Of many tests: `associate`, `benjamini_hochberg`, `max_statistic`.
+`required_n`. Of items: `first_asked`, which leaves out what is asked again. Of many tests: `associate`,
+`benjamini_hochberg`, `max_statistic`.
 
 Rule this module guards: intervals are over clusters, such as pictures, wherever they are given.
 
@@ -16,6 +17,7 @@ from mechvlm.evaluate.calibration import calibration, expected_calibration_error
 from mechvlm.evaluate.comparison import compare
 from mechvlm.evaluate.corrections import benjamini_hochberg, max_statistic
 from mechvlm.evaluate.effects import cohens_d, cohens_h, power, required_n
+from mechvlm.evaluate.items import first_asked
 from mechvlm.evaluate.paired import Difference, McNemar, mcnemar, paired_bootstrap
 from mechvlm.evaluate.posteriors import Posterior, beta_independent, beta_paired
 from mechvlm.evaluate.scoring import brier, scores
@@ -37,6 +39,7 @@ __all__ = [
     "compare",
     "comparison_table",
     "expected_calibration_error",
+    "first_asked",
     "matched_baseline",
     "matched_shift",
     "max_statistic",

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from mechvlm.evaluate.verdicts import OF_ANSWERS
+
 TITLES = {
     "accuracy": "accuracy",
     "precision": "precision",
@@ -30,7 +32,9 @@ def comparison_table(found: xr.Dataset) -> pd.DataFrame:
 
     Returns:
         Columns base, edited, edited - base, threshold moved (the base with the edited yes-ratio), and edited -
-        threshold moved; below the metrics stand the tests, in the column of what they are about.
+        threshold moved; below the metrics stand the tests, in the column of what they are about. Where nothing can be
+        said of a threshold, its columns are empty and a row says why; further rows say what differs beside the edit,
+        and of what calibration is where it is not of the answers.
 
     Raises:
         TypeError: for anything else.
@@ -43,11 +47,14 @@ def comparison_table(found: xr.Dataset) -> pd.DataFrame:
     if not isinstance(found, xr.Dataset) or not {"advantage", "margin_change", "p_above"} <= set(found.data_vars):
         raise TypeError(f"comparison_table takes what compare returns, and was given a {type(found).__name__}.")
     rows = {TITLES[name]: _row(found.sel(metric=name)) for name in found["metric"].values.tolist()}
-    rows["expected calibration error"] = [
+    apart = found.attrs["calibration"] != OF_ANSWERS
+    if apart:
+        rows = {f"{name}, first token" if name == TITLES["brier"] else name: row for name, row in rows.items()}
+    rows["expected calibration error" + ", first token" * apart] = [
         *(f"{value:.4f}" for value in found.ece.sel(model=["base", "edited"]).values),
         *("", "", ""),
     ]
-    return pd.DataFrame.from_dict(rows | _tests(found), orient="index", columns=COLUMNS)
+    return pd.DataFrame.from_dict(rows | _tests(found) | _notes(found), orient="index", columns=COLUMNS)
 
 
 def _row(one: xr.Dataset) -> list[str]:
@@ -75,7 +82,7 @@ def _tests(found: xr.Dataset) -> dict[str, list[str]]:
         test = f"{float(found.mcnemar):.3f} (p {float(found.mcnemar_p):.3g}; exact {float(found.mcnemar_p_exact):.3g})"
     single = {
         "right in one only": [f"{int(found.only_base)}", f"{int(found.only_edited)}", ""],
-        "one-sided p of the difference, accuracy": ["", "", f"{float(found.p.sel(metric='accuracy')):.4g}"],
+        "one-sided p of the difference, accuracy": ["", "", _figure(found.p.sel(metric="accuracy"), ".4g")],
         "McNemar": ["", "", test],
         "Cohen's h, accuracy": ["", "", f"{float(right.cohens_h):+.4f}"],
         "Cohen's h, yes-ratio": ["", "", f"{float(found.cohens_h.sel(share='yes_ratio')):+.4f}"],
@@ -87,10 +94,27 @@ def _tests(found: xr.Dataset) -> dict[str, list[str]]:
         "by |baseline margin| (items)": ["", "", bands],
     }
     rows = {name: [*row, "", ""] for name, row in single.items()}
-    rows["shift of the threshold"] = ["", "", "", f"{float(found.matched_shift):+.3f}", ""]
-    best = f"{float(found.sweep_best_accuracy):.4f} at {float(found.sweep_best_shift):+.2f}"
-    rows["best threshold, on these items"] = ["", "", "", best, ""]
+    rows["shift of the threshold"] = ["", "", "", _figure(found.matched_shift, "+.3f"), ""]
+    best = [_figure(found.sweep_best_accuracy, ".4f"), _figure(found.sweep_best_shift, "+.2f")]
+    rows["best threshold, on these items"] = ["", "", "", " at ".join(filter(None, best)), ""]
     return rows
+
+
+def _notes(found: xr.Dataset) -> dict[str, list[str]]:
+    """Rows that say what the numbers above are not of."""
+    rows = {}
+    if not np.isfinite(found.matched_shift):
+        rows["nothing is said of a threshold, since"] = ["", "", "", found.attrs["threshold"], ""]
+    if found.attrs["differs"] != "the edit":
+        rows["what differs"] = ["", found.attrs["differs"], "", "", ""]
+    if found.attrs["calibration"] != OF_ANSWERS:
+        rows["Brier score and calibration are"] = [found.attrs["calibration"], "", "", "", ""]
+    return rows
+
+
+def _figure(value: xr.DataArray, look: str) -> str:
+    """A number, or nothing where it is none."""
+    return f"{float(value):{look}}" if np.isfinite(value) else ""
 
 
 def _whole(value: float) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.evaluate import pope, stats
+from mechvlm.evaluate.verdicts import no_threshold
 from mechvlm.experiments.sight import own_layers
 from mechvlm.methods.bias import named_layers, viar_bias
 from mechvlm.methods.dose import MEANING, against, table_of, told_of
@@ -56,8 +57,8 @@ def bias_layers(
         Over set: `accuracy`, `f1`, `yes_ratio`, `brier`, `gain`, `matched` and `beyond`, as in `bias_doses`; over set
         and sample, not a number where there are fewer: `random_accuracy` and `random_beyond`. `p_value` and
         `p_value_beyond`: one more than how many random sets do as well, over one more than how many there are; not a
-        number without any. Its least value is 1 / (controls + 1). `n_layers`, `n_controls`; `seconds` for each set with
-        its controls. The coordinate `layers` says which they are.
+        number without any, or where `beyond` of any is none. Its least value is 1 / (controls + 1). `n_layers`,
+        `n_controls`; `seconds` for each set with its controls. The coordinate `layers` says which they are.
 
     Raises:
         ValueError: without sets, for an empty one, or for fewer than no controls.
@@ -162,10 +163,12 @@ def _sets(sets: Any, amount: float) -> dict[str, dict[int, float]]:
 
 
 def _point(base: xr.Dataset, found: xr.Dataset) -> tuple[float, float]:
-    """Accuracy, and that above the moved threshold."""
-    once = base.item.values == base.duplicate_of.values
+    """Accuracy, and that above the moved threshold; not a number where answers are not of a threshold."""
+    once = stats.first_asked(base)
     base, found = base.isel(item=once), found.isel(item=once)
     accuracy, ratio = float(found.correct.mean()), float((found.predicted == "yes").mean())
+    if no_threshold(base, found):
+        return accuracy, float("nan")
     matched = stats.matched_baseline(base.margin.values, base.label.values, ratio, resamples=1)
     return accuracy, accuracy - float(matched["value"].sel(metric="accuracy"))
 
@@ -182,5 +185,6 @@ def _chance(
         own = np.array([column[name][0] for column in columns])
         as_well = (table[at] >= own[:, None] - ROUNDING).sum(1)
         found[f"random_{name}"] = (["set", "sample"], table[at], {"long_name": MEANING[name]})
-        found[p_value] = ("set", np.where(count > 0, (1 + as_well) / (1 + count), np.nan), {"long_name": "p-value"})
+        told_of_it = (count > 0) & np.isfinite(own) & (np.isfinite(table[at]).sum(1) == count)
+        found[p_value] = ("set", np.where(told_of_it, (1 + as_well) / (1 + count), np.nan), {"long_name": "p-value"})
     return {**found, "n_controls": ("set", count)}

@@ -205,8 +205,9 @@ def vcd_pope(
     Returns:
         What `mv.evaluate.pope` returns, so that `mv.evaluate.stats.compare` takes it. `margin` is that of the contrast
         before the cut, and finite; `p_yes` and `predicted` are those after it, where the cut left one of the words
-        alone. `cut` says which of them it took: "none", "yes", "no" or "both", and of both the margin decides.
-        `margin_real` and `margin_null` are the branches' own.
+        alone, so that such an evaluation has no threshold for `compare` to move (that of one it is compared with is).
+        `cut` says which of them it took: "none", "yes", "no" or "both", and of both the margin decides. `margin_real`
+        and `margin_null` are the branches' own.
 
     Raises:
         ValueError, TypeError: as `mv.evaluate.pope`, and for numbers out of range.

@@ -44,8 +44,9 @@ def depth_correlation(
             `item_attention`, or `vis_l` of `mv.layer_profile` at one quantity.
         zone: layers whose mean is one more test; None: none.
         permutations, seed: of the permuted answers; see `mv.evaluate.stats.associate`.
-        convention: None looks at each predicted answer by itself (`r_within` is what is tested), corrects for the
-            number of layers, and counts repeated questions once. "viar-2026" correlates all items together, corrects
+        convention: None looks at each predicted answer by itself (`r_within` is what is tested), takes questions about
+            one picture together (p-values by `associate`'s draws of signs), corrects for the number of layers, and
+            counts repeated questions once. "viar-2026" correlates all items together, corrects
             nothing and averages layers 8 to 16 where no zone is given.
 
     Returns:
@@ -73,7 +74,7 @@ def depth_correlation(
     if old:
         answers, more = evaluation, {}
     else:
-        once = evaluation.item.values == evaluation.duplicate_of.values
+        once = stats.first_asked(evaluation)
         answers, table = evaluation.isel(item=once), table.isel(item=once)
         more = {"strata": answers.predicted.values, "clusters": answers.image.values}
     found = stats.associate(table, answers.correct.values, permutations=permutations, seed=seed, **more)
@@ -162,7 +163,13 @@ def _said(one: xr.Dataset, name: str, old: bool) -> str:
     r, p = float(one.r if old else one.r_within), float(one.p if old else one.p_max)
     if not np.isfinite(r):
         return f"{where}: attention does not vary."
-    how = "uncorrected, answers of both kinds together" if old else "corrected for all layers, within each answer"
+    if not np.isfinite(p):
+        return f"{where}: an association cannot be told from none on one picture (r = {r:+.3f})."
+    how = (
+        "uncorrected, answers of both kinds together"
+        if old
+        else "over pictures, corrected for all layers, within each answer"
+    )
     direction = "more" if r < 0 else "less"
     known = (
         f"{direction} attention to the picture on wrong answers"

@@ -73,9 +73,10 @@ def bias_doses(
     Returns:
         Over amount, each with `_low` and `_high`: `accuracy`, `f1`, `yes_ratio`, `brier`; `gain`, the accuracy above
         the unedited model's, by pairs; `matched`, the accuracy of the unedited model with its threshold moved to the
-        same yes-ratio; `beyond`, the accuracy above `matched`: at 0 the bias does what another threshold does. `mass`,
-        what the rows behind the picture pay to the image tokens, as a mean over the biased layers and all heads, and
-        `mass_by_layer`. Over amount and item: `correct`, `p_yes`, `margin`. `seconds`, how long each amount took.
+        same yes-ratio; `beyond`, the accuracy above `matched`: at 0 the bias does what another threshold does; neither
+        is a number where a parser's answers are not the first token's. `mass`, what the rows behind the picture pay to
+        the image tokens, as a mean over the biased layers and all heads, and `mass_by_layer`. Over amount and item:
+        `correct`, `p_yes`, `margin`. `seconds`, how long each amount took.
 
     Raises:
         ValueError: without amounts, or without layers.

@@ -98,7 +98,7 @@ def layer_controls(found: xr.Dataset, measure: str = "accuracy", title: str = ""
     p_values = found["p_value" if measure == "accuracy" else "p_value_beyond"].values
     tops = np.nanmax(np.column_stack([ends[1], np.full(len(places), unedited), found[f"random_{measure}"].values]), 1)
     for place, top, p in zip(places, tops, p_values, strict=True):
-        text = "no random set" if np.isnan(p) else f"p = {p:.2g}"
+        text = "no p-value" if np.isnan(p) else f"p = {p:.2g}"
         figure.add_annotation(x=place, y=top, text=text, showarrow=False, yshift=14, font={"size": 12})
     figure.update_xaxes(tickvals=places, ticktext=names, showgrid=False, range=edges, zeroline=False)
     figure.update_yaxes(title_text=label(values), zeroline=False)

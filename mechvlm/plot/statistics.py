@@ -144,6 +144,8 @@ def comparison(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
         f"Bars: {found.attrs['interval']}, {found.attrs['items']} items on {found.attrs['images']} images. Threshold "
         "moved: the base, with its threshold where it says yes as often as the edited model."
     )
+    if not np.isfinite(found.matched_shift):
+        said = f"{said.partition(' Threshold ')[0]} No threshold is moved: {plain(found.attrs['threshold'])}."
     return finished(figure, title, caption or said, 560, 300)
 
 

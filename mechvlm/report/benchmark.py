@@ -14,12 +14,14 @@ import pandas as pd
 import xarray as xr
 
 from mechvlm.evaluate import stats
+from mechvlm.evaluate.verdicts import calibrated
 from mechvlm.plot import comparison, reliability_diagram, threshold_curve
 from mechvlm.report.page import Drawing, Section, Table, page
 from mechvlm.report.write import written
 
 PER_ITEM = ("p_yes", "p_either", "margin", "predicted", "correct", "answer")
 SHOWN = 40
+BINS = "Ten bins of equal width over the probability of the likelier of yes and no"
 INTERVALS = "In brackets: 95 % intervals, over draws of pictures with all their questions."
 
 
@@ -69,7 +71,7 @@ def by_split(found: Mapping[str, xr.Dataset]) -> Section:
             float(np.mean([parts[key].value.sel(metric=one) for key in parts if key[1] == name])) for one in metrics
         ]
         rows.append(["mean of splits", name, *(f"{value:.4f}" for value in means)])
-    first = {name: one.isel(item=one.item.values == one.duplicate_of.values) for name, one in found.items()}
+    first = {name: one.isel(item=stats.first_asked(one)) for name, one in found.items()}
     shares = [f"{name} {float(one.correct.mean()):.4f}" for name, one in first.items()]
     count = next(iter(first.values())).sizes["item"]
     return Section(
@@ -110,8 +112,7 @@ def changes(base: xr.Dataset, edited: xr.Dataset) -> list[Section]:
         Section(
             "threshold",
             "What a threshold does",
-            f"The best threshold on these very questions moves the margin by {float(found.sweep_best_shift):+.2f}, and "
-            f"is right in {float(found.sweep_best_accuracy):.4f}.",
+            best_threshold(found),
             "Accuracy over the share of yes when a constant is added to log P(yes) - log P(no), beside the edits.",
             drawings=[Drawing("Accuracy over yes-ratio", threshold_curve(found))],
         ),
@@ -120,11 +121,21 @@ def changes(base: xr.Dataset, edited: xr.Dataset) -> list[Section]:
             "How sure",
             f"Expected calibration error {float(found.ece.sel(model='base')):.4f}, and "
             f"{float(found.ece.sel(model='edited')):.4f} with edits.",
-            "Ten bins of equal width over the probability of the answer that is given.",
+            f"{BINS}, {found.attrs['calibration']}.",
             drawings=[Drawing("Reliability of base and edited", reliability_diagram(found))],
         ),
         turned_answers(base, edited),
     ]
+
+
+def best_threshold(found: xr.Dataset) -> str:
+    """What the best threshold does, or why there is none to move."""
+    if not np.isfinite(found.matched_shift):
+        return f"No threshold is moved: {found.attrs['threshold']}."
+    return (
+        f"The best threshold on these very questions moves the margin by {float(found.sweep_best_shift):+.2f}, and is "
+        f"right in {float(found.sweep_best_accuracy):.4f}."
+    )
 
 
 def turned_answers(base: xr.Dataset, edited: xr.Dataset) -> Section:
@@ -132,7 +143,8 @@ def turned_answers(base: xr.Dataset, edited: xr.Dataset) -> Section:
     turned = [
         at for at, (a, b) in enumerate(zip(base.predicted.values, edited.predicted.values, strict=True)) if a != b
     ]
-    once = [at for at in turned if int(base.duplicate_of[at]) == at]
+    first = stats.first_asked(base)
+    once = [at for at in turned if first[at]]
     columns = ["picture", "question", "right", "base", "edited", "margin of base", "margin with edits"]
     examples = [
         [
@@ -154,14 +166,14 @@ def turned_answers(base: xr.Dataset, edited: xr.Dataset) -> Section:
 
 def calibration(base: xr.Dataset) -> Section:
     """How sure the model is, and how often right."""
-    first = base.isel(item=base.item.values == base.duplicate_of.values)
+    first = base.isel(item=stats.first_asked(base))
     found = stats.reliability(first.p_yes.values, first.label.values)
     brier = stats.brier(first.p_yes.values, first.label.values)
     return Section(
         "calibration",
         "How sure",
         f"Expected calibration error {float(found.ece):.4f}; Brier score {brier:.4f}.",
-        "Ten bins of equal width over the probability of the answer that is given.",
+        f"{BINS}, {calibrated(base=first)}.",
         drawings=[Drawing("Reliability", reliability_diagram(found))],
         numbers={"reliability": found},
     )
