@@ -2,11 +2,6 @@
 
 import gzip
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -159,8 +154,9 @@ def test_every_layout_says_the_same(tmp_path: Path) -> None:
         assert [(item.question, item.label, item.split) for item in items] == told
         assert [item.image for item in items] == ["a", "a", "b"]
         assert looked_at(items) == {name: looked_at(lines, PICTURES)[f"{name}.png"] for name in "ab"}
-    pope2 = [
-        {"image_id": row["question_id"], "image_name": row["image"], "query": row["text"], "label": row["label"]}
+    pope2 = [  # whose image_id numbers the pictures
+        {"image_id": "ab".index(str(row["image"])[0]), "image_name": row["image"], "query": row["text"]}
+        | {"label": row["label"]}
         for row in ROWS
     ]
     assert evaluate.read_pope({"random": pope2}) == lines
@@ -172,6 +168,57 @@ def test_pictures_of_rows_are_taken_when_they_are_asked_for() -> None:
     assert rows.asked == []
     looked_at(items[1:])
     assert rows.asked == [1, 2]
+
+
+def test_pictures_without_a_name_are_known_by_what_they_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = [{key: value for key, value in row.items() if key != "image_source"} for row in mirrored()]
+    again = [{**row, "image": row["image"].copy(), "question_id": f"{number} again"} for number, row in enumerate(bare)]
+    again[0]["image_source"] = float("nan")  # as a data frame says nothing
+    items = evaluate.read_pope([*bare, *again])
+    assert [item.duplicate_of for item in items] == [0, 1, 2, 0, 1, 2]
+    assert len({item.image for item in items}) == 2
+    assert items[0].image.startswith("picture ")
+    groups, own = list[int](), Task.answers
+
+    def counting(self: Task, some: Any) -> Any:
+        groups.append(len(some))
+        return own(self, some)
+
+    monkeypatch.setattr(Task, "answers", counting)
+    found = evaluate.pope(tiny.vlm(), items)
+    assert groups == [2, 1]
+    np.testing.assert_array_equal(found.margin[:3], evaluate.pope(tiny.vlm(), ROWS, PICTURES).margin)
+
+
+def test_pictures_may_be_called_by_whole_numbers() -> None:
+    numbers = [{**row, "image": np.int64("ab".index(str(row["image"])[0]))} for row in ROWS]
+    pictures, names = {0: PICTURES["a.png"], 1: PICTURES["b.png"]}, list[str]()
+    items = evaluate.read_pope(pd.DataFrame(numbers))
+    assert [item.image for item in items] == ["0", "0", "1"]
+
+    def named(name: str) -> Image.Image:
+        names.append(name)
+        return pictures[int(name)]
+
+    assert looked_at(items, named) == looked_at(items, pictures)
+    assert names == ["0", "1"]
+
+
+def test_two_pictures_of_one_name_are_refused_with_the_line() -> None:
+    rows = [*mirrored(), {**mirrored()[0], "question_id": "4", "image": tiny.picture(5), "question": "is it a cat ?"}]
+    with pytest.raises(ValueError) as refused:
+        looked_at(evaluate.read_pope(rows))
+    assert str(refused.value) == "test, row 3: another picture is called 'a' (test, row 0); give each its own name."
+
+
+def test_ids_are_whole_numbers_of_64_bits_or_texts() -> None:
+    frame = pd.DataFrame([{**row, "category": np.nan} for row in ROWS])
+    frame["question_id"] = frame["question_id"].astype(float)
+    items = evaluate.read_pope({"own": frame})
+    assert [(item.question_id, item.split) for item in items] == [(1, "own"), (2, "own"), (3, "own")]
+    for given, expected in ((np.int64(7), 7), (2**63 - 1, 2**63 - 1), (10**30, str(10**30)), ("7", "7")):
+        read = evaluate.read_pope([{**ROWS[0], "question_id": given}])[0].question_id
+        assert (read, type(read)) == (expected, type(expected))
 
 
 def test_windows_lines_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
@@ -207,6 +254,20 @@ WRONG = [
     ([{**ROWS[0], "text": None}], f"line 1: it has no 'text' or 'question' or 'query'; {KEYS}."),
     ([{**ROWS[0], "text": " "}], "line 1: the question is ' ', and it must be a text."),
     (
+        [ROWS[0], {**ROWS[1], "question_id": True}],
+        "line 2: the question_id is True, and it must be a text or a whole number.",
+    ),
+    ([ROWS[0], {**ROWS[1], "question_id": float("nan")}], f"line 2: it has no 'question_id' or 'id'; {KEYS}."),
+    ([{**ROWS[0], "image": ["a.png"]}], "line 1: the image is ['a.png'], and it must be a text or a whole number."),
+    (
+        [ROWS[0], "[" * 100_000 + "]" * 100_000],
+        "line 2: it is nested more deeply than Python reads JSON; correct it, or take it out.",
+    ),
+    (
+        [ROWS[0], '{"question_id": ' + "1" * 5000 + "}"],
+        "line 2: it holds a number of 5000 digits; correct it, or take it out.",
+    ),
+    (
         [*ROWS, {**ROWS[2], "text": "is there a cat ?"}],
         "line 4: question_id 3 is that of another question (coco_pope_random.json, line 3); give each question of a "
         "split an id of its own.",
@@ -237,6 +298,13 @@ def test_a_list_that_breaks_off_and_rows_without_a_label(tmp_path: Path) -> None
     path.write_text("[\n" + json.dumps(ROWS[0]) + ",\n")
     with pytest.raises(ValueError, match=r"^own.json, line 3: it is no JSON \(Expecting value, column 1\); correct"):
         evaluate.read_pope(path)
+    for inside, said in (
+        ("[" * 100_000, "it is nested more deeply than Python reads JSON"),
+        ("1" * 5000, "it holds a number of 5000 digits"),
+    ):
+        path.write_text("[\n" + inside)
+        with pytest.raises(ValueError, match=f"^own.json, line 2: {said}; correct it, or take it out.$"):
+            evaluate.read_pope(path)
     with pytest.raises(ValueError) as refused:
         evaluate.read_pope([{**mirrored()[0], "answer": "yep"}])
     assert str(refused.value) == "test, row 0: the label is 'yep', and it must be yes or no."
@@ -267,9 +335,13 @@ def no_questions(tmp_path: Path) -> list[tuple[str, Any, Any]]:
             None,
         ),
         ("these questions have no split 'hard'; they have random, popular, adversarial.", "demo", "hard"),
+        ("split=[] names no split; give a name, a list of names, or None for all.", "demo", []),
+        ("split=3 names no split; give a name, a list of names, or None for all.", "demo", 3),
+        (f"the file '{picture}' of questions was given twice; give each file once.", [picture, str(picture)], None),
     ]
 
 
+@pytest.mark.usefixtures("untyped")
 def test_what_holds_no_questions_is_refused(tmp_path: Path) -> None:
     for sentence, questions, split in no_questions(tmp_path):
         with pytest.raises((ValueError, TypeError)) as refused:
@@ -440,10 +512,26 @@ def test_generated_answers_are_those_of_each_prompt_alone() -> None:
             alone = vlm.generate(prompt, its, max_new_tokens=4, do_sample=False).text
             assert str(found.answer.values[number]) == alone
             assert str(found.predicted.values[number]) == rule(str(alone), "")
-    assert found.attrs["decoding"] == "greedy, at most 4 new tokens"
+    assert found.attrs["decoding"] == "greedy, at most 4 new tokens; the checkpoint's own settings: eos_token_id 2"
     late = [mv.Edit("text.1.resid_post", lambda x: x + 5, when="decode")]
     after = evaluate.pope(vlm, ROWS, PICTURES, late, parser="first-word", max_new_tokens=4)
     np.testing.assert_array_equal(after.margin, evaluate.pope(vlm, ROWS, PICTURES).margin)
+
+
+def test_settings_of_generation_that_act_are_recorded_and_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = tiny.vlm()
+    given: dict[str, Any] = {"images": PICTURES, "parser": "first-word", "max_new_tokens": 2, "out": tmp_path}
+    evaluate.pope(vlm, ROWS, **given)
+    monkeypatch.setattr(vlm.hf.generation_config, "repetition_penalty", 50.0)
+    monkeypatch.setattr(vlm.hf.generation_config, "bad_words_ids", [[7]])
+    with pytest.raises(ValueError, match="holds another evaluation"):
+        evaluate.pope(vlm, ROWS, **given)
+    assert evaluate.pope(vlm, ROWS, **given | {"out": None}).attrs["decoding"] == (
+        "greedy, at most 2 new tokens; the checkpoint's own settings: bad_words_ids [[7]]; eos_token_id 2; "
+        "repetition_penalty 50.0"
+    )
 
 
 def test_a_template_stands_around_each_question_or_is_the_whole_prompt() -> None:
@@ -496,57 +584,50 @@ def test_the_demo_is_asked_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # -- stopped and started again ---------------------------------------------------------------------------------------
 
-SCRIPT = """
-import sys, time
-import tiny
-from mechvlm import evaluate
-from mechvlm.evaluate.task import Task
 
-rows = [
-    {"question_id": number, "image": str(number // 2), "text": f"is there a {number} in the image ?", "label": "yes"}
-    for number in range(10)
-]
-ran, own = [], Task.answers
+def test_a_stopped_evaluation_goes_on_with_the_pictures_that_were_not_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while the third picture's answers are put in place, as a kill may; `test_sweeps` kills a process."""
+    rows = [{**ROWS[0], "question_id": at, "image": str(at // 2), "text": f"is there a {at} ?"} for at in range(10)]
+    pictures = {str(number): tiny.picture(number) for number in range(5)}
+    own, put, ran, finished = Task.answers, Path.replace, list[int](), list[Path]()
 
-def counting(self, items):
-    ran.extend(item.number for item in items)
-    time.sleep(float(sys.argv[2]))
-    return own(self, items)
+    def counting(self: Task, items: Any) -> Any:
+        ran.extend(item.number for item in items)
+        return own(self, items)
 
-Task.answers = counting
-picture = {str(number): tiny.picture(number) for number in range(5)}
-edits = evaluate.edits_from("bias:1.0@1")
-found = evaluate.pope(tiny.vlm(), rows, picture, edits, out=sys.argv[1] or None)
-"""
+    def stopping(self: Path, target: Path) -> Path:
+        if len(finished) == 2:
+            raise KeyboardInterrupt
+        finished.append(put(self, target))
+        return finished[-1]
+
+    def asked_now(out: Path | None) -> xr.Dataset:
+        ran.clear()
+        return evaluate.pope(tiny.vlm(), rows, pictures, evaluate.edits_from("bias:1.0@1"), out=out)
+
+    monkeypatch.setattr(Task, "answers", counting)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "replace", stopping)
+        asked_now(tmp_path)
+    assert ran == [0, 1, 2, 3, 4, 5]
+    found = asked_now(tmp_path)
+    assert ran == [4, 5, 6, 7, 8, 9]
+    assert (found.attrs["answers_kept"], found.attrs["answers_computed"]) == (4, 6)
+    whole = asked_now(None)
+    assert (whole.attrs["answers_kept"], whole.attrs["answers_computed"]) == (0, 10)
+    np.testing.assert_allclose(found.margin, whole.margin, atol=1e-6)
 
 
-def test_a_killed_evaluation_goes_on_with_the_pictures_that_were_not_finished(tmp_path: Path) -> None:
-    script, out = tmp_path / "script.py", tmp_path / "out"
-    script.write_text(SCRIPT)
-    where = [str(Path(mv.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, where))
-
-    own_process = [sys.executable, str(script), str(out), "0.4"]
-    killed = subprocess.Popen(own_process, env={**os.environ, "PYTHONPATH": path})
-    deadline = time.monotonic() + 120
-    while len(list(out.glob("*.nc"))) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    killed.wait(60)
-    kept = [int(number) for shard in out.glob("*.nc") for number in xr.open_dataset(shard, engine="h5netcdf").item]
-    assert 4 <= len(kept) < 10
-    own, words = Task.answers, sys.argv
-    found = []
-    for folder in (str(out), ""):
-        names: dict[str, Any] = {}
-        try:
-            sys.argv = ["script", folder, "0"]
-            exec(compile(SCRIPT, str(script), "exec"), names)
-        finally:
-            Task.answers, sys.argv = own, words  # type: ignore[method-assign]
-        found.append(names)
-    assert sorted([*kept, *found[0]["ran"]]) == list(range(10)) == found[1]["ran"]
-    np.testing.assert_allclose(found[0]["found"].margin, found[1]["found"].margin, atol=1e-6)
+def test_a_broken_file_of_answers_is_named_as_an_evaluations(tmp_path: Path) -> None:
+    (tmp_path / "answers-000000-x.nc").write_bytes(b"xx")
+    with pytest.raises(ValueError) as refused:
+        asked(out=tmp_path)
+    assert str(refused.value) == (
+        f"'{tmp_path / 'answers-000000-x.nc'}' holds no finished answers of an evaluation; take it out of the folder, "
+        "and they are asked again."
+    )
 
 
 def test_another_evaluation_in_the_same_folder_is_refused(tmp_path: Path) -> None:
@@ -588,6 +669,14 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
         {"template": "yes or no?"},
     ),
     ("batch_size=0 makes nothing; give 1 or more.", {"batch_size": 0}),
+    ("batch_size=True is not a number; give 1 or more.", {"batch_size": True}),
+    (
+        "tokens={'yes': [True], 'no': [2]} are no token ids; give at least one whole number each, below 64.",
+        {"tokens": {"yes": [True], "no": [2]}},
+    ),
+    ("edits is None; it must be a list of edits.", {"edits": None}),
+    ("edits is None; it must be a list of edits.", {"edits": lambda prompt: None}),  # noqa: ARG005
+    ("edits is ablate heads [1] at text.0.z; it must be a list of edits.", {"edits": mv.ablate_heads(0, [1])}),
     ("joined='mean' is not known; choose from 'logsumexp', 'max'.", {"joined": "mean"}),
     (
         "no parser is called 'gpt'; choose from official, opera, vcd, lmms-eval, viar, first-word, or None for logits.",
@@ -617,8 +706,13 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.usefixtures("untyped")
 @pytest.mark.parametrize("sentence, given", REFUSED, ids=[sentence[:40] for sentence, _ in REFUSED])
-def test_arguments_that_cannot_be_are_refused(sentence: str, given: dict[str, Any]) -> None:
+def test_arguments_that_cannot_be_are_refused(
+    sentence: str, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "parser" not in given:
+        monkeypatch.setattr(Task, "answers", lambda *_: pytest.fail("the model was asked"))
     with pytest.raises((ValueError, TypeError)) as refused:
         asked(**given)
     assert sentence in str(refused.value)

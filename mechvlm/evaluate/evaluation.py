@@ -22,8 +22,9 @@ from tqdm import tqdm
 
 from mechvlm.edits import Edit, name_of
 from mechvlm.evaluate.edit_texts import EditTexts
-from mechvlm.evaluate.files import Item, is_paths, paths_of, read_pope
+from mechvlm.evaluate.files import Item, read_pope
 from mechvlm.evaluate.finished import Answer, Finished
+from mechvlm.evaluate.lines import is_paths, paths_of
 from mechvlm.evaluate.parsers import Parser, chances, parser_of, scoring_of
 from mechvlm.evaluate.pictures import looked_at
 from mechvlm.evaluate.task import EditsOf, Task, at_least_one, text_of
@@ -32,6 +33,13 @@ from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.plan import listed_edits
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
+
+IDLE = (
+    *("do_sample", "num_beams", "max_new_tokens", "max_length", "transformers_version", "_from_model_config"),
+    *("use_cache", "output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "pad_token_id", "bos_token_id"),
+)
+"""Settings of generation that change no greedy answer to one prompt, or that `Task.generated` overrules."""
 
 
 def pope(
@@ -107,7 +115,7 @@ def pope(
         at_least_one("max_new_tokens", max_new_tokens) or 0,
     )
     hashes = looked_at(items, images)
-    about = {
+    about: dict[str, Any] = {
         **record_of(task, hashes),
         "questions": sources(questions),
         "split": ", ".join(dict.fromkeys(item.split for item in items)),
@@ -115,13 +123,14 @@ def pope(
         "parser": parser if isinstance(parser, str) else "none" if parser is None else name_of(parser),
     }
     kept = None if out is None else Finished(out, task_print(task, about, edits if callable(edits) else same))
-    answers, engine = answered(task, kept)
-    return dataset(task, answers, {**about, "engine": engine})
+    answers, run = answered(task, kept)
+    return dataset(task, answers, {**about, **run})
 
 
-def answered(task: Task, kept: Finished | None) -> tuple[dict[int, Answer], str]:
+def answered(task: Task, kept: Finished | None) -> tuple[dict[int, Answer], dict[str, Any]]:
     """Every item's answer by its number: what was finished before, and what runs now; and how that was run."""
     found = {} if kept is None else kept.answers()
+    before = len(found)
     engines: Counter[str] = Counter()
     asked = [item for item in task.items if item.duplicate_of == item.number]
     about: dict[str, list[Item]] = {}
@@ -140,7 +149,8 @@ def answered(task: Task, kept: Finished | None) -> tuple[dict[int, Answer], str]
                     kept.add(new)
                 found |= new
                 bar.update(len(new))
-    return found, engines_text(engines)
+    said = {"answers_computed": len(found) - before, "answers_kept": before}
+    return found, {"engine": engines_text(engines), **said}
 
 
 def engines_text(engines: Mapping[str, int]) -> str:
@@ -191,20 +201,29 @@ def said(parser: Parser, answer: str, label: str) -> str:
 def record_of(task: Task, hashes: Mapping[str, str]) -> dict[str, Any]:
     """What a result has to say to be done again: METHODS of mechvlm call it the evaluation record."""
     vlm, prompt = task.vlm, task.prompt(task.items[0])
-    greedy = f"greedy, at most {task.longest} new tokens"
     return {
         **record(vlm, [prompt], value="P(yes) / (P(yes) + P(no)) of the first token of the answer"),
-        "edits": "; ".join(map(str, [*vlm.edits, *task.edits(prompt)])) or "none",
+        "edits": "; ".join(map(str, [*vlm.edits, *task.planned(prompt)])) or "none",
         "template": task.template,
         "scoring": str(task.scoring),
         "tokens_yes": " ".join(map(vlm.word, task.scoring.yes)),
         "tokens_no": " ".join(map(vlm.word, task.scoring.no)),
-        "decoding": "none: the first token's logits" if task.parser is None else greedy,
+        "decoding": "none: the first token's logits" if task.parser is None else greedy(task),
         "seed": "none: nothing is drawn",
         "preprocessing": json.dumps(vlm.processor.image_processor.to_dict(), sort_keys=True, default=str),
         "questions_sha256": content_of(task.items),
         "pictures_sha256": sha256(hashes),
     }
+
+
+def greedy(task: Task) -> str:
+    """How words are generated: with the likeliest token each time, of what the checkpoint's own settings leave."""
+    config = task.vlm.hf.generation_config
+    own = {} if config is None else config.to_diff_dict()
+    acting = {name: value for name, value in own.items() if name not in IDLE and value is not None}
+    told_own = "; ".join(f"{name} {json.dumps(value, default=str)}" for name, value in sorted(acting.items()))
+    settings = f"; the checkpoint's own settings: {told_own}" if acting else ""
+    return f"greedy, at most {task.longest} new tokens{settings}"
 
 
 def content_of(items: Sequence[Item]) -> str:

@@ -7,26 +7,28 @@ Rule this module guards: everything that is wrong with a file is found before a 
 ('Is there a 1 in the image?', 'no')
 """
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from numbers import Integral
 from typing import Any
 
-import pandas as pd
+from PIL import Image
 
-from mechvlm import demo
-from mechvlm.demo import SPLITS
-from mechvlm.sites import told
+from mechvlm.evaluate.lines import Line, inside, lines_of, missing
+from mechvlm.pixels import to_picture
+from mechvlm.sites import listed, told
 
-SUFFIXES = (".json", ".jsonl")
 KEYS = {
-    "question_id": ("question_id", "id", "image_id"),
+    "question_id": ("question_id", "id"),
     "image": ("image_source", "image_name", "image"),
     "question": ("text", "question", "query"),
     "label": ("label", "answer"),
 }
-"""What a line has to say, and what files call it: POPE's own, `lmms-lab/POPE`, POPEv2."""
+"""What a line has to say, and what files call it: POPE's own, `lmms-lab/POPE`, POPEv2.
+
+POPEv2 has an `image_id`, which numbers pictures, and no id of a question: there the line's number is taken.
+"""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,9 @@ class Item:
 
     Attributes:
         number: its place in what was read, from 0.
-        question_id: as the file has it. Ids begin again in every split.
-        image: the picture's name, by which it is looked for and by which items are grouped.
+        question_id: as the file has it; a text where it is beyond 64 bits. Ids begin again in every split.
+        image: the picture's name, by which it is looked for and by which items are grouped; a picture that comes in a
+            row without a name is named by a hash of its pixels.
         question: as it stands in the file, before any template.
         label: the right answer, "yes" or "no".
         split: how what is asked for in vain was chosen, such as "adversarial"; a file's name where it says no split.
@@ -56,32 +59,6 @@ class Item:
     picture: Any = field(default=None, compare=False, repr=False)
 
 
-@dataclass(frozen=True)
-class Held:
-    """A picture within rows, taken out when it is asked for, so that a data set is not held decoded."""
-
-    rows: Any
-    row: int
-
-    def __call__(self) -> Any:
-        """The picture: a PIL image, its file's bytes, or a path."""
-        found = self.rows[self.row]["image"]
-        inside = found.get("bytes") if isinstance(found, Mapping) else None
-        return inside if inside is not None else found["path"] if isinstance(found, Mapping) else found
-
-
-@dataclass(frozen=True)
-class Line:
-    """What stood somewhere, before it is known to be an item."""
-
-    where: str
-    row: Any
-    split: str
-    source: str = ""
-    picture: Any = None
-    trouble: str = ""
-
-
 def read_pope(questions: Any, split: str | Sequence[str] | None = None) -> list[Item]:
     """The questions of a POPE file, or of what is laid out like one.
 
@@ -99,7 +76,7 @@ def read_pope(questions: Any, split: str | Sequence[str] | None = None) -> list[
     Raises:
         ValueError: where there is nothing to read, or something is wrong with a line: no JSON, a key that is missing, a
             label other than yes and no, an id that has another question already, or a question with two labels. The
-            sentence names the line, and lines that are wrong as well.
+            sentence names the line, and lines that are wrong as well. Also for a split that is not there.
         TypeError: for what holds no questions.
 
     Example:
@@ -109,7 +86,7 @@ def read_pope(questions: Any, split: str | Sequence[str] | None = None) -> list[
     Source:
         Li et al. (2023), "Evaluating Object Hallucination in Large Vision-Language Models" (POPE).
     """
-    wanted = None if split is None else (split,) if isinstance(split, str) else tuple(split)
+    wanted = None if split is None else splits_of(split)
     if isinstance(questions, list | tuple) and questions and all(isinstance(one, Item) for one in questions):
         return counted(only(list(questions), wanted))
     found = [(line, item_of(line)) for line in lines_of(questions, wanted)]
@@ -117,6 +94,18 @@ def read_pope(questions: Any, split: str | Sequence[str] | None = None) -> list[
     troubles = [(line.where, trouble) for line, trouble in found if isinstance(trouble, str)]
     refuse([*troubles, *contradictions(sound)])
     return counted(only([item for _, item in sound], wanted))
+
+
+def splits_of(split: Any) -> tuple[str, ...]:
+    """The splits to keep, by their names.
+
+    Raises:
+        ValueError: for what names none.
+    """
+    names = (split,) if isinstance(split, str) else listed(split)
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"split={told(split)} names no split; give a name, a list of names, or None for all.")
+    return names
 
 
 def only(items: list[Item], wanted: tuple[str, ...] | None) -> list[Item]:
@@ -174,22 +163,66 @@ def item_of(line: Line) -> Item | str:
         return line.trouble
     if not isinstance(line.row, Mapping):
         return f"it is {told(line.row)}, and a question is an object with question_id, image, text and label"
-    row = {what: next((line.row[key] for key in keys if key in line.row), None) for what, keys in KEYS.items()}
-    missing = [what for what, value in row.items() if value is None]
-    if missing:
+    row = {what: first_of(line.row, keys) for what, keys in KEYS.items()}
+    if row["question_id"] is None and not missing(line.row.get("image_id")):
+        row["question_id"] = line.number
+    lacking = [what for what, value in row.items() if value is None]
+    if lacking:
         return (
-            f"it has no {' or '.join(map(repr, KEYS[missing[0]]))}; a question has question_id, image, text and label"
+            f"it has no {' or '.join(map(repr, KEYS[lacking[0]]))}; a question has question_id, image, text and label"
         )
     label = str(row["label"]).strip().lower()
     if label not in ("yes", "no"):
         return f"the label is {row['label']!r}, and it must be yes or no"
     if not isinstance(row["question"], str) or not row["question"].strip():
         return f"the question is {row['question']!r}, and it must be a text"
-    number = row["question_id"] if isinstance(row["question_id"], int) else str(row["question_id"])
-    split = str(line.row.get("split") or line.row.get("category") or line.split)
-    name = row["image"] if isinstance(row["image"], str) else f"picture of {line.where}"
-    picture = None if isinstance(line.row.get("image"), str | None) else line.picture
-    return Item(0, number, name, row["question"].strip(), label, split, 0, line.where, picture)
+    number = named(row["question_id"])
+    if number is None:
+        return f"the question_id is {told(row['question_id'])}, and it must be a text or a whole number"
+    split = str(first_of(line.row, ("split", "category")) or line.split)
+    try:
+        name, held = image_of(line, row["image"])
+    except (ValueError, TypeError) as error:
+        return str(error).removesuffix(".")
+    return Item(0, number, name, row["question"].strip(), label, split, 0, line.where, held)
+
+
+def first_of(row: Mapping[str, Any], keys: Sequence[str]) -> Any:
+    """What a row says under the first of some keys that says anything; None where none does."""
+    return next((row[key] for key in keys if key in row and not missing(row[key])), None)
+
+
+def named(given: Any) -> int | str | None:
+    """An id, or a name: a text, or a whole number, as which data frames with gaps hold floats; None for others.
+
+    Numbers beyond 64 bits, which no file of results holds, are made texts.
+    """
+    if isinstance(given, str):
+        return given
+    if isinstance(given, bool) or not (isinstance(given, Integral) or (isinstance(given, float) and given % 1 == 0)):
+        return None
+    number = int(given)
+    return number if -(2**63) <= number < 2**63 else f"{number:#x}" if number.bit_length() > 10_000 else str(number)
+
+
+def image_of(line: Line, given: Any) -> tuple[str, Any]:
+    """A picture's name, and the picture where it comes along.
+
+    Raises:
+        ValueError, TypeError: for what is neither a name nor a picture.
+    """
+    own, name = line.row.get("image"), named(given)
+    held = None if missing(own) or named(own) is not None else line.picture
+    if name is not None:
+        return str(name), held
+    if held is None:
+        raise ValueError(f"the image is {told(given)}, and it must be a text or a whole number")
+    return f"picture {hash_of(to_picture(inside(own)))[:16]}", held
+
+
+def hash_of(picture: Image.Image) -> str:
+    """A picture's size and pixels, as a short text."""
+    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:32]
 
 
 def refuse(troubles: Sequence[tuple[str, str]]) -> None:
@@ -205,112 +238,3 @@ def refuse(troubles: Sequence[tuple[str, str]]) -> None:
     more = f" and {len(places) - 5} more" if len(places) > 5 else ""
     also = f" (wrong as well: {'; '.join(places[:5])}{more})" if places else ""
     raise ValueError(f"{where}: {sentence}{also}.")
-
-
-def lines_of(questions: Any, wanted: tuple[str, ...] | None) -> Iterator[Line]:
-    """Every line of what was given, whatever stands in it."""
-    if isinstance(questions, str) and questions == "demo":
-        yield from demo_lines()
-    elif is_paths(questions):
-        for path in paths_of(questions, wanted):
-            yield from file_lines(path)
-    elif isinstance(questions, Mapping):
-        for name, rows in questions.items():
-            yield from row_lines(rows, str(name))
-    else:
-        yield from row_lines(questions, "test")
-
-
-def demo_lines() -> Iterator[Line]:
-    """The demo model's benchmark, whose pictures come along."""
-    pictures = {scene.file.name: scene.file for scene in demo.scenes()}
-    for split in SPLITS:
-        for number, asked in enumerate(demo.pope(split)):
-            row = {"question_id": asked.question_id, "image_name": asked.image, "text": asked.text}
-            row |= {"label": asked.label, "image": pictures[asked.image]}
-            yield Line(f"digits_pope_{split}.json, line {number + 1}", row, split, split, pictures[asked.image])
-
-
-def is_paths(questions: Any) -> bool:
-    """Whether questions were given as a path, or as several."""
-    if isinstance(questions, list | tuple):
-        return bool(questions) and all(isinstance(one, str | Path) for one in questions)
-    return isinstance(questions, str | Path)
-
-
-def paths_of(questions: Any, wanted: tuple[str, ...] | None = None) -> list[Path]:
-    """The files that were given; of a folder those of the wanted splits.
-
-    Raises:
-        ValueError: for a path without a file.
-    """
-    found = []
-    for given in map(Path, questions if isinstance(questions, list | tuple) else [questions]):
-        if not given.exists():
-            raise ValueError(f"there is no file '{given}' of questions; give a POPE file, a folder of them, or 'demo'.")
-        inside = [path for path in sorted(given.glob("*")) if path.suffix in SUFFIXES] if given.is_dir() else [given]
-        if not inside:
-            raise ValueError(f"the folder '{given}' holds no questions; they are in files that end in .json or .jsonl.")
-        if given.is_dir():
-            inside.sort(key=lambda path: (*SPLITS, split_of(path)).index(split_of(path)))
-            inside = [path for path in inside if wanted is None or split_of(path) in wanted] or inside
-        found += inside
-    return found
-
-
-def split_of(path: Path) -> str:
-    """The split that a file's name says; the whole name without its ending where it says none."""
-    return next((split for split in SPLITS if split in path.stem.lower()), path.stem)
-
-
-def file_lines(path: Path) -> Iterator[Line]:
-    """The lines of a file, or the entries of a list.
-
-    Raises:
-        ValueError: for a file that is no text.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(
-            f"'{path}' is no text; give questions as JSON, or as rows, such as a pandas data frame."
-        ) from None
-    about = {"split": split_of(path), "source": str(path)}
-    if text.lstrip().startswith("["):
-        try:
-            entries = json.loads(text)
-        except json.JSONDecodeError as error:
-            yield Line(f"{path.name}, line {error.lineno}", None, **about, trouble=broken(error))
-        else:
-            yield from (Line(f"{path.name}, entry {number + 1}", row, **about) for number, row in enumerate(entries))
-        return
-    for number, line in enumerate(text.split("\n")):
-        where = f"{path.name}, line {number + 1}"
-        if not line.strip():
-            continue
-        try:
-            yield Line(where, json.loads(line), **about)
-        except json.JSONDecodeError as error:
-            yield Line(where, None, **about, trouble=broken(error))
-
-
-def broken(error: json.JSONDecodeError) -> str:
-    """What is wrong with a text that is no JSON."""
-    return f"it is no JSON ({error.msg}, column {error.colno}); correct it, or take it out"
-
-
-def row_lines(rows: Any, split: str) -> Iterator[Line]:
-    """Rows of a data set.
-
-    Raises:
-        TypeError: for what has none.
-    """
-    if isinstance(rows, pd.DataFrame):
-        rows = rows.to_dict("records")
-    if isinstance(rows, str | bytes) or not isinstance(rows, Iterable):
-        raise TypeError(
-            f"{told(rows)} holds no questions; give a POPE file, a folder of them, rows as in lmms-lab/POPE, or 'demo'."
-        )
-    held = rows if isinstance(rows, Sized) else list(rows)
-    for number, row in enumerate(held):
-        yield Line(f"{split}, row {number}", row, split, split, Held(held, number))

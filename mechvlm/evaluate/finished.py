@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xarray as xr
 
-from mechvlm.experiments.shards import SUFFIX, opened
+from mechvlm.experiments.shards import SUFFIX
 from mechvlm.sites import told
 
 Answer = tuple[float, float, str]
@@ -65,3 +65,17 @@ class Finished:
         unfinished = self.folder / f"{name}.unfinished"
         kept.assign_attrs(fingerprint=self.fingerprint).to_netcdf(unfinished, engine="h5netcdf")
         unfinished.replace(self.folder / f"{name}{SUFFIX}")
+
+
+def opened(path: Path) -> xr.Dataset:
+    """A finished picture's answers.
+
+    Raises:
+        ValueError: for a file that holds none.
+    """
+    try:
+        return xr.open_dataset(path, engine="h5netcdf")
+    except OSError:
+        raise ValueError(
+            f"'{path}' holds no finished answers of an evaluation; take it out of the folder, and they are asked again."
+        ) from None

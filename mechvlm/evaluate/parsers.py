@@ -194,12 +194,17 @@ def exact_ids(tokens: Any, vocabulary: int) -> dict[str, tuple[int, ...]]:
             "'lower-case', or None for all spellings."
         )
     ids: dict[str, Sequence[Any]] = {word: listed(values) or () for word, values in tokens.items()}
-    wrong = [one for values in ids.values() for one in values if not isinstance(one, int) or not 0 <= one < vocabulary]
+    wrong = [one for values in ids.values() for one in values if not is_id(one, vocabulary)]
     if wrong or not all(ids.values()):
         raise ValueError(
             f"tokens={told(tokens)} are no token ids; give at least one whole number each, below {vocabulary}."
         )
     return {word: tuple(values) for word, values in ids.items()}
+
+
+def is_id(given: Any, vocabulary: int) -> bool:
+    """Whether something is a token's id; True, which Python takes for 1, is none."""
+    return isinstance(given, int) and not isinstance(given, bool) and 0 <= given < vocabulary
 
 
 def chances(margins: Float[Tensor, " row"]) -> Float[Tensor, " row"]:

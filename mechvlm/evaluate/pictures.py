@@ -5,7 +5,6 @@
 (True, (72, 72))
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from mechvlm.evaluate.files import Item, refuse
+from mechvlm.evaluate.files import Item, hash_of, refuse
 from mechvlm.pixels import to_picture
 from mechvlm.sites import told
 
@@ -39,9 +38,12 @@ def picture_of(item: Item, images: Any = None) -> Image.Image:
                 "mapping from names to pictures, or a function."
             )
     elif isinstance(images, Mapping):
-        if item.image not in images:
+        name: str | int = item.image
+        if name not in images and item.image.isdecimal() and len(item.image) < 20:
+            name = int(item.image)  # which it may have been in its row
+        if name not in images:
             raise ValueError(f"{item.where}: images holds no {item.image!r}; give every picture by its name.")
-        given = images[item.image]
+        given = images[name]
     elif isinstance(images, str | Path):
         given = file_of(Path(images), item.image)
     elif callable(images):
@@ -68,25 +70,35 @@ def file_of(folder: Path, name: str) -> Path:
 def looked_at(items: Sequence[Item], images: Any = None) -> dict[str, str]:
     """Every picture's name, with a hash of its pixels; each was opened, so that a run does not end with the last one.
 
+    Pictures that come with rows are opened row by row, since two of one name may differ.
+
     Raises:
-        ValueError: where one is missing or damaged, with the line of the first item that asks about it, and of others
-            like it.
+        ValueError: where one is missing or damaged, or is another than before by that name, with the line of the first
+            item that asks about it, and of others like it.
     """
-    first = {item.image: item for item in reversed(items)}
-    names = list(dict.fromkeys(item.image for item in items))
-    hashes, troubles = {}, []
-    for name in tqdm(names, desc="pictures", unit="picture", leave=False, delay=1):
+    first: dict[Any, Item] = {}
+    for item in items:
+        first.setdefault((item.image, own_key(item) if images is None else None), item)
+    hashes, lines, troubles = dict[str, str](), dict[str, str](), list[tuple[str, str]]()
+    for item in tqdm(first.values(), desc="pictures", unit="picture", leave=False, delay=1):
         try:
-            hashes[name] = hash_of(picture_of(first[name], images))
+            found = hash_of(picture_of(item, images))
         except ValueError as error:
             where, said, sentence = str(error).partition(": ")
-            if not said or where != first[name].where:
+            if not said or where != item.where:
                 raise
             troubles.append((where, sentence.removesuffix(".")))
+            continue
+        if hashes.setdefault(item.image, found) != found:
+            before = lines[item.image]
+            troubles.append(
+                (item.where, f"another picture is called {item.image!r} ({before}); give each its own name")
+            )
+        lines.setdefault(item.image, item.where)
     refuse(troubles)
     return hashes
 
 
-def hash_of(picture: Image.Image) -> str:
-    """A picture's size and pixels, as a short text."""
-    return hashlib.sha256(f"{picture.size}".encode() + picture.tobytes()).hexdigest()[:32]
+def own_key(item: Item) -> str | int:
+    """What tells pictures that came with items apart without opening them: a file's path, or which row it is in."""
+    return str(item.picture) if isinstance(item.picture, str | Path) else id(item.picture)

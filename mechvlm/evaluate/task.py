@@ -63,9 +63,19 @@ class Task:
         texts = [""] * len(prompts) if self.parser is None else list(self.generated(prompts))
         return list(zip(margins.tolist(), either.tolist(), texts, strict=True)), shared.engine
 
+    def planned(self, prompt: Prompt) -> list[Edit]:
+        """The edits at a prompt, which are refused here and not by a run where they cannot be."""
+        edits = self.edits_at(prompt)
+        self.vlm.plan([prompt], edits=edits, steps=1 if self.parser is None else self.longest)
+        return edits
+
+    def edits_at(self, prompt: Prompt) -> list[Edit]:
+        """The edits at a prompt, as a list, whatever the function returned."""
+        return listed_edits("edits", self.edits(prompt))
+
     def first_edits(self, prompt: Prompt) -> list[Edit]:
         """The edits that act before the first token; where words are generated, others come after it."""
-        edits = listed_edits("edits", self.edits(prompt))
+        edits = self.edits_at(prompt)
         return edits if self.parser is None else [edit for edit in edits if check_edit(edit).when != "decode"]
 
     def generated(self, prompts: Sequence[Prompt]) -> Iterator[str]:
@@ -73,7 +83,7 @@ class Task:
         size = len(prompts) if self.alike else 1
         for start in range(0, len(prompts), size):
             some = list(prompts[start : start + size])
-            said = self.vlm.generate(some, self.edits(some[0]), self.longest, do_sample=False, num_beams=1)
+            said = self.vlm.generate(some, self.edits_at(some[0]), self.longest, do_sample=False, num_beams=1)
             yield from said.text or ()
 
 
@@ -101,6 +111,8 @@ def at_least_one(name: str, number: Any) -> int | None:
     Raises:
         TypeError, ValueError: for what is no such number.
     """
+    if isinstance(number, bool):
+        raise TypeError(f"{name}={number} is not a number; give 1 or more.")
     size = None if number is None else whole(name, number)
     if size is not None and size < 1:
         raise ValueError(f"{name}={size} makes nothing; give 1 or more.")
