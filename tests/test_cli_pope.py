@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import mechvlm as mv
 from mechvlm.cli import app
 from mechvlm.commands import pope_command
 from mechvlm.evaluate.task import Task
+from mechvlm.report import benchmark
 
 SPLITS = {"random": ("cat", "dog", "red cat", "blue dog"), "popular": ("cat", "dog", "red cat", "7")}
 
@@ -90,6 +92,12 @@ def test_a_record_suffices_to_make_the_same_numbers_again(made: Path, tmp_path: 
     assert (second["rerun_of"], second["differs_from_it"]) == (record["made"], {})
     assert all(second[name] == record[name] for name in ("command", "asked", "weights", "accuracy", "yes_ratio"))
     assert record["evaluations"]["edited"]["edits_given"] == "bias:2.0@0-1; ablate@2.1"
+    assert second["answers_computed"] == record["answers_computed"] == {"base": 15, "edited": 15}
+    assert second["answers_kept"] == {"base": 0, "edited": 0}
+    over = run("--rerun", made / "record.json", "--out", tmp_path)
+    assert over.stderr == (
+        f"mechvlm: the folder '{tmp_path}' holds a record already; choose another with --out for the rerun.\n"
+    )
 
 
 def test_the_command_line_in_a_record_asks_for_the_same(
@@ -105,6 +113,68 @@ def test_the_command_line_in_a_record_asks_for_the_same(
     assert run(*shlex.split(record["command"])[2:], "--out", tmp_path).exit_code == 0
     assert run("--rerun", made / "record.json", "--out", tmp_path).exit_code == 0
     assert asked[0] == asked[1] == pope_command.Asked(**record["asked"])
+    assert run("--rerun", made / "record.json", "--device", "cpu", "--out", tmp_path).exit_code == 0
+    assert asked[2] == replace(asked[1], device="cpu")
+
+
+def test_a_rerun_is_written_beside_the_record_and_never_over_it(
+    made: Path, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    folders = list[Path]()
+    monkeypatch.setattr(pope_command, "written", lambda _, folder, __: folders.append(folder))
+    assert run("--rerun", made / "record.json").exit_code == 0
+    assert folders == [place / "out-rerun"]
+    over = run("--rerun", made / "record.json", "--out", made)
+    assert (over.exit_code, folders[1:]) == (2, [])
+    assert over.stderr == (
+        f"mechvlm: the folder '{made}' holds a record already; choose another with --out for the rerun.\n"
+    )
+
+
+IGNORED = {"--split random": "--split", "--edit cut@1": "--edit", "--max-new-tokens 16": "--max-new-tokens"}
+IGNORED |= {"demo": "a model", "--dtype float32": "--dtype"}
+
+
+@pytest.mark.parametrize("words", IGNORED)
+def test_options_that_a_rerun_would_ignore_are_refused(words: str, made: Path, tmp_path: Path) -> None:
+    result = run("--rerun", made / "record.json", *words.split(), "--out", tmp_path)
+    assert result.stderr == (
+        f"mechvlm: {IGNORED[words]} was given with --rerun, whose record says all of it; leave one of them out.\n"
+    )
+
+
+def test_a_broken_record_is_refused_in_a_sentence(made: Path, tmp_path: Path) -> None:
+    record, broken = json.loads((made / "record.json").read_text()), tmp_path / "record.json"
+    asked, base = record["asked"], record["evaluations"]["base"]
+    changed: dict[str, Any] = {
+        "it has no 'asked'": [record],
+        "its 'joined' is not a text": {**record, "asked": {key: asked[key] for key in asked if key != "joined"}},
+        "its 'split' is not a list of texts": {**record, "asked": {**asked, "split": 3}},
+        "its 'max_new_tokens' is not a number": {**record, "asked": {**asked, "max_new_tokens": True}},
+        "its 'more' is unknown": {**record, "asked": {**asked, "more": 3}},
+        "its 'weights' is not a text": {**record, "weights": None},
+        "it does not say its versions": {**record, "evaluations": []},
+        "it does not say its device": {
+            **record,
+            "evaluations": {"base": {key: base[key] for key in base if key != "device"}},
+        },
+    }
+    for said, one in changed.items():
+        broken.write_text(json.dumps(one))
+        result = run("--rerun", broken, "--out", tmp_path / "out")
+        assert result.stderr == (
+            f"mechvlm: '{broken}' is no record of mechvlm pope ({said}); give the record.json that it wrote.\n"
+        )
+
+
+def test_an_edit_that_cannot_be_is_refused_before_the_model_is_asked(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Task, "answers", lambda *_: pytest.fail("a question was asked"))
+    result = run(*given(place), "--edit", "bias:2.0@2-99", "--out", tmp_path)
+    assert result.stderr == (
+        "mechvlm: the text tower has 3 layers, counted from 0, so there is no text.3.scores to edit.\n"
+    )
 
 
 def test_what_is_not_as_the_record_found_it_is_refused(made: Path, tmp_path: Path) -> None:
@@ -128,9 +198,13 @@ def test_a_second_run_into_the_same_folder_asks_nothing_again(
     made: Path, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Task, "answers", lambda *_: pytest.fail("a question was asked again"))
-    before = (made / "items.csv").read_text()
-    assert run("--rerun", made / "record.json", "--out", made).exit_code == 0
-    assert (made / "items.csv").read_text() == before
+    monkeypatch.setattr(benchmark, "benchmark_page", lambda _, folder, __: folder)  # the first run's stays
+    first = json.loads((made / "record.json").read_text())
+    assert run(*shlex.split(first["command"])[2:], "--out", made).exit_code == 0
+    second = json.loads((made / "record.json").read_text())
+    assert (second["answers_kept"], second["answers_computed"]) == (first["answers_computed"], first["answers_kept"])
+    assert second["accuracy"] == first["accuracy"]
+    (made / "record.json").write_text(json.dumps(first))
     other = run(*given(place), "--out", made)
     assert other.exit_code == 2
     assert f"out='{made / 'finished' / 'base'}' holds another evaluation" in other.stderr

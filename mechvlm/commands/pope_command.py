@@ -1,8 +1,8 @@
 """`mechvlm pope`: a model's answers to a benchmark of yes and no, with edits and without, and what the edits change.
 
 It writes the answers (netCDF, and all together as CSV), the comparison, a page, and `record.json`, from which
-`mechvlm pope --rerun record.json` makes the same numbers again. Run once more with the same folder, it goes on where it
-was stopped.
+`mechvlm pope --rerun record.json` computes the same numbers again, into a folder of their own. Run once more with the
+same folder, it goes on where it was stopped.
 
     mechvlm pope demo --edit bias:2.0@2-4
     mechvlm pope --rerun mechvlm-pope/record.json --out again
@@ -10,7 +10,8 @@ was stopped.
 
 import json
 import shlex
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,6 +21,15 @@ import typer
 from mechvlm.commands.shell import Device, Dtype, loaded, one_sentence, writable
 
 RECORD = "record.json"
+FOLDER = Path("mechvlm-pope")
+WITH_RERUN = ("rerun", "out", "device")
+"""What may be said together with --rerun: nothing that its numbers rest on, beside the device, which it records."""
+KINDS: dict[Any, str] = {
+    **{str: "a text", str | None: "a text or null", list[str]: "a list of texts"},
+    **{int: "a number", int | None: "a number or null", bool: "true or false"},
+}
+COMPARED = ("versions", "device", "attention", "revision")
+"""What a rerun says of its own surroundings where they are not the record's."""
 SAME = {"questions_sha256": "questions", "pictures_sha256": "pictures", "weights": "model's weights"}
 """What a record must find as it was, and how a refusal calls it."""
 
@@ -64,10 +74,14 @@ ParserName = Annotated[
 Tokens = Annotated[int, typer.Option(help="Of a generated answer.")]
 Batch = Annotated[int | None, typer.Option(help="At most so many questions together.")]
 Rerun = Annotated[Path | None, typer.Option(help="The record.json of an earlier run, to be run again.")]
-Out = Annotated[Path, typer.Option(help="The folder to write into.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The folder to write into. [default: mechvlm-pope; of a rerun the record's folder and -rerun]"),
+]
 
 
 def pope_command(
+    context: typer.Context,
     model: Model = None,
     questions: Questions = None,
     images: Images = None,
@@ -82,15 +96,17 @@ def pope_command(
     device: Device = None,
     dtype: Dtype = None,
     rerun: Rerun = None,
-    out: Out = Path("mechvlm-pope"),
+    out: Out = None,
 ) -> None:
     """Ask a model the questions of a POPE file, with edits and without, and write what the edits change."""
     with one_sentence():
         if rerun is not None:
             before = recorded(rerun)
             asked = Asked(**before["asked"])
+            asked = replace(asked, device=device or asked.device)
+            folder = rerun_folder(context, rerun, out)
         else:
-            before = {}
+            before, folder = {}, out or FOLDER
             asked = Asked(
                 model=checked(model),
                 questions=files_of(model, questions),
@@ -106,7 +122,7 @@ def pope_command(
                 device=device,
                 dtype=dtype,
             )
-        path = written(asked, writable(out), before)
+        path = written(asked, writable(folder), before)
     typer.echo(str(path))
 
 
@@ -138,6 +154,24 @@ def place(given: str | Path) -> str:
     return str(given) if given == "demo" or not Path(given).exists() else str(Path(given).resolve())
 
 
+def rerun_folder(context: typer.Context, record: Path, out: Path | None) -> Path:
+    """Where a rerun is written: never over a record, least of all the one that it reruns.
+
+    Raises:
+        ValueError: for a folder with a record, or an option that the record has already.
+    """
+    sources = {name: context.get_parameter_source(name) for name in context.params if name not in WITH_RERUN}
+    more = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
+    if more:
+        word = "a model" if more[0] == "model" else "--" + more[0].replace("_", "-")
+        raise ValueError(f"{word} was given with --rerun, whose record says all of it; leave one of them out.")
+    own = record.resolve().parent
+    folder = own.with_name(own.name + "-rerun") if out is None else out
+    if folder.resolve() == own or (folder / RECORD).exists():
+        raise ValueError(f"the folder '{folder}' holds a record already; choose another with --out for the rerun.")
+    return folder
+
+
 def recorded(path: Path) -> dict[str, Any]:
     """An earlier run's record.
 
@@ -146,11 +180,38 @@ def recorded(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        Asked(**found["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = type(error).__name__
-        raise ValueError(f"'{path}' is no record of mechvlm pope ({said}); give the {RECORD} that it wrote.") from None
+        trouble = flaw_of(found)
+    except (OSError, ValueError, RecursionError) as error:
+        trouble = type(error).__name__
+    if trouble:
+        raise ValueError(f"'{path}' is no record of mechvlm pope ({trouble}); give the {RECORD} that it wrote.")
     return found
+
+
+def flaw_of(found: Any) -> str:
+    """What a record lacks, or has of the wrong kind; nothing where it is whole."""
+    asked = found.get("asked") if isinstance(found, Mapping) else None
+    if not isinstance(asked, Mapping):
+        return "it has no 'asked'"
+    kinds = {one.name: one.type for one in fields(Asked)}
+    wrong = [name for name in kinds if name not in asked or not is_kind(asked[name], kinds[name])]
+    if wrong:
+        return f"its {wrong[0]!r} is not {KINDS[kinds[wrong[0]]]}"
+    texts = [name for name in (*SAME, "made") if not isinstance(found.get(name), str)]
+    if texts:
+        return f"its {texts[0]!r} is not a text"
+    evaluations = found.get("evaluations")
+    base = evaluations.get("base") if isinstance(evaluations, Mapping) else None
+    more = [name for name in asked if name not in kinds]
+    lacking = [name for name in COMPARED if not isinstance(base, Mapping) or name not in base]
+    return f"its {more[0]!r} is unknown" if more else f"it does not say its {lacking[0]}" if lacking else ""
+
+
+def is_kind(value: Any, kind: Any) -> bool:
+    """Whether a value is of a field's type; True, which Python takes for 1, is no number."""
+    if kind == list[str]:
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
 
 
 def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
@@ -165,6 +226,7 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     from mechvlm.evaluate.pictures import looked_at
     from mechvlm.evaluate.task import text_of
     from mechvlm.fingerprints import fingerprint, weights_print
+    from mechvlm.methods.asked import prompt_of
     from mechvlm.report.benchmark import benchmark_page
 
     edits, _, _ = edits_from(*asked.edit), text_of(asked.template), parser_of(asked.parser)  # before a model is loaded
@@ -172,9 +234,13 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     items = read_pope(questions, asked.split or None)
     vlm = loaded(asked.model, asked.device, asked.dtype)
     weights = fingerprint(weights_print(vlm.hf))
+    pictures = looked_at(items, asked.images) if before or asked.edit else {}
     if before:
-        pictures = sha256(looked_at(items, asked.images))
-        same_as(before, {"questions_sha256": content_of(items), "pictures_sha256": pictures, "weights": weights})
+        now = {"questions_sha256": content_of(items), "pictures_sha256": sha256(pictures), "weights": weights}
+        same_as(before, now)
+    if asked.edit:  # what cannot be is said before the model alone is asked for hours
+        prompt = prompt_of(vlm, items[0], asked.images, asked.template)
+        vlm.plan([prompt], edits=edits(prompt), steps=asked.max_new_tokens if asked.parser else 1)
     how: dict[str, Any] = {
         **{"images": asked.images, "split": asked.split or None, "template": asked.template, "joined": asked.joined},
         **{"parser": asked.parser, "batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens},
@@ -206,11 +272,7 @@ def record_of(asked: Asked, found: dict[str, Any], weights: str, before: dict[st
     """What suffices to run it again, and what came out; of an earlier run, what is not as it was."""
     base = found["base"].attrs
     past = before.get("evaluations", {}).get("base", {})
-    differs = {
-        name: past[name]
-        for name in ("versions", "device", "attention", "revision")
-        if before and past[name] != base[name]
-    }
+    differs = {name: past[name] for name in COMPARED if before and past[name] != base[name]}
     return {
         **({"rerun_of": before["made"], "differs_from_it": differs} if before else {}),
         "command": command_of(asked),
@@ -219,6 +281,7 @@ def record_of(asked: Asked, found: dict[str, Any], weights: str, before: dict[st
         **{name: base[name] for name in ("questions_sha256", "pictures_sha256", "versions")},
         "accuracy": {name: float(one.correct.mean()) for name, one in found.items()},
         "yes_ratio": {name: float((one.predicted == "yes").mean()) for name, one in found.items()},
+        **{name: {of: one.attrs[name] for of, one in found.items()} for name in ("answers_computed", "answers_kept")},
         "evaluations": {name: one.attrs for name, one in found.items()},
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
