@@ -8,9 +8,11 @@ from typing import Any
 import jaxtyping
 import numpy as np
 import pytest
+import scipy.stats
 import xarray as xr
 
 import mechvlm as mv
+from mechvlm.experiments import zones
 
 PUBLISHED = json.loads((Path(__file__).parent / "data" / "viar" / "attention.json").read_text())
 NEGLECT, ZONE = 1e-5 * np.array(PUBLISHED["mean"]), range(8, 17)
@@ -37,7 +39,7 @@ def layer_head(matrix: np.ndarray) -> xr.DataArray:
 
 
 def test_a_planted_zone_is_found_where_it_was_planted() -> None:
-    found = mv.find_zone(table(dip(2.0)))
+    found = mv.find_zone(table(dip(2.0)), splits=10)
     assert bool(found.found) and (int(found.start), int(found.stop)) == (4, 8)
     assert float(found.p_value) < 0.01
     assert float(found.gap) == pytest.approx(2.0, abs=0.5)
@@ -100,6 +102,33 @@ def test_the_zone_that_is_written_by_hand_is_the_old_rule_on_one_published_quant
     assert (int(found["mass"].chosen_start), int(found["mass"].chosen_stop)) == (9, 11)
 
 
+def test_halves_that_choose_other_layers_say_nothing_for_those_that_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted: all pictures choose one dip, and their halves another one, which holds."""
+    curves = table(dip(3.0) + dip(3.0, 12, 9, 11), prompts=16, noise=0.2)
+    own = zones._shoulders
+
+    def elsewhere(seen: Any, times: np.ndarray, z: float) -> Any:
+        return own(seen, times, z) if times.all() and (times == 1).all() else zones.Band(9, 11, (8, 11))
+
+    monkeypatch.setattr(zones, "_shoulders", elsewhere)
+    found = mv.find_zone(curves, **QUICK)
+    assert int(found.chosen_start) == 4 and float(found.p_value) == 1 and not bool(found.found)
+    assert np.isnan(found.gap_unseen)
+    low = curves.values.mean(0)
+    assert float(found.gap) == pytest.approx(min(low[3], low[8]) - low[4:8].mean())
+
+
+def test_a_flat_bottom_is_found_below_the_mean_though_its_layers_are_alike() -> None:
+    found = [mv.find_zone(table(dip(2.0, 12, 3, 9), 24, seed=seed), rule="below_mean", **QUICK) for seed in range(4)]
+    assert all(bool(one.found) for one in found)
+
+
+@pytest.mark.parametrize("pictures, least", [(6, 2 / 27), (8, 2 / 4**4)])
+def test_few_pictures_have_no_small_p_value_however_little_they_differ(pictures: int, least: float) -> None:
+    found = mv.find_zone(table(dip(2.0), pictures, noise=1e-6), splits=10, resamples=1000)
+    assert float(found.p_value) == pytest.approx(least) and bool(found.found) == (pictures > 6)
+
+
 # -- the bend of a curve ---------------------------------------------------------------------------------------------
 
 
@@ -133,6 +162,25 @@ def test_the_gain_is_that_of_fits_to_all_other_layers() -> None:
 def test_the_published_mass_is_no_u() -> None:
     found = mv.u_shape(xr.DataArray(np.tile(NEGLECT.mean(1), (4, 1)), dims=["prompt", "layer"])).sel(end="mean")
     assert float(found.gain) < 0.1 and float(found.curvature) < 0
+
+
+def test_the_curvatures_interval_is_students_and_holds_the_truth_as_often_as_it_says() -> None:
+    x, out = np.linspace(-1, 1, 10), 0
+    for seed in range(200):
+        curves = table(np.zeros(10), prompts=8, seed=seed)
+        ends = mv.u_shape(curves, resamples=1).curvature.values
+        out += not ends[1] <= 0 <= ends[2]
+        own = np.polyfit(x, curves.values.T, 2)[0]
+    np.testing.assert_allclose(ends[1:], scipy.stats.t.interval(0.95, 7, own.mean(), scipy.stats.sem(own)))
+    assert out <= 18  # 10 are due; a binomial count is above 18 less than once in a hundred times
+
+
+@pytest.mark.parametrize("curve", [np.zeros(9), np.ones(9), np.linspace(0.1, 3, 9)], ids=["none", "flat", "line"])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_what_is_not_bent_has_no_bottom(curve: np.ndarray, noise: float) -> None:
+    found = mv.u_shape(table(curve, noise=noise), resamples=50)
+    assert found.bottom.isnull().all()
+    assert bool(found.over_line.isnull().all()) == (noise == 0)
 
 
 # -- heads -----------------------------------------------------------------------------------------------------------
@@ -253,7 +301,50 @@ WRONG: list[tuple[Callable[[], object], type[Exception], str]] = [
         "rule=range(0, 5) holds all layers, so there are no others to compare with; give fewer.",
     ),
     (lambda: mv.u_shape(NONE, level=95), ValueError, "level=95 is no share; give for instance 0.95."),
-    (lambda: mv.find_zone(NONE, splits=0), ValueError, "splits=0 and resamples=1000 must both be 1 or more."),
+    (lambda: mv.find_zone(NONE, splits=0), ValueError, "splits=0 halves nothing; give for instance 50."),
+    (lambda: mv.u_shape(NONE, resamples=0), ValueError, "resamples=0 draws nothing; give for instance 1000."),
+    (lambda: mv.find_zone(NONE, seed=-1), ValueError, "seed=-1 is no seed of random draws; give 0 or more."),
+    (lambda: mv.find_zone(NONE, c="a"), TypeError, "c='a' is not a number."),  # type: ignore[arg-type]
+    (
+        lambda: mv.find_zone(NONE, c=float("nan")),
+        ValueError,
+        "c=nan gives no threshold; give a number of standard deviations, for instance 0.5.",
+    ),
+    (
+        lambda: mv.find_zone(NONE, rule=None),  # type: ignore[arg-type]
+        ValueError,
+        "rule=None is not known; choose 'shoulders' or 'below_mean', or give layers.",
+    ),
+    (
+        lambda: mv.neglect_heads(layer_head(np.eye(3)), sigmas=-1),
+        ValueError,
+        "sigmas=-1 tells no heads apart; give a number above 0, for instance 1.",
+    ),
+    (
+        lambda: mv.neglect_heads(layer_head(np.eye(3)), sigmas=float("nan")),
+        ValueError,
+        "sigmas=nan tells no heads apart; give a number above 0, for instance 1.",
+    ),
+    (
+        lambda: mv.neglect_heads(layer_head(np.eye(3)), resamples=0),
+        ValueError,
+        "resamples=0 draws nothing; give for instance 1000.",
+    ),
+    (
+        lambda: mv.neglect_heads(layer_head(np.eye(3)), layers="8-16"),  # type: ignore[arg-type]
+        TypeError,
+        "layers='8-16' is not a list of layers; write for instance [0].",
+    ),
+    (
+        lambda: mv.attention_blocks(None),  # type: ignore[arg-type]
+        TypeError,
+        "a NoneType is no profile by layer; make it with mv.layer_profile(vlm, prompts).",
+    ),
+    (
+        lambda: mv.attention_blocks(xr.Dataset()),
+        TypeError,
+        "a Dataset is no profile by layer; make it with mv.layer_profile(vlm, prompts).",
+    ),
     (
         lambda: mv.neglect_heads([[0.5]]),  # type: ignore[arg-type]
         TypeError,

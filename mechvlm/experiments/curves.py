@@ -98,13 +98,25 @@ def resampled(
     return times
 
 
-def check_draws(level: float, splits: int, resamples: int) -> None:
-    """Refuse a level that is no share, and nothing to draw.
+def check_draws(level: float, resamples: int, seed: int) -> None:
+    """Refuse a level that is no share, nothing to draw, and a seed that is none.
+
+    Raises:
+        ValueError: for these.
+        TypeError: for what is no number at all.
+    """
+    check_level(level)
+    if whole("resamples", resamples) < 1:
+        raise ValueError(f"resamples={resamples} draws nothing; give for instance 1000.")
+    if whole("seed", seed) < 0:
+        raise ValueError(f"seed={seed} is no seed of random draws; give 0 or more.")
+
+
+def check_level(level: float) -> None:
+    """Refuse a level that is no share.
 
     Raises:
         ValueError: for these.
     """
     if not 0 < number("level", level) < 1:
         raise ValueError(f"level={level} is no share; give for instance 0.95.")
-    if whole("splits", splits) < 1 or whole("resamples", resamples) < 1:
-        raise ValueError(f"splits={splits} and resamples={resamples} must both be 1 or more.")

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from mechvlm.sites import listed, number, told, whole, whole_numbers
+from mechvlm.experiments.curves import check_draws
+from mechvlm.sites import number, told, whole_numbers
 
 
 def neglect_heads(
@@ -43,7 +44,8 @@ def neglect_heads(
         heads, and which is smaller since head 3 of one layer has nothing to do with head 3 of another.
 
     Raises:
-        ValueError: for other axes, values that are not numbers, or layers that are not there.
+        ValueError: for other axes, values that are not numbers, layers that are not there, sigmas that are not above 0,
+            or nothing to draw.
         TypeError: for what is no profile.
 
     Example:
@@ -55,15 +57,17 @@ def neglect_heads(
         VIAR (github.com/aayambansal/VIAR): src/eval_review2.py, head-level analysis. `spread` and `often` are this
         package's.
     """
+    if not 0 < number("sigmas", sigmas) < np.inf:
+        raise ValueError(f"sigmas={sigmas} tells no heads apart; give a number above 0, for instance 1.")
+    check_draws(0.5, resamples, seed)
     table, groups = _table(profile)
     mean, std = table.mean("prompt"), table.std("prompt")
     chosen = _layers(mean, layers)
-    number("sigmas", sigmas)
     sides = _sides(mean.values[None], sigmas)[0]
     drawn = np.random.default_rng(seed)
     named = {name: at for at, name in enumerate(dict.fromkeys(groups))}
     member = np.array([[named[one] == at for one in groups] for at in range(len(named))], dtype=float)
-    draws = drawn.multinomial(len(named), np.full(len(named), 1 / len(named)), whole("resamples", resamples)) @ member
+    draws = drawn.multinomial(len(named), np.full(len(named), 1 / len(named)), resamples) @ member
     again = np.einsum("rp,plh->rlh", draws / draws.sum(-1, keepdims=True), table.values)
     often = (_sides(again, sigmas) == sides).mean(0)
     found: dict[str, xr.DataArray] = {
@@ -105,7 +109,7 @@ def _table(profile: xr.Dataset | xr.DataArray) -> tuple[xr.DataArray, list[str]]
 def _layers(mean: xr.DataArray, layers: Sequence[int] | None) -> list[int]:
     """The layers whose spread is told."""
     held = mean.layer.values.tolist()
-    chosen = held if layers is None else list(whole_numbers("layers", listed(layers)))
+    chosen = held if layers is None else list(whole_numbers("layers", layers))
     if not chosen or set(chosen) - set(held):
         raise ValueError(f"layers={told(layers)} must be of those that have values: {', '.join(map(str, held))}.")
     return chosen

@@ -9,7 +9,9 @@ curve always has a lowest stretch; whether it is there in pictures that were not
 (True, 2, 5)
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import NormalDist
 from typing import Any
@@ -19,14 +21,25 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechvlm.experiments.curves import Curve, Seen, Times, by_cluster, check_draws, curve_of, resampled
-from mechvlm.sites import told, whole_numbers
+from mechvlm.sites import listed, number, told, whole, whole_numbers
 
 RULES = ("shoulders", "below_mean")
 LEAST = 2
 """Layers that make a zone: a single low layer is none."""
-Run = tuple[int, int] | None
+ALIKE = 0.5
+"""The share of common layers from which a half's band is the one that all pictures choose."""
 
 
+@dataclass(frozen=True)
+class Band:
+    """Layers by their place, the first and the first behind them, and those that they are compared with."""
+
+    start: int
+    stop: int
+    shoulders: tuple[int, ...]
+
+
+Run = Band | None
 Choice = Callable[[Seen, Times], Run]
 
 
@@ -45,10 +58,13 @@ def find_zone(
     The zone that is told is chosen by the mean curve of all prompts. Whether there is one at all is tested on halves:
     it is chosen by one half of the pictures, and in the other half the mean over its layers has to be below the layer
     before it and below the layer behind it. The half's p-value is the share of bootstrap resamples of its pictures in
-    which it is not (the larger of the two sides; 1 where no zone was chosen). Each split gives two, and the p-value of
-    all is twice their median, which is careful rather than exact. A fixed list of layers is not chosen by data, so that
-    all pictures test it, once. A dip that is real is found however shallow it is, where pictures are many: look at
-    `gap`, too.
+    which it is not, the larger of the two sides; it is 1 where the half chose no layers, or others than the zone that
+    is told, with less than half of all layers of the two in common. With m pictures in the half it is never below m to
+    the power of -m, the share of resamples that hold one picture alone: so with 6 pictures in all nothing is found at a
+    level of 0.95. Each split gives two, and the p-value of all is twice their median, which is careful rather than
+    exact. A fixed list of layers is not chosen by data, so that all pictures test it, once, by a bootstrap that finds
+    somewhat too much in very few pictures (4 to 8): have more, or take a higher level. A dip that is real is found
+    however shallow it is, where pictures are many: look at `gap`, too.
 
     Args:
         values: numbers over `prompt` and `layer`, for instance `profile.vis_l.sel(quantity="mass")`. The layer axis
@@ -59,8 +75,10 @@ def find_zone(
             more than chance (over pictures, in pairs, one-sided at `level`): else two peaks of noise would make one.
             "below_mean": the longest run below the mean over layers minus `c` standard deviations. Of runs of one
             length it is the one further below its neighbours; one that holds the first or the last layer has a
-            shoulder missing and is none. Or layers, one after the other, such as range(8, 17); at the first or last
-            layer these have one neighbour.
+            shoulder missing and is none. It is compared with the nearest layers on both sides that are above the mean,
+            since those next to it may belong to one flat bottom with it; where a bottom is more than half of all
+            layers, halves choose different pieces of it, and "shoulders" finds more. Or layers, one after the other,
+            such as range(8, 17); at the first or last layer these have one neighbour.
         c: of "below_mean".
         level: a zone is found where the p-value is at most 1 - level.
         splits: how often clusters are halved; of no use for fixed layers.
@@ -68,16 +86,19 @@ def find_zone(
         seed: of splits and resamples.
 
     Returns:
-        `found` (bool), `p_value`, and `start` and `stop`, the first layer of the zone and the first behind it; not
-        numbers where none is found. `chosen_start` and `chosen_stop` are those that the rule chooses before any test
-        (not numbers where it chooses none). `gap`: how far the zone's mean is below the lower of its neighbours, in the
-        unit of the values: the median over the halves that were not chosen by, so that it owes nothing to the choice;
-        for fixed layers of all pictures. `same`: in which share of resamples of all pictures the rule chooses the same
-        layers again, and `in_zone`, over layer, in which share a layer is in what it chooses. `mean`, `low` and
-        `high`, over layer: the curve, with its interval at each layer. `attrs` say how it was made.
+        `found` (bool), `p_value` (1 where the rule chooses no layers), and `start` and `stop`, the first layer of the
+        zone and the first behind it; not numbers where none is found. `chosen_start` and `chosen_stop` are those that
+        the rule chooses before any test (not numbers where it chooses none). `gap`: how far the mean of the chosen
+        layers is below the lower of the two layers that they are compared with, in the unit of the values, by all
+        pictures; the choice makes it somewhat large. `gap_unseen` is the same in halves that did not choose (of what
+        the other half chose in its place): their median, which owes nothing to the choice; not a number where no half
+        chose alike. `same`: in which share of resamples of all pictures the rule chooses the same layers again, and
+        `in_zone`, over layer, in which share a layer is in what it chooses. `mean`, `low` and `high`, over layer: the
+        curve, with its interval at each layer. `attrs` say how it was made.
 
     Raises:
-        ValueError: for other rules or axes, values that are not numbers, too few layers, or fewer than four clusters.
+        ValueError: for other rules or axes, values that are not numbers, too few layers, fewer than four clusters, or
+            nothing to draw.
         TypeError: for values that are no DataArray.
 
     Example:
@@ -93,37 +114,62 @@ def find_zone(
         p-values of splits: Meinshausen, Meier and Buehlmann (2009), "p-Values for High-Dimensional Regression".
     """
     table, seen = by_cluster(values, clusters)
-    if isinstance(rule, str) and rule not in RULES:
-        raise ValueError(f"rule={rule!r} is not known; choose 'shoulders' or 'below_mean', or give layers.")
-    fixed = None if isinstance(rule, str) else _fixed(rule, table.layer.values)
-    check_draws(level, splits, resamples)
+    layers, fixed = table.layer.values, _checked(rule, c, table.layer.values)
+    check_draws(level, resamples, seed)
+    if whole("splits", splits) < 1:
+        raise ValueError(f"splits={splits} halves nothing; give for instance 50.")
     z = NormalDist().inv_cdf(level)
     named: dict[Any, Choice] = {"shoulders": partial(_shoulders, z=z), "below_mean": partial(_below, c=c)}
     choose: Choice = (lambda *_: fixed) if fixed else named[rule]
     draw, total = np.random.default_rng(seed), len(seen.counts)
-    again, all_of_them = resampled(draw, np.arange(total), total, resamples), np.ones(total)
-    chosen = choose(seen, all_of_them)
-    p_value, gap = _tested(seen, fixed, all_of_them, again) if fixed else _halves(seen, choose, draw, splits, resamples)
-    runs = [choose(seen, times) for times in again]
-    layers, found = table.layer.values, chosen is not None and p_value <= 1 - level
-    inside = [np.mean([run is not None and run[0] <= at < run[1] for run in runs]) for at in range(len(layers))]
-    ends = dict(zip(("chosen_start", "chosen_stop"), chosen or (np.nan, np.nan), strict=True))
-    ends |= dict(zip(("start", "stop"), chosen if chosen and found else (np.nan, np.nan), strict=True))
-    result = xr.Dataset({name: float(at + layers[0]) for name, at in ends.items()}, {"layer": layers})
-    same = float(np.mean([run == chosen for run in runs])) if chosen else 0.0
-    result = result.assign(found=found, p_value=p_value, gap=gap, same=same)
-    ends_of = np.quantile(curve_of(seen, again), [(1 - level) / 2, (1 + level) / 2], axis=0)
-    for name, curve in zip(("mean", "low", "high"), (curve_of(seen, all_of_them), *ends_of), strict=True):
-        result[name] = ("layer", curve, {"long_name": values.name or "value", **values.attrs})
-    result["in_zone"] = ("layer", inside, {"long_name": "resamples with the layer in the zone", "units": "share"})
+    again, everything = resampled(draw, np.arange(total), total, resamples), np.ones(total)
+    band = choose(seen, everything)
+    p_value, gap = _tested(seen, band, everything, again) if band else (1.0, np.nan)
+    unseen = gap
+    if band and not fixed:
+        p_value, unseen = _halves(seen, choose, band, draw, splits, resamples)
     test = "all pictures" if fixed else "chosen by one half of the pictures, tested on the other; twice the median p"
     about: dict[str, Any] = {"rule": f"layers {told(rule)}" if fixed else rule, "c": c, "test": test, "level": level}
     about |= {"quantity": str(values.quantity.item())} if "quantity" in values.coords else {}
-    return result.assign_attrs(about, splits=splits, resamples=resamples, seed=seed, clusters=total)
+    result = _again(xr.Dataset({}, {"layer": layers}, about), band, [choose(seen, times) for times in again])
+    result = _named(result, band, p_value <= 1 - level)
+    result = result.assign(p_value=p_value, gap=gap, gap_unseen=unseen)
+    ends_of = np.quantile(curve_of(seen, again), [(1 - level) / 2, (1 + level) / 2], axis=0)
+    for name, curve in zip(("mean", "low", "high"), (curve_of(seen, everything), *ends_of), strict=True):
+        result[name] = ("layer", curve, {"long_name": values.name or "value", **values.attrs})
+    return result.assign_attrs(splits=splits, resamples=resamples, seed=seed, clusters=total)
 
 
-def _fixed(rule: Any, layers: np.ndarray) -> tuple[int, int]:
-    """Layers that were given, as the place of the first and of the first behind them."""
+def _named(result: xr.Dataset, band: Run, held: bool) -> xr.Dataset:
+    """The same with the layers of the band, and of the zone where it held."""
+    first, nan = float(result.layer[0]), float("nan")
+    chosen = (nan, nan) if band is None else (first + band.start, first + band.stop)
+    start, stop = chosen if held else (nan, nan)
+    return result.assign(
+        chosen_start=chosen[0], chosen_stop=chosen[1], start=start, stop=stop, found=held and band is not None
+    )
+
+
+def _again(result: xr.Dataset, band: Run, runs: Sequence[Run]) -> xr.Dataset:
+    """The same with how often resamples choose the band, and each layer."""
+    held = [(run.start, run.stop) if run else (0, 0) for run in runs]
+    inside = [np.mean([start <= at < stop for start, stop in held]) for at in range(result.sizes["layer"])]
+    result["same"] = float(np.mean([one == (band.start, band.stop) for one in held])) if band else 0.0
+    result["in_zone"] = ("layer", inside, {"long_name": "resamples with the layer in the zone", "units": "share"})
+    return result
+
+
+def _checked(rule: Any, c: float, layers: np.ndarray) -> Run:
+    """Layers that were given, where a rule is not one of `RULES`."""
+    if not math.isfinite(number("c", c)):
+        raise ValueError(f"c={c} gives no threshold; give a number of standard deviations, for instance 0.5.")
+    if (isinstance(rule, str) and rule not in RULES) or (not isinstance(rule, str) and listed(rule) is None):
+        raise ValueError(f"rule={told(rule)} is not known; choose 'shoulders' or 'below_mean', or give layers.")
+    return None if isinstance(rule, str) else _fixed(rule, layers)
+
+
+def _fixed(rule: Any, layers: np.ndarray) -> Band:
+    """Layers that were given, as places, with the layers beside them."""
     chosen = whole_numbers("rule", rule)
     places = [int(np.flatnonzero(layers == layer)[0]) if layer in layers else -1 for layer in chosen]
     if not places or -1 in places or places != list(range(places[0], places[0] + len(places))):
@@ -133,7 +179,8 @@ def _fixed(rule: Any, layers: np.ndarray) -> tuple[int, int]:
         )
     if len(places) == len(layers):
         raise ValueError(f"rule={told(rule)} holds all layers, so there are no others to compare with; give fewer.")
-    return places[0], places[-1] + 1
+    beside = (places[0] - 1, places[-1] + 1)
+    return Band(places[0], places[-1] + 1, tuple(at for at in beside if 0 <= at < len(layers)))
 
 
 def _shoulders(seen: Seen, times: Times, z: float) -> Run:
@@ -150,48 +197,67 @@ def _shoulders(seen: Seen, times: Times, z: float) -> Run:
     left = np.roll(np.logical_and.accumulate(before, axis=1), 1, axis=1)  # first behind
     right = np.logical_and.accumulate((below | (layer >= other))[::-1])[::-1]  # first behind
     runs = np.argwhere(left & right & (layer > 0) & (other - layer >= LEAST)).tolist()
-    return _longest(curve, [(first, behind) for first, behind in runs])
+    return _longest(curve, [Band(first, behind, (first - 1, behind)) for first, behind in runs])
 
 
 def _below(seen: Seen, times: Times, c: float) -> Run:
-    """The longest run of layers below the mean over layers minus so many standard deviations."""
+    """The longest run of layers below the mean over layers minus so many standard deviations.
+
+    Its shoulders are the nearest layers on either side that are above the mean: those next to it may be of one flat
+    bottom with it, on the other side of the threshold by chance.
+    """
     curve = curve_of(seen, times)
     low = np.r_[False, curve < curve.mean() - c * curve.std(), False]
     firsts, behinds = np.flatnonzero(low[1:] & ~low[:-1]), np.flatnonzero(low[:-1] & ~low[1:])
-    runs = [(int(a), int(b)) for a, b in zip(firsts, behinds, strict=True) if b - a >= LEAST]
-    return _longest(curve, [run for run in runs if run[0] > 0 and run[1] < len(curve)])
+    above = np.flatnonzero(curve > curve.mean())
+    runs = [Band(a, b, (a - 1, b)) for a, b in zip(firsts.tolist(), behinds.tolist(), strict=True) if b - a >= LEAST]
+    run = _longest(curve, [run for run in runs if (above < run.start).any() and (above >= run.stop).any()])
+    beside = (above[above < run.start][-1], above[above >= run.stop][0]) if run else ()
+    return run and Band(run.start, run.stop, tuple(map(int, beside)))
 
 
-def _longest(curve: Curve, runs: Sequence[tuple[int, int]]) -> Run:
+def _longest(curve: Curve, runs: Sequence[Band]) -> Run:
     """The longest run, of several the deepest."""
-    return max(runs, key=lambda run: (run[1] - run[0], min(_gaps(curve, run))), default=None)
+    return max(runs, key=lambda run: (run.stop - run.start, min(_gaps(curve, run))), default=None)
 
 
-def _gaps(curves: Float[np.ndarray, "*some layer"], run: tuple[int, int]) -> list[Any]:
-    """How far a run's mean is below the layer before it and the layer behind it, where there are such."""
-    inside = curves[..., run[0] : run[1]].mean(-1)
-    beside = [at for at in (run[0] - 1, run[1]) if 0 <= at < curves.shape[-1]]
-    return [curves[..., at] - inside for at in beside]
+def _gaps(curves: Float[np.ndarray, "*some layer"], run: Band) -> list[Any]:
+    """How far a run's mean is below each of its shoulders."""
+    inside = curves[..., run.start : run.stop].mean(-1)
+    return [curves[..., at] - inside for at in run.shoulders]
 
 
-def _tested(
-    seen: Seen, run: tuple[int, int], times: Times, drawn: Float[np.ndarray, "resample cluster"]
-) -> tuple[float, float]:
-    """The p-value of a run that owes nothing to these clusters, and how far it is below the lower of its neighbours."""
+def _overlap(one: Band, other: Band) -> float:
+    """The share of layers of either that are layers of both."""
+    both = min(one.stop, other.stop) - max(one.start, other.start)
+    return max(0, both) / (max(one.stop, other.stop) - min(one.start, other.start))
+
+
+def _tested(seen: Seen, run: Band, times: Times, drawn: Float[np.ndarray, "resample cluster"]) -> tuple[float, float]:
+    """The p-value of a run that owes nothing to these clusters, and how far it is below the lower of its shoulders."""
     above = [1 + int((gap <= 0).sum()) for gap in _gaps(curve_of(seen, drawn), run)]
-    return max(above) / (1 + len(drawn)), float(min(_gaps(curve_of(seen, times), run)))
+    pictures = np.count_nonzero(times)
+    p_value = max(max(above) / (1 + len(drawn)), float(pictures) ** -pictures)
+    return p_value, float(min(_gaps(curve_of(seen, times), run)))
 
 
-def _halves(seen: Seen, choose: Choice, draw: np.random.Generator, splits: int, resamples: int) -> tuple[float, float]:
-    """Twice the median p-value of zones chosen by one half and tested on the other, and their median gap."""
+def _halves(
+    seen: Seen, choose: Choice, band: Band, draw: np.random.Generator, splits: int, resamples: int
+) -> tuple[float, float]:
+    """Twice the median p-value of a band that is chosen by one half and tested on the other, and its median gap.
+
+    Where a half chooses no layers, or others than the band, it says nothing for the band: p is 1.
+    """
     found, total = [], len(seen.counts)
     for _ in range(splits):
         mine = np.zeros(total)
         mine[draw.permutation(total)[: total // 2]] = 1.0
         for half in (mine, 1 - mine):
             run, other = choose(seen, half), np.flatnonzero(half == 0)
-            drawn = resampled(draw, other, total, resamples)
-            found.append((1.0, np.nan) if run is None else _tested(seen, run, 1 - half, drawn))
+            if run is None or _overlap(run, band) < ALIKE:
+                found.append((1.0, np.nan))
+            else:
+                found.append(_tested(seen, run, 1 - half, resampled(draw, other, total, resamples)))
     p_values, gaps = np.array(found).T
     there = gaps[np.isfinite(gaps)]
     return min(1.0, 2 * float(np.median(p_values))), float(np.median(there)) if len(there) else float("nan")

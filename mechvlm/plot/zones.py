@@ -29,7 +29,7 @@ def zone_curve(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
 
     Args:
         found: what `find_zone` returns.
-        caption: by default says what was chosen and with which p-value.
+        caption: by default says what was chosen, with which p-value and gap, and how often it is chosen again.
 
     Raises:
         TypeError: for anything else.
@@ -38,7 +38,7 @@ def zone_curve(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
         >>> curve = np.array([3.0, 3.0, 1.0, 1.0, 3.0]) + np.random.default_rng(0).normal(size=(40, 5)) / 5
         >>> mv.plot.zone_curve(mv.find_zone(xr.DataArray(curve, dims=["prompt", "layer"])))
     """
-    _check(found, "zone_curve", "find_zone", "values", {"in_zone", "p_value", "mean", "low", "high"})
+    _check(found, "zone_curve", "find_zone", "values", {"in_zone", "p_value", "mean", "low", "high", "gap", "same"})
     start, stop = float(found.chosen_start), float(found.chosen_stop)
     chosen, held = bool(np.isfinite(start)), bool(found.found)
     which = f"layers {start:.0f} to {stop - 1:.0f}" if chosen else "no layers"
@@ -46,6 +46,9 @@ def zone_curve(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
         f"A zone: {which}" if held else f"No zone: the rule chooses {which}" + (", which do not hold" if chosen else "")
     )
     said = f"{verdict}; p = {float(found.p_value):.3g} ({found.attrs['test']})"
+    if chosen:
+        gap, same = float(found.gap), float(found.same)
+        said += f"; {gap:.3g} below the lower shoulder; the same layers in {same:.0%} of resamples"
     band = (found["low"], found["high"])
     over = (
         f". Line and band: mean and {100 * found.attrs['level']:.0f}% interval over {found.attrs['clusters']} pictures."
@@ -53,6 +56,8 @@ def zone_curve(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
     long, units = UNITS.get(found.attrs.get("quantity", ""), (found["mean"].attrs["long_name"], None))
     mean = found["mean"].assign_attrs(long_name=long, **({"units": units} if units else {}))
     figure = lines(mean, "layer", band=band, title=title, caption=caption or said + over)
+    if float(found["low"].min()) >= 0:
+        figure.update_yaxes(rangemode="tozero")
     if chosen:
         fill = (
             {"fillcolor": FAINT, "line": {"width": 0}} if held else {"line": {"width": 1, "dash": "dot", "color": INK}}
@@ -145,11 +150,26 @@ def layer_spans(profile: xr.Dataset, level: float = 0.95, title: str = "", capti
     """
     _check(profile, "layer_spans", "layer_profile", "prompts", {"vis_l", "mass", "first"})
     curves = [profile.mass.sel(span="image", drop=True), profile["first"]]
-    together = xr.concat([one.mean("head") for one in curves], xr.Variable("span", ["image", "position 0"]))
+    named, about = _called(profile)
+    together = xr.concat([one.mean("head") for one in curves], xr.Variable("span", [named, "position 0"]))
     over = mean_interval(together, "prompt", profile.cluster.values.tolist(), level)
     mean = over["mean"].assign_attrs(long_name="attention mass", units="fraction")
     said = f"Means over {profile.sizes['prompt']} prompts about {over.attrs['clusters']} pictures, heads and text rows."
+    said += about
     return lines(mean, "layer", "span", band=_shown(over.low, over.high), title=title, caption=caption or said)
+
+
+def _called(profile: xr.Dataset) -> tuple[str, str]:
+    """What to call the line of the image, and what to say of a convention's."""
+    name = str(profile.attrs["convention"]).split(":")[0]
+    if name == "none":
+        return "image", ""
+    if not name.startswith("viar-2026") or name.endswith("qwen2-vl"):
+        return "image", f" Rows as {name} takes them."
+    counts = sorted({int(count) for count in profile.n_keys.sel(span="image").values})
+    most = f"{counts[-1] - 1}" if len(counts) == 1 else "N - 1"
+    columns = "column 0" if counts == [1] else f"columns 0 to {most}"
+    return columns, f" {columns.capitalize()}: what {name} calls the image, position 0 among them."
 
 
 def _shown(low: xr.DataArray, high: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray] | None:
