@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import planted
 import pytest
@@ -140,6 +141,11 @@ def test_both_conventions_by_hand() -> None:
     )
     assert right["update_cosine"][:, 0].tolist() == [0.5, 0.0] and right["update_cosine_normed"][0] == pytest.approx(-1)
     assert np.isnan(old["update_cosine"][0, 0]) and old["update_cosine"][1, 0] == pytest.approx(-1)
+    still = layers[1].copy()
+    still[1, 0] = np.nan  # nothing is added anywhere
+    assert collapse.tabled([layers[0], still], still, 1, True)["update_cosine"][1, 0] == 1
+    still[1] = np.nan  # a state that is no number
+    assert np.isnan(collapse.tabled([layers[0], still], still, 1, True)["update_cosine"][1, 0])
     assert right["state_cosine"][1, 0] == pytest.approx(4 / 5) and old["state_cosine"][1, 0] == pytest.approx(1)
     assert right["norm"][1, 0] == pytest.approx(5**0.5) and old["norm"][1, 0] == pytest.approx(2**0.5)
 
@@ -223,7 +229,7 @@ def test_several_nulls_are_those_one_by_one(monkeypatch: pytest.MonkeyPatch) -> 
     asked = [vlm.prompt(tiny.picture(seed), "is there a dog") for seed in (0, 0, 1)]
     every = ["black", "noise", "blur", "swap", "no_image"]
     found = mv.language_prior_collapse(vlm, asked, every, clusters=[0, 0, 1])
-    monkeypatch.setattr(collapse, "rows_for", lambda prompt: 2)  # noqa: ARG005
+    monkeypatch.setattr(collapse, "rows_for", lambda prompt: 3)  # noqa: ARG005
     few = mv.language_prior_collapse(vlm, asked, every, clusters=[0, 0, 1])
     xr.testing.assert_allclose(found, few, rtol=0, atol=1e-10)
     one = mv.language_prior_collapse(vlm, asked[0], mv.images.noise())
@@ -261,6 +267,67 @@ def test_without_the_picture_words_are_matched_from_the_end() -> None:
     assert found.update_cosine.sel(span=["bos", "prefix", "image"]).isnull().all()
     last = [run[2][0, -1] - run[0][-1][0, -1] for run in own]
     assert float(found.update_cosine_normed.sel(span="last")) == pytest.approx(float(cosine(last)))
+
+
+def two_about_one(vlm: mv.VLM) -> list[mv.Prompt]:
+    return [vlm.prompt(tiny.picture(seed), text) for seed, text in ((0, "is there"), (0, "is a dog"), (1, "is there"))]
+
+
+def test_prompts_about_one_picture_are_one_cluster_unless_others_are_named() -> None:
+    vlm = tiny.vlm()
+    asked = two_about_one(vlm)
+    for measure in (mv.language_prior_collapse, functools.partial(mv.gradient_by_layer, metric=METRIC)):
+        assert measure(vlm, asked).attrs["interval"].endswith("over 2 clusters")
+    assert mv.language_prior_collapse(vlm, asked, clusters=[1, 2, 3]).attrs["interval"].endswith("3 clusters")
+
+
+def refused(wrong: Any) -> str:
+    """The sentence of a refusal, of a model that must not run."""
+    vlm = tiny.vlm()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(type(vlm), "run", lambda *_, **__: pytest.fail("the model ran"))
+        with pytest.raises(ValueError) as caught:
+            wrong(vlm, two_about_one(vlm))
+    return str(caught.value)
+
+
+WRONG: list[tuple[Any, str]] = [
+    (
+        lambda vlm, asked: mv.language_prior_collapse(vlm, asked, clusters=[1]),
+        "clusters=[1] must name one cluster for each of the 3 prompts.",
+    ),
+    (
+        lambda vlm, asked: mv.gradient_by_layer(vlm, asked, METRIC, [1]),
+        "clusters=[1] must name one cluster for each of the 3 prompts.",
+    ),
+    (
+        lambda vlm, asked: mv.language_prior_collapse(vlm, asked, {"swap": "black"}),
+        "nulls calls 'black' by the name of another null, 'swap'; give it a name of its own.",
+    ),
+    (
+        lambda vlm, asked: mv.language_prior_collapse(vlm, asked, {"swap": mv.images.noise(3)}),
+        "nulls calls 'noise' by the name of another null, 'swap'; give it a name of its own.",
+    ),
+    (
+        lambda vlm, asked: mv.gradient_by_layer(vlm, asked, METRIC, between=1),
+        "between=1 must be two layers, the lower first, below the last of 3, whose gradient is zero; give for instance "
+        "between=(0, 1).",
+    ),
+    (
+        lambda vlm, asked: mv.language_prior_collapse(vlm, asked, convention="viar-2026-mistral"),
+        "convention='viar-2026-mistral' is a way to take positions that layer_profile alone knows; choose None for "
+        "correct positions, or 'viar-2026' for what was published.",
+    ),
+]
+
+
+@pytest.mark.parametrize("wrong, message", WRONG, ids=[message[:30] for _, message in WRONG])
+def test_what_cannot_be_is_refused_before_the_model_runs(wrong: Any, message: str) -> None:
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        assert refused(wrong) == message
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Gradients
@@ -393,7 +460,7 @@ def test_the_curves_are_the_means_and_their_right_panel_ends_after_the_norm() ->
     old = mv.language_prior_collapse(vlm, asked[0], convention="viar-2026")
     alone = mv.plot.collapse_curves(old)
     assert [one.text for one in alone.layout.annotations] == [
-        "Last output after the final norm",
+        "Outputs of layers, the last after the final norm",
         "Positions: text. One prompt.",
     ]
 

@@ -208,6 +208,10 @@ def image_alone(vlm: mv.VLM) -> Prompt:
 
 
 WRONG: list[tuple[Callable[[mv.VLM], object], str]] = [
+    (
+        lambda vlm: mv.layer_profile(vlm, both_lengths(vlm)[0], level=2),
+        "level=2 is no share; give for instance 0.95.",
+    ),
     (lambda vlm: mv.layer_profile(vlm, []), "the list of prompts is empty."),
     (
         lambda vlm: mv.layer_profile(vlm, vlm.prompt(None, "is there a cat ?")),

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
+from mechvlm.experiments.knockout import clusters_of
 from mechvlm.experiments.nulls import common_end, described, null_prompts
 from mechvlm.experiments.published import VIAR, named_spans, published, spans_of
 from mechvlm.experiments.record import record
@@ -69,27 +70,29 @@ def language_prior_collapse(
             image tokens out: positions are then matched from the end, for the spans question, last and text, as far as
             the tokens are the same (edits of the model itself act there at other words). A mapping names them, or ready
             null prompts, one for each prompt.
-        clusters: what each prompt belongs to, for instance the file of its picture, for the intervals.
+        clusters: what prompts belong together, for the intervals; by default their pictures.
         spans: over whose positions is averaged: "bos", "prefix", "image", "separators", "question", "last", or "text",
             question and last together.
         convention: "viar-2026" computes what was published: positions 0 to N - 1 are the image, where N counts the
             image tokens, all behind them text; the last layer's state is the one after the final norm; the first
-            layer's update is not a number. The null is black.
+            layer's update is not a number, and that of a layer that adds nothing at any position is 1. The null is
+            black.
 
     Returns:
         Over axes prompt, null, layer and span: `update_cosine`, the mean over the span's positions of the cosine of
         what a layer adds (its output minus its input) in the real and in the null run, and `state_cosine`, the same of
         its output. A position that a layer adds exactly nothing to in either run has no direction there, and is left
-        out. `norm`, the mean norm of the real run's outputs (without axis null), `null_norm`, `norm_difference`, the
-        first minus the second, and `distance`, the mean norm of the difference. With "swap" among the nulls
-        `above_swap`, an update cosine minus that of the swap. `update_cosine_normed` and `state_cosine_normed` are the
-        last layer's with its output taken after the final norm, as `hidden_states[-1]` has it (not under the published
-        convention, where that is in its place). Each with `_mean`, `_low` and `_high` over prompts, an interval over
-        clusters. What a prompt has no positions of is not a number.
+        out (also under the convention, which leaves out products of norms up to 1e-8). `norm`, the mean norm of the
+        real run's outputs (without axis null), `null_norm`, `norm_difference`, the first minus the second, and
+        `distance`, the mean norm of the difference. With "swap" among the nulls `above_swap`, an update cosine minus
+        that of the swap. `update_cosine_normed` and `state_cosine_normed` are the last layer's with its output taken
+        after the final norm, as `hidden_states[-1]` has it (not under the published convention, where that is in its
+        place). Each with `_mean`, `_low` and `_high` over prompts, an interval over clusters. What a prompt has no
+        positions of is not a number.
 
     Raises:
-        ValueError: without prompts, for one without an image, for a span, null or convention that is not known, or a
-            convention together with other nulls or spans than its own.
+        ValueError: without prompts, for one without an image, for a span, null or convention that is not known, for
+            another number of clusters, or a convention together with other nulls or spans than its own.
 
     Example:
         >>> found = mv.language_prior_collapse(vlm, [real], ["black", "noise"])
@@ -108,7 +111,7 @@ def language_prior_collapse(
                 f"convention={VIAR!r} compares with black pictures, in the spans 'image' and 'text', and was asked for "
                 f"{described(nulls)} in {', '.join(named_spans(spans))}; leave the convention out for others."
             )
-    held = [spans_of(prompt, names, convention) for prompt in asked]
+    groups, held = clusters_of(asked, clusters), [spans_of(prompt, names, convention) for prompt in asked]
     others = null_prompts(vlm, asked, nulls)
     found: dict[str, list[Table]] = {null: [] for null in others}
     for number, prompt in enumerate(tqdm(asked, unit="prompt", leave=False, delay=1)):
@@ -119,7 +122,7 @@ def language_prior_collapse(
         for null in others.keys() - set(whole):
             found[null].append(_from_the_end(vlm, prompt, others[null][number], held[number]))
     how = convention or "outputs before the final norm, positions computed"
-    return _dataset(asked, found, names, clusters, record(vlm, asked, nulls=described(nulls), convention=how))
+    return _dataset(asked, found, names, groups, record(vlm, asked, nulls=described(nulls), convention=how))
 
 
 def compared(
@@ -201,15 +204,16 @@ def tabled(
         layers: the measures of each layer, the real run's in row 0.
         normed: those of the last layer after the final norm.
         row: the null's.
-        old: whether to put together what was published: the normed in the last layer's place, and no first update.
+        old: whether to put together what was published: the normed in the last layer's place, no first update, and 1
+            for updates that are all zero.
     """
     every = np.stack([*layers[:-1], normed if old else layers[-1]])  # layer row measure span
     own = {name: every[:, row, number] for number, name in enumerate(MEASURES)}
     own["null_norm"], own["norm"] = own["norm"], every[:, 0, MEASURES.index("norm")]
     if old:
-        own["update_cosine"] = np.concatenate(
-            [np.full_like(own["update_cosine"][:1], np.nan), own["update_cosine"][1:]]
-        )
+        nothing = np.isnan(own["update_cosine"]) & np.isfinite(own["distance"])  # and not a state that is no number
+        own["update_cosine"] = np.where(nothing, 1.0, own["update_cosine"])
+        own["update_cosine"][0] = np.nan
         return own
     return own | {f"{name}_normed": normed[row, number] for number, name in enumerate(MEASURES[:2])}
 
@@ -270,7 +274,7 @@ def _dataset(
     asked: Sequence[Prompt],
     found: dict[str, list[Table]],
     names: list[str],
-    clusters: Sequence[Any] | None,
+    clusters: Sequence[Any],
     about: dict[str, Any],
 ) -> xr.Dataset:
     """All tables as they are returned, with means and intervals."""

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.conventions import Called, called, check_convention
+from mechvlm.experiments.curves import check_level
 from mechvlm.experiments.examples import prompt_coordinates
 from mechvlm.experiments.knockout import clusters_of, interval
 from mechvlm.experiments.profile import SPANS
@@ -80,7 +81,8 @@ def layer_profile(
         `positions`, their number, are over prompt.
 
     Raises:
-        ValueError: without prompts, for one without an image, for another convention, or for a model whose words see
+        ValueError: without prompts, for one without an image, for another convention, a level that is no share, another
+            number of clusters, or for a model whose words see
             the picture by cross-attention.
 
     Example:
@@ -96,6 +98,7 @@ def layer_profile(
     """
     asked = check_prompts(prompts, vlm.shape)
     check_convention(convention)
+    check_level(level)
     if cross_layers(vlm):
         raise ValueError(
             "the words of this model see the picture by cross-attention, whose weights are all the picture's, so there "
@@ -146,6 +149,9 @@ def attention_blocks(profile: xr.Dataset) -> xr.Dataset:
         means over all rows; `attn_entropy` of all rows in nats; `vis_frac_aggregate`, what all rows pay to the image.
         Under a convention the last weighs rows by the length of the last prompt, as published.
 
+    Raises:
+        TypeError: for what is no profile.
+
     Example:
         >>> found = mv.attention_blocks(mv.layer_profile(vlm, [real, null]))
         >>> bool(np.allclose(found.text2vis + found.text2text, 1))
@@ -154,6 +160,10 @@ def attention_blocks(profile: xr.Dataset) -> xr.Dataset:
     Source:
         VIAR (github.com/aayambansal/VIAR): src/eval_revision.py, decomposed attention.
     """
+    if not isinstance(profile, xr.Dataset) or not {"paid", "entropy", "n_keys"} <= set(profile.data_vars):
+        raise TypeError(
+            f"a {type(profile).__name__} is no profile by layer; make it with mv.layer_profile(vlm, prompts)."
+        )
     paid = profile.paid.sel(span="image").mean(["prompt", "head"])
     heads = profile.paid.sel(span="image", rows="all").mean("prompt")
     text, image = paid.sel(rows="text", drop=True), paid.sel(rows="image", drop=True)

@@ -2,7 +2,8 @@
 
 `black`, `grey`, `white`, `mean` (the picture's own mean colour), `noise`, `diffusion` (step 500), `blur` (by an eighth
 of the shorter side), `shuffle` (6 x 6 cells) and `swap`, the picture of the next prompt that asks about another one.
-`no_image` takes the image tokens out; its positions match the prompt's from the end only.
+`no_image` takes the image tokens out; its positions match the prompt's from the end only. Image features that are set
+to zero, or to their mean over a data set, are none of these: they are edits of `image_features` and no pictures.
 
 Rule this module guards: a null prompt has the positions of its prompt, each with the same meaning; only `no_image` has
 not, and is kept apart.
@@ -54,7 +55,8 @@ def null_prompts(vlm: VLM, prompts: Sequence[Prompt], nulls: Any) -> dict[str, l
             own to such, or to lists with a prompt for each prompt, where they come as ready encodings.
 
     Raises:
-        ValueError: for a name that is not known, or is there twice; null prompts whose positions do not match; `swap`
+        ValueError: for a name that is not known, is there twice, or is given to
+            another null; null prompts whose positions do not match; `swap`
             where all prompts are about one picture; `no_image` for a model that has layers for a picture alone.
 
     Example:
@@ -120,11 +122,22 @@ def _listed(nulls: Any) -> dict[str, Any]:
             f"nulls={told(wrong[0] if wrong else nulls)} is no null image; choose from {', '.join(map(repr, known))}, "
             "or give a function of mv.images."
         )
+    kinds = {name: null if isinstance(null, str) else _kind(null) for name, null in given}
+    false = [name for name, kind in kinds.items() if name in known and kind in known and kind != name]
+    if false:
+        raise ValueError(
+            f"nulls calls {kinds[false[0]]!r} by the name of another null, {false[0]!r}; give it a name of its own."
+        )
     names = [name for name, _ in given]
     twice = [name for at, name in enumerate(names) if name in names[:at]]
     if twice:
         raise ValueError(f"nulls holds {twice[0]!r} more than once; give each once.")
     return dict(given)
+
+
+def _kind(null: Any) -> str:
+    """The name of a function of `mv.images`, without its settings."""
+    return name_of(null).partition("(")[0] if callable(null) else ""
 
 
 def _ready(name: str, null: Sequence[Any], prompts: Sequence[Prompt]) -> list[Prompt]:

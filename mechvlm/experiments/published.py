@@ -12,7 +12,7 @@ Rule this module guards: a convention that is a mistake is never the default, an
 
 from collections.abc import Sequence
 
-from mechvlm.experiments.conventions import called
+from mechvlm.experiments.conventions import CONVENTIONS, called
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told
 from mechvlm.vlm import VLM
@@ -27,12 +27,17 @@ def published(convention: object) -> bool:
     """Whether the published convention is asked for, and not the corrected one.
 
     Raises:
-        ValueError: for anything but None and the name of a convention.
+        ValueError: for anything but None and the name of a convention, and for those that only `layer_profile` knows.
 
     Example:
         >>> published(None)
         False
     """
+    if convention in CONVENTIONS and convention != VIAR:
+        raise ValueError(
+            f"convention={convention!r} is a way to take positions that layer_profile alone knows; choose None for "
+            f"correct positions, or {VIAR!r} for what was published."
+        )
     if convention is not None and convention != VIAR:
         raise ValueError(
             f"convention={told(convention)} is not known; choose None for correct positions, or {VIAR!r} for what was "

@@ -5,7 +5,7 @@ position, and more so where the stream grows. A fall at the image tokens means s
 and of the same tokens when there is nothing to see.
 
 Rule this module guards: at the last layer all gradients but the last position's are zero by construction, whatever the
-model does; that is marked, and in no fit.
+model does; that is marked. The last layer is in no fit, not even the last position's.
 
 >>> found = gradient_by_layer(vlm, [real], mv.logit_difference("yes", "no"))
 >>> found.rate.dims, float(found.gradient_norm.sel(picture="real", span="image", layer=7)[0])
@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
+from mechvlm.experiments.knockout import clusters_of
 from mechvlm.experiments.nulls import NO_IMAGE, described, null_prompts
 from mechvlm.experiments.published import VIAR, lower_case_token, named_spans, published, spans_of
 from mechvlm.experiments.record import metric_unit, record
@@ -32,7 +33,7 @@ from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.metrics import Metric
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.sites import Site, told, whole_numbers
+from mechvlm.sites import Site, listed, told, whole_numbers
 from mechvlm.vlm import VLM
 
 MEANING = {
@@ -63,7 +64,7 @@ def gradient_by_layer(
     Args:
         prompts: one, or several; those as long as each other run together.
         metric: what to take the gradient of; under "viar-2026" none is given.
-        clusters: what each prompt belongs to, for instance the file of its picture, for the intervals.
+        clusters: what prompts belong together, for the intervals; by default their pictures.
         nulls: pictures with nothing to see, whose runs give the baseline: as in `language_prior_collapse`, but for
             "no_image", which has no image tokens.
         spans: "image" and others to compare with: "bos", "prefix", "separators", "question", "last", "text".
@@ -83,9 +84,10 @@ def gradient_by_layer(
         position's.
 
         Over prompt, picture and span: `rate`, by which the logarithm of `gradient_norm` falls per layer, a straight
-        line fitted to all layers that are not zero by construction (least squares; natural logarithms; a gradient that
-        is exactly zero is left out), and `relative_rate`, the same of `relative`. `log_ratio`, the logarithm of
-        `gradient_norm` at the first layer of `between` over that at the second; `expected`, `rate` times the layers
+        line fitted to all layers but the last (least squares; natural logarithms; a gradient that is exactly zero is
+        left out). The last layer is in no span's fit, so that all are fitted to the same layers: "last" and "text" are
+        not zero there, but have passed no layer. `relative_rate` is the same of `relative`. `log_ratio`, the logarithm
+        of `gradient_norm` at the first layer of `between` over that at the second; `expected`, `rate` times the layers
         between them. `excess` is `log_ratio` of the real picture's image tokens minus `expected` of each baseline:
         (null, image), the same positions with nothing to see; (real, question) or (real, prefix), words; and
         (real, image), the image's own mean decay, beyond which a fall is one of these layers. An excess of 0 is no
@@ -97,9 +99,9 @@ def gradient_by_layer(
         of the geometric mean.
 
     Raises:
-        ValueError: without prompts, for one without an image, for a span, null or convention that is not known,
-            without a metric, or with one under a convention; for pictures that are seen by cross-attention, whose
-            values no position holds.
+        ValueError: without prompts, for one without an image, for a span, null or convention that is not known, for
+            another number of clusters, without a metric, or with one under a convention; for pictures that are seen by
+            cross-attention, whose values no position holds.
 
     Example:
         >>> found = mv.gradient_by_layer(vlm, [real], mv.logit_difference("yes", "no"), between=(2, 4))
@@ -118,7 +120,7 @@ def gradient_by_layer(
             "this model sees pictures by cross-attention, so no position of its residual stream holds a picture; "
             "mv.gradient_attribution gives gradients by key."
         )
-    held = [spans_of(prompt, names, convention) for prompt in asked]
+    groups, held = clusters_of(asked, clusters), [spans_of(prompt, names, convention) for prompt in asked]
     others = {} if published(convention) else null_prompts(vlm, asked, nulls)
     if any(len(one) != len(prompt) for null in others.values() for one, prompt in zip(null, asked, strict=True)):
         raise ValueError(f"{NO_IMAGE!r} leaves no image tokens to take a gradient at; choose another null.")
@@ -130,7 +132,7 @@ def gradient_by_layer(
     about = record(vlm, asked, measure, nulls=said, convention=how, between=f"{ends[0]}, {ends[1]}")
     values = np.stack(list(norms.values()), 1)  # prompt picture measure layer span
     found = _dataset(values, list(pictures), names, ends).assign_attrs(about)
-    return with_intervals(_said(found, metric_unit(measure)), clusters)
+    return with_intervals(_said(found, metric_unit(measure)), groups)
 
 
 def decay_rate(values: Float[np.ndarray, "*rest layer"]) -> Float[np.ndarray, "*rest"]:
@@ -171,7 +173,7 @@ def _metric(vlm: VLM, metric: Metric | None, convention: str | None) -> Metric:
 
 def _between(between: Sequence[int] | None, layers: int) -> tuple[int, int]:
     """Two layers, the lower first, both of which have gradients."""
-    ends = (layers // 4, layers // 2) if between is None else tuple(whole_numbers("between", between))
+    ends = (layers // 4, layers // 2) if between is None else tuple(whole_numbers("between", listed(between) or ()))
     if len(ends) != 2 or not 0 <= ends[0] < ends[1] < layers - 1:
         raise ValueError(
             f"between={told(between)} must be two layers, the lower first, below the last of {layers}, whose gradient "
@@ -243,7 +245,6 @@ def _dataset(
     )
     found = found.assign_coords(by_construction=(["layer", "span"], zero))
     for name, of in (("rate", "gradient_norm"), ("relative_rate", "relative")):
-        # The last position's gradient at the last layer has passed no layer, and is in no fit either.
         along = found[of].isel(layer=slice(None, -1)).transpose("prompt", "picture", "span", "layer")
         found[name] = (along.dims[:-1], decay_rate(along.values))
     first, second = (found.gradient_norm.sel(layer=layer, drop=True) for layer in ends)

@@ -15,6 +15,7 @@ from plotly.subplots import make_subplots
 from mechvlm.plot.look import DASHES, PALETTE, faded, finished, label, plain, tick_step
 
 HEADINGS = ("Outputs of layers", "Last output after the final norm")
+PUBLISHED = "Outputs of layers, the last after the final norm"
 
 
 def collapse_curves(
@@ -54,7 +55,7 @@ def collapse_curves(
         panels.append(
             [one.where(one.layer != last, found[end].sel(span=span)) for one, end in zip(three, ends, strict=True)]
         )
-    names = HEADINGS[-len(panels) :] if len(panels) == 1 else HEADINGS
+    names = HEADINGS if len(panels) > 1 else [PUBLISHED]
     figure = make_subplots(1, len(panels), subplot_titles=names, shared_yaxes=True, horizontal_spacing=0.05)
     for column, panel in enumerate(panels, 1):
         for number, null in enumerate(found.null.values):
