@@ -50,8 +50,11 @@ def dose_curves(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fig
     _curve(figure, found, "yes_ratio", "share of yes", PALETTE[3], "solid", 3)
     if "mass" in found:
         _curve(figure, found, "mass", "attention on the picture", PALETTE[4], "dot", 3)
-    for row, name in enumerate(("accuracy", "difference", "share"), 1):
-        figure.update_yaxes(title_text=name, row=row, col=1)
+    rows = {"accuracy": ["accuracy", "matched"], "difference": ["beyond"], "share": ["yes_ratio", "mass"]}
+    for row, (name, drawn) in enumerate(rows.items(), 1):
+        reach = _reach([found[one + end].values for one in drawn if one in found for end in ("", "_low", "_high")])
+        within = _reach([np.append(reach, 0.0)]) if name == "difference" else np.clip(reach, 0, 1)
+        figure.update_yaxes(title_text=name, range=within.tolist(), row=row, col=1)
     figure.update_xaxes(title_text=label(found.accuracy, "amount"), row=3, col=1)
     figure.update_layout(showlegend=True)
     items = found.sizes.get("item", 0)
@@ -96,16 +99,16 @@ def layer_controls(found: xr.Dataset, measure: str = "accuracy", title: str = ""
     edges = [-0.5, len(places) - 0.5]
     figure.add_scatter(x=edges, y=[unedited] * 2, mode="lines", line=line, name=said, hoverinfo="skip")
     p_values = found["p_value" if measure == "accuracy" else "p_value_beyond"].values
-    tops = np.nanmax(np.column_stack([ends[1], np.full(len(places), unedited), found[f"random_{measure}"].values]), 1)
-    for place, top, p in zip(places, tops, p_values, strict=True):
-        text = "no p-value" if np.isnan(p) else f"p = {p:.2g}"
-        figure.add_annotation(x=place, y=top, text=text, showarrow=False, yshift=14, font={"size": 12})
+    for place, at, p in zip(places, values.values, p_values, strict=True):
+        text = "no random set" if np.isnan(p) else f"p = {p:.2g}"
+        figure.add_annotation(x=place, y=at, text=text, showarrow=False, xanchor="left", xshift=9, font={"size": 12})
     figure.update_xaxes(tickvals=places, ticktext=names, showgrid=False, range=edges, zeroline=False)
     figure.update_yaxes(title_text=label(values), zeroline=False)
     figure.update_layout(showlegend=True)
     about = caption or (
         f"Intervals: {plain(str(found.attrs.get('interval', 'as computed')))}. Grey: from the lowest to the highest of "
-        f"up to {found.sizes['sample']} sets of as many random layers, dotted their mean. p: how often they do as well."
+        f"up to {found.sizes['sample']} sets of as many random layers, dotted their mean. "
+        "p = (1 + k) / (1 + n), where k of a set's n random ones do at least as well."
     )
     return finished(figure, title, about, max(360, 110 * len(places)), 360)
 
@@ -121,6 +124,14 @@ def _curve(figure: go.Figure, found: xr.Dataset, name: str, said: str, ink: str,
         )
     line = {"color": ink, "dash": dash, "width": 2.5}
     figure.add_scatter(y=values, mode="lines+markers", line=line, marker_size=6, **shared, row=row, col=1)
+
+
+def _reach(drawn: Sequence[np.ndarray]) -> np.ndarray:
+    """From below the lowest to above the highest of some numbers, with a little room."""
+    every = np.concatenate([each[np.isfinite(each)] for each in drawn])
+    low, high = (every.min(), every.max()) if every.size else (0.0, 1.0)
+    room = 0.06 * (high - low) or 0.01
+    return np.array([low - room, high + room])
 
 
 def _chance(figure: go.Figure, random: np.ndarray, places: np.ndarray) -> None:
