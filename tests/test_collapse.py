@@ -309,7 +309,7 @@ WRONG: list[tuple[Any, str]] = [
         "nulls calls 'noise' by the name of another null, 'swap'; give it a name of its own.",
     ),
     (
-        lambda vlm, asked: mv.gradient_by_layer(vlm, asked, METRIC, between=1),
+        lambda vlm, asked: mv.gradient_by_layer(vlm, asked, METRIC, between=1),  # type: ignore[arg-type]
         "between=1 must be two layers, the lower first, below the last of 3, whose gradient is zero; give for instance "
         "between=(0, 1).",
     ),

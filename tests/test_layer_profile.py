@@ -195,6 +195,11 @@ def test_figures_show_the_curves_of_the_profile_and_what_the_columns_hold(wide: 
     spans = {trace.name: trace.y for trace in mv.plot.layer_spans(own).data if trace.mode == "lines+markers"}
     np.testing.assert_allclose(spans["position 0"], own["first"].mean(["prompt", "head"]))
     np.testing.assert_allclose(spans["image"], own["mean"].sel(quantity="mass"))
+    columns = mv.plot.layer_spans(published)
+    assert [trace.name for trace in columns.data if trace.mode == "lines+markers"] == ["columns 0 to 15", "position 0"]
+    assert f"what {VIAR} calls the image, position 0 among them." in columns.layout.annotations[0].text.replace(
+        "<br>", " "
+    )
     with pytest.raises(ValueError) as caught:
         mv.plot.published_beside(own, published, "vas")
     assert str(caught.value) == (

@@ -244,6 +244,10 @@ def test_a_zone_is_filled_where_it_holds_and_outlined_where_it_does_not() -> Non
     found, none = mv.find_zone(table(dip(2.0)), **QUICK), mv.find_zone(table(np.zeros(12)), rule=[3, 4, 5], **QUICK)
     filled, outlined = mv.plot.zone_curve(found), mv.plot.zone_curve(none)
     assert (filled.layout.shapes[0].x0, filled.layout.shapes[0].x1) == (3.5, 7.5)
+    said = filled.layout.annotations[0].text.replace("<br>", " ")
+    assert f"; {float(found.gap):.3g} below the lower shoulder; the same layers in {float(found.same):.0%} of" in said
+    mass = mv.plot.zone_curve(mv.find_zone(table(5 + dip(2.0)), rule=[4, 5], **QUICK))
+    assert mass.layout.yaxis.rangemode == "tozero" and filled.layout.yaxis.rangemode is None
     assert filled.layout.shapes[0].fillcolor and not outlined.layout.shapes[0].fillcolor
     assert outlined.layout.annotations[0].text.startswith("No zone: the rule chooses layers 3 to 5, which do not")
     assert not mv.plot.zone_curve(mv.find_zone(table(np.linspace(0, 9, 12)), **QUICK)).layout.shapes

@@ -19,6 +19,7 @@ from mechvlm.plot.look import INK, PALETTE, faded, finished, label, plain
 WIDTH, TALL = 560, 560
 BIASED, MOVED = PALETTE[0], PALETTE[1]
 CURVES = {"accuracy": ("biased", BIASED, "solid"), "matched": ("threshold moved instead", MOVED, "dash")}
+WHITE = {"bgcolor": "rgba(255, 255, 255, 0.8)", "borderpad": 1}
 MEASURES = ("accuracy", "beyond")
 
 
@@ -101,7 +102,9 @@ def layer_controls(found: xr.Dataset, measure: str = "accuracy", title: str = ""
     p_values = found["p_value" if measure == "accuracy" else "p_value_beyond"].values
     for place, at, p in zip(places, values.values, p_values, strict=True):
         text = "no random set" if np.isnan(p) else f"p = {p:.2g}"
-        figure.add_annotation(x=place, y=at, text=text, showarrow=False, xanchor="left", xshift=9, font={"size": 12})
+        figure.add_annotation(
+            x=place, y=at, text=text, showarrow=False, xanchor="left", xshift=9, font={"size": 12}, **WHITE
+        )
     figure.update_xaxes(tickvals=places, ticktext=names, showgrid=False, range=edges, zeroline=False)
     figure.update_yaxes(title_text=label(values), zeroline=False)
     figure.update_layout(showlegend=True)
