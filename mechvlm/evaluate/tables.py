@@ -47,7 +47,7 @@ def comparison_table(found: xr.Dataset) -> pd.DataFrame:
     if not isinstance(found, xr.Dataset) or not {"advantage", "margin_change", "p_above"} <= set(found.data_vars):
         raise TypeError(f"comparison_table takes what compare returns, and was given a {type(found).__name__}.")
     rows = {TITLES[name]: _row(found.sel(metric=name)) for name in found["metric"].values.tolist()}
-    apart = found.attrs["calibration"] != OF_ANSWERS
+    apart = found.attrs.get("calibration", OF_ANSWERS) != OF_ANSWERS
     if apart:
         rows = {f"{name}, first token" if name == TITLES["brier"] else name: row for name, row in rows.items()}
     rows["expected calibration error" + ", first token" * apart] = [
@@ -104,10 +104,10 @@ def _notes(found: xr.Dataset) -> dict[str, list[str]]:
     """Rows that say what the numbers above are not of."""
     rows = {}
     if not np.isfinite(found.matched_shift):
-        rows["nothing is said of a threshold, since"] = ["", "", "", found.attrs["threshold"], ""]
-    if found.attrs["differs"] != "the edit":
+        rows["nothing is said of a threshold, since"] = ["", "", "", found.attrs.get("threshold", ""), ""]
+    if found.attrs.get("differs", "the edit") != "the edit":
         rows["what differs"] = ["", found.attrs["differs"], "", "", ""]
-    if found.attrs["calibration"] != OF_ANSWERS:
+    if found.attrs.get("calibration", OF_ANSWERS) != OF_ANSWERS:
         rows["Brier score and calibration are"] = [found.attrs["calibration"], "", "", "", ""]
     return rows
 

@@ -22,6 +22,8 @@ SETTINGS = {
 
 
 OF_ANSWERS = "of the answers"
+SENTENCES = ("verdict", "threshold", "differs", "calibration")
+"""The attributes of a comparison that say what its numbers are of."""
 
 
 def off_margin(one: xr.Dataset, cut: bool = False) -> int:

@@ -30,7 +30,7 @@ def compared(parts: Made, edited: xr.Dataset, name: str) -> xr.Dataset:
 def base_said(parts: Made) -> str:
     """The finding of `base`."""
     found = parts["base"]
-    once = found.isel(item=found.item.values == found.duplicate_of.values)
+    once = found.isel(item=stats.first_asked(found))
     scored = stats.scores(once.label.values, once.predicted.values, once.image.values)
     right, yes = (
         with_interval(*(scored[end].sel(metric=metric) for end in ("value", "low", "high")))
@@ -52,6 +52,8 @@ def samples_said(parts: Made) -> str:
         return f"{upper(found.attrs['nothing'])}."
     old = found.attrs["convention"] != "corrected"
     tested, p = ("r", "p") if old else ("r_within", "p_max")
+    if not np.isfinite(found[p]).any():
+        return "Whether attention goes with being right cannot be told: it does not vary, or there is one picture only."
     zone = found.sel(measure="zone")
     at = found.isel(measure=int(np.nanargmin(found[p].values)))
     wrong = found.attrs["items"] - found.attrs["outcomes"]

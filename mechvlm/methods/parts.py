@@ -16,6 +16,7 @@ import xarray as xr
 
 from mechvlm.evaluate import pope, stats
 from mechvlm.evaluate.files import Item
+from mechvlm.evaluate.verdicts import SENTENCES
 from mechvlm.experiments.bends import u_shape
 from mechvlm.experiments.collapse import language_prior_collapse
 from mechvlm.experiments.layer_profile import layer_profile
@@ -231,7 +232,8 @@ def statistics(plan: Plan, made: Made) -> xr.Dataset:
     for one in edited.values():
         same = made["base"].isel(item=slice(0, one.sizes["item"]))
         compared = stats.compare(same, one, resamples=plan.resamples, seed=plan.seed)
-        found.append(compared.assign(verdict=compared.attrs["verdict"], n_items=compared.attrs["items"]))
+        said = {name: compared.attrs[name] for name in SENTENCES}
+        found.append(compared.assign(said, n_items=compared.attrs["items"]))
     named = xr.Variable("edit", list(edited))
     together = xr.concat(found, named, coords="minimal", compat="override", combine_attrs="drop")
     kept = ("images", "level", "resamples", "seed", "duplicates", "interval", "between")

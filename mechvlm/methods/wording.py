@@ -37,6 +37,8 @@ def against_threshold(found: xr.Dataset) -> str:
     said = "so it cannot be told from moving the threshold"
     if not np.isfinite(float(found.mcnemar)):
         said = "as no answer turns right or wrong, so there is nothing to tell apart"
+    elif not np.isfinite(float(one.advantage)):
+        said = "and it has no threshold to be compared with, as answers are not the sign of the margin"
     elif low == high == 0:
         said = "so it does no more than moving the threshold"
     elif low > 0:

@@ -14,6 +14,7 @@ import xarray as xr
 
 from mechvlm import plot
 from mechvlm.evaluate import stats
+from mechvlm.evaluate.verdicts import SENTENCES
 from mechvlm.methods.outcomes import compared
 from mechvlm.methods.wording import with_interval
 from mechvlm.report.page import Drawing, Table, listed
@@ -71,7 +72,7 @@ def _gradients(parts: Parts) -> Shown:
 
 
 def _base(parts: Parts) -> Shown:
-    found = parts["base"].isel(item=parts["base"].item.values == parts["base"].duplicate_of.values)
+    found = parts["base"].isel(item=stats.first_asked(parts["base"]))
     scored = stats.scores(found.label.values, found.predicted.values, found.image.values)
     rows = [
         [str(metric).replace("_", "-"), with_interval(*(scored[end].sel(metric=metric) for end in ENDS))]
@@ -101,7 +102,7 @@ def _samples(parts: Parts) -> Shown:
 def _edit(parts: Parts, edited: xr.Dataset, name: str) -> Shown:
     """What one edit changes: figures and the table of a comparison."""
     found = compared(parts, edited, name)
-    found = found.assign_attrs(verdict=str(found.verdict.item())) if "verdict" in found else found
+    found = found.assign_attrs({said: str(found[said].item()) for said in SENTENCES if said in found})
     found = found.assign_attrs(items=edited.sizes["item"])
     table = stats.comparison_table(found)
     rows = [[row, *map(str, cells)] for row, cells in zip(table.index, table.to_numpy().tolist(), strict=True)]
