@@ -233,7 +233,7 @@ def statistics(plan: Plan, made: Made) -> xr.Dataset:
         same = made["base"].isel(item=slice(0, one.sizes["item"]))
         compared = stats.compare(same, one, resamples=plan.resamples, seed=plan.seed)
         said = {name: compared.attrs[name] for name in SENTENCES}
-        found.append(compared.assign(said, n_items=compared.attrs["items"]))
+        found.append(compared.assign({**said, "n_items": compared.attrs["items"]}))
     named = xr.Variable("edit", list(edited))
     together = xr.concat(found, named, coords="minimal", compat="override", combine_attrs="drop")
     kept = ("images", "level", "resamples", "seed", "duplicates", "interval", "between")

@@ -145,7 +145,8 @@ def comparison(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
         "moved: the base, with its threshold where it says yes as often as the edited model."
     )
     if not np.isfinite(found.matched_shift):
-        said = f"{said.partition(' Threshold ')[0]} No threshold is moved: {plain(found.attrs.get('threshold', 'answers are not of the margin'))}."
+        why = plain(str(found.attrs.get("threshold", "answers are not of the margin")))
+        said = f"{said.partition(' Threshold ')[0]} No threshold is moved: {why}."
     return finished(figure, title, caption or said, 560, 300)
 
 
