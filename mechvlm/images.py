@@ -97,8 +97,9 @@ def diffusion(t: int = 500, seed: int = 0) -> NullImage:
     The source adds the noise to `pixel_values`, after the processor. Here pixels are normalised with CLIP's mean and
     deviation (those of the source's models), mixed, and made a picture again. Three things differ: the result is
     clipped to 0..255 and rounded; the noise is drawn at the picture's own size, so a processor that makes it smaller
-    weakens it (resize the picture to the model's input first where that matters); and to a processor with other
-    constants than CLIP's the noise has another strength.
+    weakens it (by half from 640 x 480 pixels to 336; contrasts add theirs behind the processor, by
+    `mv.methods.viar.PixelDiffusion`); and to a processor with other constants than CLIP's the noise has another
+    strength.
 
     Args:
         t: the step, from 0 (the picture, all but unchanged) to 999.
@@ -111,10 +112,7 @@ def diffusion(t: int = 500, seed: int = 0) -> NullImage:
         Decoding", section 3.2, and `vcd_add_noise.py` of its code, whose `noise_step` is our t.
     """
     _check_seed(seed)
-    if not 0 <= t < STEPS or t != int(t):
-        raise ValueError(f"diffusion has no step t={t}; steps are whole numbers from 0 to 999, and 500 is the usual.")
-    beta = (5e-3 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, STEPS))) + 1e-5
-    kept = float(np.prod(1 - beta[: int(t) + 1]))
+    kept = diffusion_share(t)
 
     def diffused(image: Image.Image) -> Image.Image:
         normalised = (np.asarray(_given(image)) / 255 - CLIP_MEAN) / CLIP_STD
@@ -123,6 +121,25 @@ def diffusion(t: int = 500, seed: int = 0) -> NullImage:
         return from_levels((mixed * CLIP_STD + CLIP_MEAN) * 255)
 
     return _named(f"diffusion(t={t}, seed={seed})", diffused)
+
+
+def diffusion_share(t: int = 500) -> float:
+    """What is left of a picture's variance after t steps of forward diffusion, from 1 down: `a_t` of `diffusion`.
+
+    Raises:
+        ValueError: for a step outside 0..999.
+
+    Example:
+        >>> round(diffusion_share(500) ** 0.5, 2), round((1 - diffusion_share(500)) ** 0.5, 2)
+        (0.86, 0.51)
+
+    Source:
+        Leng et al. (2024), section 3.2.
+    """
+    if not 0 <= t < STEPS or t != int(t):
+        raise ValueError(f"diffusion has no step t={t}; steps are whole numbers from 0 to 999, and 500 is the usual.")
+    beta = (5e-3 - 1e-5) / (1 + np.exp(-np.linspace(-6, 6, STEPS))) + 1e-5
+    return float(np.prod(1 - beta[: int(t) + 1]))
 
 
 def blur(sigma: int | float) -> NullImage:

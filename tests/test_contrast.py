@@ -11,7 +11,9 @@ import torch
 from jaxtyping import config
 
 import mechvlm as mv
-from mechvlm.methods.contrast import _Mixing, contrast_logits, vcd_generate, vcd_pope
+from mechvlm.methods.contrast import _Mixing, contrast_logits, vcd_generate
+from mechvlm.methods.contrast_pope import _scored, vcd_pope
+from mechvlm.methods.nulled import PixelDiffusion
 
 STEPS = 8
 
@@ -28,7 +30,7 @@ def real() -> mv.Prompt:
 
 @cache
 def null() -> mv.Prompt:
-    return real().with_image(mv.images.diffusion(500))
+    return PixelDiffusion(500).of(vlm(), real())
 
 
 def again(prompt: mv.Prompt, tokens: torch.Tensor) -> torch.Tensor:
@@ -90,14 +92,19 @@ def test_draws_follow_the_contrasted_probabilities() -> None:
     """Many draws from one pair of branches, against the softmax of their contrast over what is plausible."""
     said = vcd_generate(vlm(), real(), max_new_tokens=1)
     mixing = _Mixing(1.0, 0.1, 1.0, torch.Generator().manual_seed(0))
-    both = torch.cat([said.real, said.null])
-    drawn = [mixing(torch.empty(2, 0), both) for _ in range(2000)]
+    both = contrast_logits(said.real, said.null, 1.0, 0.1).expand(2, -1)
+    drawn = [mixing(torch.empty(2, 0), both) for _ in range(600)]
     assert all(torch.equal(one[0], one[1]) for one in drawn)
     counts = np.bincount([int(one[0].argmax()) for one in drawn], minlength=both.shape[1])
     expected = said.logits[0].double().softmax(-1).numpy()
     assert counts[expected == 0].sum() == 0 and (expected > 0.05).sum() > 1
     deviation = np.sqrt(len(drawn) * expected * (1 - expected)) + 1
     assert (np.abs(counts - len(drawn) * expected) < 5 * deviation).all()
+
+
+def test_a_token_that_the_null_branch_forbids_stays_as_it_is() -> None:
+    found = contrast_logits(torch.tensor([2.0, 1.0, -torch.inf]), torch.tensor([-torch.inf, 0.0, 0.0]), 1.0, 0.0)
+    assert found.tolist() == [2.0, 2.0, -torch.inf]
 
 
 def test_the_same_seed_draws_the_same() -> None:
@@ -117,9 +124,60 @@ def test_another_instruction_can_be_the_other_branch() -> None:
 
 def test_edits_act_in_both_branches() -> None:
     edits = [mv.bias_attention(1, real().image, 2.0)]
-    found = vcd_generate(vlm(), real(), edits=edits, max_new_tokens=1)
-    for prompt, said in ((real(), found.real), (null(), found.null)):
-        assert torch.allclose(vlm().run(prompt, edits=edits).logits, said, atol=1e-5)
+    for given in (edits, lambda prompt: [mv.bias_attention(1, prompt.image, 2.0)]):
+        found = vcd_generate(vlm(), real(), edits=given, max_new_tokens=1)
+        for prompt, said in ((real(), found.real), (null(), found.null)):
+            assert torch.allclose(vlm().run(prompt, edits=edits).logits, said, atol=1e-5)
+
+
+def test_the_noise_is_that_of_the_formula_on_the_pixels_the_model_is_given() -> None:
+    """By the source's formula, at the strength it has there, for a picture much larger than the model's input."""
+    large = vlm().prompt(tiny.picture().resize((240, 240)), "is there a dog ?")
+    beta = torch.linspace(-6, 6, 1000).double().sigmoid() * (5e-3 - 1e-5) + 1e-5
+    share = (1 - beta).cumprod(0)[500]
+    x = large.encoding["pixel_values"].double()
+    eps = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
+    found = PixelDiffusion(500, seed=3).of(vlm(), large)
+    assert torch.allclose(
+        found.encoding["pixel_values"].double(), share.sqrt() * x + (1 - share).sqrt() * eps, atol=1e-5
+    )
+    apart = PixelDiffusion(500).of(vlm(), large).encoding["pixel_values"] - share.sqrt() * x
+    assert float(apart.std()) == pytest.approx(0.505, abs=0.02)
+    assert torch.equal(found.encoding["input_ids"], large.encoding["input_ids"]) and found.image == large.image
+    said = vcd_generate(vlm(), large, max_new_tokens=1)
+    assert torch.allclose(vlm().run(PixelDiffusion(500).of(vlm(), large)).logits, said.null, atol=1e-5)
+
+
+def test_both_frames_of_a_patch_get_the_same_noise() -> None:
+    rows = PixelDiffusion(500).noise(torch.zeros(5, 3 * 2 * 16), frames=2).reshape(5, 3, 2, 16)
+    assert torch.equal(rows[:, :, 0], rows[:, :, 1]) and float(rows.std()) == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_tile_that_is_only_room_stays_empty() -> None:
+    pixels = torch.ones(1, 2, 3, 4, 4)
+    pixels[:, 1] = 0.0
+    made = mv.Prompt("", "", {"pixel_values": pixels}, [], [], [], [], [], [], [])
+    found = PixelDiffusion(500).of(vlm(), made).encoding["pixel_values"]
+    assert bool((found[:, 0] != 1).all()) and not found[:, 1].any()
+
+
+def test_a_null_is_given_by_name() -> None:
+    found = vcd_generate(vlm(), real(), "black", max_new_tokens=1)
+    assert torch.allclose(found.null, vlm().run(real().with_image(mv.images.black)).logits, atol=1e-5)
+    assert vcd_generate(vlm(), real(), "no_image", max_new_tokens=1).settings["null"] == "no_image"
+
+
+def test_a_models_own_processors_come_after_the_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token that its configuration suppresses: the cut and the branches are as without, and it is not said."""
+    plain = vcd_generate(vlm(), real(), max_new_tokens=1)
+    likeliest = int(plain.real[0].argmax())
+    monkeypatch.setattr(vlm().hf.generation_config, "suppress_tokens", [likeliest])
+    found = vcd_generate(vlm(), real(), beta=0.02, max_new_tokens=1)
+    assert torch.equal(found.real, plain.real) and torch.equal(found.null, plain.null)
+    expected = contrast_logits(plain.real, plain.null, 1.0, 0.02)
+    expected[0, likeliest] = -torch.inf
+    assert torch.equal(found.logits, expected) and int(found.tokens) == int(expected.argmax())
+    assert not vlm().hf._forward_hooks
 
 
 def test_the_published_comparison_has_no_cut_and_a_grey_picture() -> None:
@@ -171,9 +229,19 @@ def test_an_evaluation_is_of_the_contrast_of_both_runs() -> None:
     assert set(found.cut.values) == {"none"}
 
 
-@pytest.mark.parametrize("swapped", [False, True])
-@pytest.mark.parametrize(("beta", "kinds"), [(0.01, {"none", "no"}), (0.1, {"no", "both"})])
-def test_a_word_that_was_cut_is_not_said(beta: float, kinds: set[str], swapped: bool) -> None:
+def test_a_spelling_that_was_cut_is_not_counted() -> None:
+    """By hand: of two yeses and two noes the cut leaves one yes, so that no is likelier, which all spellings hid."""
+    scoring = mv.evaluate.parsers.Scoring((0, 1), (2, 3))
+    real, null = torch.tensor([[1.0, 0.0, 1.2, 1.1, 0.0]]), torch.tensor([[1.0, -3.0, 1.2, 1.1, 0.0]])
+    # ln 0.5 = -0.693: what is below 0.507 is cut. The contrast is 1, 3 (cut), 1.2, 1.1.
+    margin, *cut = _scored(scoring, real, null, 1.0, 0.5)[:3]
+    assert margin == pytest.approx(1.0 - np.log(np.exp(1.2) + np.exp(1.1)), abs=1e-6) and margin < 0
+    assert cut == [False, False]
+    assert _scored(scoring, real, null, 1.0, 0.0)[0] > 0
+
+
+@pytest.mark.parametrize(("beta", "swapped", "kinds"), [(0.01, True, {"none", "yes"}), (0.1, False, {"no", "both"})])
+def test_a_word_that_was_cut_is_not_said(beta: float, swapped: bool, kinds: set[str]) -> None:
     """With the tokens of yes and no exchanged, what is cut is too."""
     ids = list(one_token().values())
     tokens = dict(zip(("yes", "no"), ids[::-1] if swapped else ids, strict=True))
@@ -182,11 +250,12 @@ def test_a_word_that_was_cut_is_not_said(beta: float, kinds: set[str], swapped: 
     yes, no = (gone[:, tokens[word][0]] for word in ("yes", "no"))
     found = vcd_pope(vlm(), ASKED, mv.images.black, beta=beta, tokens=tokens)
     expected = ["both" if a and b else "yes" if a else "no" if b else "none" for a, b in zip(yes, no, strict=True)]
-    assert found.cut.values.tolist() == expected
-    assert set(expected) == {"yes" if kind == "no" and swapped else kind for kind in kinds}
+    assert found.cut.values.tolist() == expected and set(expected) == kinds
+    assert np.isfinite(found.margin).all() and not found.correct.values[yes & no].any()
     sure = {"yes": (0.0, "no"), "no": (1.0, "yes")}
     for cut, p_yes, predicted in zip(expected, found.p_yes.values, found.predicted.values, strict=True):
         assert cut not in sure or (p_yes, predicted) == sure[cut]
+        assert (predicted == "other") == (cut == "both")
 
 
 def test_nothing_taken_off_is_the_plain_evaluation() -> None:
@@ -198,18 +267,59 @@ def test_nothing_taken_off_is_the_plain_evaluation() -> None:
 
 
 def test_a_repeated_question_gets_the_same_answer() -> None:
-    found = vcd_pope(vlm(), [*ASKED, {**ASKED[1], "question_id": 99}], mv.images.black)
-    assert found.duplicate_of[-1] == 1 and found.margin[-1] == found.margin[1]
+    found = vcd_pope(vlm(), [*ASKED[:2], {**ASKED[1], "question_id": 99}], "black")
+    assert found.duplicate_of[-1] == 1 and found.margin[-1] == found.margin[1] and found.attrs["null"] == "black"
+
+
+def test_an_evaluation_is_against_drowned_pixels() -> None:
+    found = vcd_pope(vlm(), ASKED[:1], beta=0.0, tokens=one_token())
+    said = vcd_generate(vlm(), real(), PixelDiffusion(500), max_new_tokens=1)
+    yes, no = (one_token()[word][0] for word in ("yes", "no"))
+    assert float(found.margin_null[0]) == pytest.approx(float(said.null[0, yes] - said.null[0, no]), abs=1e-5)
+    assert found.attrs["null"] == said.settings["null"] == "diffusion(t=500, seed=0) of pixel_values"
 
 
 def test_the_published_evaluation_is_against_grey_without_a_cut() -> None:
-    found = vcd_pope(vlm(), ASKED, tokens=one_token(), convention="viar-2026")
-    by_hand = vcd_pope(vlm(), ASKED, mv.images.grey, 1.0, 0.0, tokens=one_token())
+    found = vcd_pope(vlm(), ASKED[:2], tokens=one_token(), convention="viar-2026")
+    by_hand = vcd_pope(vlm(), ASKED[:2], mv.images.grey, 1.0, 0.0, tokens=one_token())
     assert np.array_equal(found.margin, by_hand.margin) and np.array_equal(found.predicted, by_hand.predicted)
     assert (found.attrs["null"], found.attrs["convention"]) == ("grey", "viar-2026")
 
 
 REFUSED: list[tuple[str, Callable[[], object]]] = [
+    (
+        "real_logits is [1.0, 2.0], and must be a tensor; write torch.tensor(...).",
+        lambda: contrast_logits([1.0, 2.0], [0.0, 0.0]),  # type: ignore[arg-type]
+    ),
+    ("seed 'a' is not a whole number.", lambda: vcd_generate(vlm(), real(), do_sample=True, seed="a")),  # type: ignore[arg-type]
+    ("seed=-1 is not a seed; give a whole number from 0.", lambda: vcd_generate(vlm(), real(), seed=-1)),
+    ("seed=-1 is not a seed; give a whole number from 0.", lambda: PixelDiffusion(500, -1)),
+    (
+        "diffusion has no step t=1000; steps are whole numbers from 0 to 999, and 500 is the usual.",
+        lambda: PixelDiffusion(1000),
+    ),
+    (
+        "the prompt 'is there a dog ?' holds no image, so there is nothing to drown in noise.",
+        lambda: PixelDiffusion().of(vlm(), vlm().prompt(None, "is there a dog ?")),
+    ),
+    (
+        "null='swap' needs prompts about several pictures; give mv.images.swap(picture).",
+        lambda: vcd_pope(vlm(), ASKED, "swap"),
+    ),
+    (
+        "null is one prompt, and an evaluation asks many; give a null image, or the name of a null.",
+        lambda: vcd_pope(vlm(), ASKED, null()),
+    ),
+    (
+        "the edits that the function gives for the two branches differ, and both are rows of one generation; give a "
+        "null that leaves positions as they are, or a list of edits.",
+        lambda: vcd_generate(vlm(), real(), "no_image", edits=lambda one: [mv.cut_attention(0, one.question[:1])]),
+    ),
+    (
+        "the model's generation settings forbid every token that the cut left; give a smaller beta, or change "
+        "vlm.hf.generation_config.",
+        lambda: _Mixing(1.0, 1.0, 1.0, None)(torch.empty(2, 0), torch.full((2, 4), -torch.inf)),
+    ),
     (
         "alpha=-1 takes nothing off; give a number from 0, for instance 1.",
         lambda: contrast_logits(torch.zeros(3), torch.zeros(3), alpha=-1),

@@ -1,6 +1,7 @@
 """VIAR's intervention and what is asked about it: amounts by hand, odds in the model, and planted answers."""
 
 import csv
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,11 +19,11 @@ from scipy.stats import pointbiserialr
 from zoo import ask, build
 
 import mechvlm as mv
-from mechvlm.methods.bands import bias_layers, layer_sets, random_sets
+from mechvlm.methods.bands import bias_layers, layer_sets, other_bands, random_sets
 from mechvlm.methods.bias import head_pairs, layer_amounts, named_layers, viar_bias, viar_edits, zone_layers
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
-from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
+from mechvlm.methods.published import ADAPTIVE_TABLE, ADAPTIVE_TABLE_CODE, TEMPLATE, TEMPLATES, ZONE
 
 ASKED: list[dict[str, Any]] = [
     {
@@ -143,12 +144,21 @@ def test_the_adaptive_amounts_by_hand() -> None:
 
 def test_the_stored_table_sets_the_published_adaptive_amounts() -> None:
     code = layer_amounts(large(), 2.0, adaptive="code", convention="viar-2026")
-    v = np.array(ADAPTIVE_TABLE)
+    v = np.array(ADAPTIVE_TABLE_CODE)
+    assert np.abs(v - ADAPTIVE_TABLE).max() < 0.00051  # the code has three digits
     assert np.allclose(list(code.values()), 2 * (1 - v) / (1 - v).mean()) and list(code) == list(range(32))
     assert np.mean(list(code.values())) == pytest.approx(2.0)
     paper = layer_amounts(large(), 2.0, adaptive="paper", convention="viar-2026")
     assert list(paper) == list(ZONE) and max(paper.values()) == 2.0
     assert max(paper, key=lambda layer: paper[layer]) == 15  # the lowest of the table's zone
+
+
+def test_the_prompts_of_the_published_attention_lack_a_sentence() -> None:
+    bare = "USER: <image>\n{question}\nASSISTANT:"
+    assert {name for name, text in TEMPLATES.items() if text == bare} == {
+        *("profile", "collapse", "correlation", "gradient")
+    }
+    assert TEMPLATES["pope"] == TEMPLATE == bare.replace("\nASS", "\nAnswer with yes or no.\nASS")
 
 
 def test_an_amount_for_each_layer() -> None:
@@ -161,18 +171,24 @@ def test_an_amount_for_each_layer() -> None:
 
 def test_only_the_named_heads_are_biased() -> None:
     behind = real().question + real().last
-    for heads in ([(0, 1), (0, 3)], {(0, 1): 2.0, (0, 3): 2.0}):
+    for heads in ([(0, 1), (0, 3)], {(0, 1): 1.0, (0, 3): 1.0}):
         edits = viar_edits(vlm(), real(), 2.0, heads=heads)
         moved = log_odds(edits, 0, real().image, behind) - log_odds([], 0, real().image, behind)
         assert torch.allclose(moved[[1, 3]], torch.full_like(moved[[1, 3]], 2.0), atol=1e-4)
         assert torch.count_nonzero(moved[[0, 2]]) == 0
 
 
-def test_heads_have_amounts_of_their_own() -> None:
+def test_heads_have_factors_of_the_amount() -> None:
     behind = real().question + real().last
-    edits = viar_edits(vlm(), real(), heads={(0, 1): 1.0, (0, 2): -1.0, (1, 0): 3.0}, layers=[0])
+    factors = {(0, 1): 0.5, (0, 2): -0.5, (1, 0): 1.5}
+    edits = viar_edits(vlm(), real(), 2.0, heads=factors, layers=[0])
     moved = log_odds(edits, 0, real().image, behind) - log_odds([], 0, real().image, behind)
     assert torch.allclose(moved, torch.tensor([0.0, 1.0, -1.0, 0.0]).double()[:, None].expand_as(moved), atol=1e-4)
+    v = [0.2, 0.6, 0.5]
+    adaptive = viar_edits(vlm(), real(), 2.0, heads=factors, adaptive="paper", profile=v)
+    assert [edit.bias.amount for edit in adaptive if edit.bias] == pytest.approx([1.0, -1.0, 1.5])
+    by_layer = viar_edits(vlm(), real(), {0: 4.0}, heads=factors)
+    assert [edit.bias.amount for edit in by_layer if edit.bias] == [2.0, -2.0]
 
 
 def test_a_function_of_the_prompt_finds_each_prompts_own_positions() -> None:
@@ -232,20 +248,20 @@ def test_layers_in_words() -> None:
 
 @cache
 def doses() -> xr.Dataset:
-    return bias_doses(vlm(), ASKED, [0.0, 1.0, 4.0], layers=[0, 1], masses=2, resamples=50)
+    return bias_doses(vlm(), ASKED[:4], [0.0, 4.0], layers=[0, 1], masses=2, resamples=20)
 
 
-def biased(amount: float, layers: list[int]) -> xr.Dataset:
+def biased(amount: float, layers: list[int], asked: list[dict[str, Any]] = ASKED) -> xr.Dataset:
     """The evaluation with a bias written by hand."""
     return mv.evaluate.pope(
-        vlm(), ASKED, edits=lambda prompt: [mv.bias_attention(layer, prompt.image, amount) for layer in layers]
+        vlm(), asked, edits=lambda prompt: [mv.bias_attention(layer, prompt.image, amount) for layer in layers]
     )
 
 
 def test_each_amount_is_the_evaluation_with_that_bias() -> None:
-    plain = mv.evaluate.pope(vlm(), ASKED)
-    for amount in (0.0, 1.0, 4.0):
-        expected = plain if amount == 0 else biased(amount, [0, 1])
+    plain = mv.evaluate.pope(vlm(), ASKED[:4])
+    for amount in (0.0, 4.0):
+        expected = plain if amount == 0 else biased(amount, [0, 1], ASKED[:4])
         here = doses().sel(amount=amount)
         assert np.allclose(here.margin, expected.margin, atol=1e-5) and (here.correct == expected.correct).all()
         assert float(here.accuracy) == pytest.approx(float(expected.correct.mean()))
@@ -253,7 +269,23 @@ def test_each_amount_is_the_evaluation_with_that_bias() -> None:
         assert float(here.brier) == pytest.approx(float(((expected.p_yes - (plain.label == "yes")) ** 2).mean()))
         assert float(here.gain) == pytest.approx(float(here.accuracy) - float(plain.correct.mean()))
         assert float(here.beyond) == pytest.approx(float(here.accuracy) - float(here.matched))
-    assert not np.array_equal(doses().margin[0], doses().margin[2])
+    assert not np.array_equal(doses().margin[0], doses().margin[1])
+
+
+def test_doses_scale_heads_factors_and_each_has_a_folder(tmp_path: Path) -> None:
+    heads = {(0, 1): 1.0, (0, 2): 0.5}
+    found = bias_doses(vlm(), ASKED[:2], [1.0, 6.0], heads=heads, masses=0, resamples=20, out=tmp_path)
+    by_hand = mv.evaluate.pope(
+        vlm(),
+        ASKED[:2],
+        edits=lambda prompt: [
+            mv.bias_attention(0, prompt.image, 6.0 * by, heads=[head]) for (_, head), by in heads.items()
+        ],
+    )
+    assert np.allclose(found.margin.sel(amount=6.0), by_hand.margin, atol=1e-5)
+    assert not np.allclose(found.margin.sel(amount=1.0), by_hand.margin, atol=1e-3)
+    assert {path.name for path in tmp_path.iterdir()} == {"unedited", "amount 1", "amount 6"}
+    assert all(f"amount={by}" in found.attrs["edits"] for by in (1.0, 6.0))
 
 
 def test_a_dose_says_how_much_attention_it_moved() -> None:
@@ -295,8 +327,9 @@ def test_planted_truth_what_only_moves_the_threshold_is_found_to() -> None:
 
 def test_sets_of_layers_are_compared_with_random_ones() -> None:
     """Of three layers there are two other ones: both are run, and the p-value counts those that do as well."""
-    found = bias_layers(vlm(), ASKED, {"first": [0], "all": [0, 1, 2]}, amount=3.0, controls=5, resamples=50)
-    right = {layer: float(biased(3.0, [layer]).correct.mean()) for layer in range(3)}
+    some = ASKED[:2]
+    right = {layer: float(biased(3.0, [layer], some).correct.mean()) for layer in range(3)}
+    found = bias_layers(vlm(), some, {"first": [0], "all": [0, 1, 2]}, amount=3.0, controls=5, resamples=20)
     first = found.sel(set="first")
     assert float(first.accuracy) == right[0] and int(first.n_controls) == 2
     assert sorted(first.random_accuracy.values[:2]) == sorted([right[1], right[2]])
@@ -304,9 +337,22 @@ def test_sets_of_layers_are_compared_with_random_ones() -> None:
     as_well = sum(right[layer] >= right[0] for layer in (1, 2))
     assert float(first.p_value) == pytest.approx((1 + as_well) / 3)
     whole = found.sel(set="all")
-    assert float(whole.accuracy) == float(biased(3.0, [0, 1, 2]).correct.mean())
+    assert float(whole.accuracy) == float(biased(3.0, [0, 1, 2], some).correct.mean())
     assert int(whole.n_controls) == 0 and np.isnan(whole.p_value) and np.isnan(whole.p_value_beyond)
     assert found.layers.values.tolist() == ["0", "0-2"]
+
+
+def test_a_band_is_compared_with_every_other_band() -> None:
+    """A zone of two in three layers has one other place; a random pair would have two."""
+    some = ASKED[:2]
+    found = bias_layers(vlm(), some, {"zone": [0, 1]}, amount=3.0, controls=5, resamples=20, control="bands")
+    assert int(found.n_controls[0]) == 1 and found.attrs["control"] == "bands"
+    assert float(found.random_accuracy[0, 0]) == float(biased(3.0, [1, 2], some).correct.mean())
+    every = other_bands({8: 1.0, 9: 2.0, 10: 3.0}, range(32), 100, seed=0)
+    assert [min(one) for one in every] == [at for at in range(30) if at != 8]
+    assert all([one[at] for at in sorted(one)] == [1.0, 2.0, 3.0] for one in every)
+    drawn = other_bands({8: 1.0, 9: 2.0, 10: 3.0}, range(32), 7, seed=0)
+    assert len(drawn) == 7 and all(one in every for one in drawn)
 
 
 def test_random_sets_are_as_large_as_biased_and_never_the_set_itself() -> None:
@@ -336,16 +382,17 @@ def test_the_usual_sets_hold_every_layer_where_it_belongs() -> None:
 
 
 def test_the_attention_of_each_item_is_its_patterns_summed() -> None:
-    found = item_attention(vlm(), ASKED)
+    found, published = (item_attention(vlm(), ASKED[:3], convention=which) for which in (None, "viar-2026"))
     sites = [mv.Site("pattern", layer) for layer in range(3)]
-    for item in (0, 5):
+    for item in (0, 2):
         prompt = vlm().prompt(ASKED[item]["image"], ASKED[item]["question"])
         run = vlm().run(prompt, read=sites)
         rows = prompt.question + prompt.last
         paid = [float(run[site][0][:, rows][..., prompt.image].sum(-1).mean()) for site in sites]
         assert np.allclose(found.sel(item=item), paid, atol=1e-5)
-        old = [float(run[site][0][:, tiny.TOKENS :, : tiny.TOKENS].sum(-1).mean()) for site in sites]
-        assert np.allclose(item_attention(vlm(), ASKED, convention="viar-2026").sel(item=item), old, atol=1e-5)
+        old = [float(run[site][0][:, tiny.TOKENS :, : tiny.TOKENS].mean()) for site in sites]
+        assert np.allclose(published.sel(item=item), old, atol=1e-6)
+    assert (found.long_name, published.long_name) == ("attention mass", "attention density")
 
 
 @cache
@@ -367,13 +414,23 @@ def test_the_published_correlations_come_out_under_the_published_convention() ->
     said = str(found.says.sel(measure="14").item())
     assert said.startswith("layer 14: more attention to the picture on wrong answers (r = -0.154")
     assert float(found.wrong.sel(measure="14")) > float(found.right.sel(measure="14"))
+    summary = json.loads((PERSAMPLE.parent / "persample_summary.json").read_text())
+    assert float(found.d.sel(measure="zone")) == pytest.approx(summary["cohens_d"], abs=1e-6)
 
 
 def test_the_published_association_is_one_of_the_answers_yes() -> None:
-    found = depth_correlation(*published_items(), permutations=200).sel(measure="14")
+    found = depth_correlation(*published_items(), permutations=300).sel(measure="14")
     assert found.r_stratum.sel(stratum=["yes", "no"]).values.round(3).tolist() == [-0.295, -0.008]
-    everything = depth_correlation(*published_items(), permutations=2000)
-    assert float(everything.p_max.sel(measure="14")) < 0.05
+    assert float(found.p_max) < 0.05
+    said = str(found.says.item())
+    assert "within each answer" not in said and "-0.295 in yes" in said and "-0.008 in no" in said
+
+
+def test_attention_is_put_in_the_order_of_the_items() -> None:
+    made, attention = published_items()
+    numbered = attention.assign_coords(item=made.item.values)
+    turned = depth_correlation(made, numbered.isel(item=slice(None, None, -1)), permutations=20)
+    assert np.array_equal(turned.r, depth_correlation(made, attention, permutations=20).r)
 
 
 def test_planted_truth_attention_that_only_tells_yes_from_no_is_not_taken_for_being_right() -> None:
@@ -405,17 +462,19 @@ def test_a_profile_of_prompts_is_attention_of_items() -> None:
 
 
 def test_doses_are_drawn_beside_the_moved_threshold() -> None:
-    figure = mv.plot.dose_curves(doses())
+    names = ("accuracy", "matched", "beyond", "yes_ratio", "mass")
+    curves = {
+        f"{name}{end}": ("amount", np.array([0.5, 0.6, 0.4]) + by + at / 100)
+        for at, name in enumerate(names)
+        for end, by in ENDS
+    }
+    found = xr.Dataset(curves, {"amount": [0.0, 1.0, 4.0]})
+    figure = mv.plot.dose_curves(found)
     drawn = {trace.name: trace for trace in figure.data if trace.showlegend is None}
-    for name, variable in (
-        ("biased", "accuracy"),
-        ("threshold moved instead", "matched"),
-        ("share of yes", "yes_ratio"),
-    ):
+    said = ("biased", "threshold moved instead", "beyond the threshold", "share of yes", "attention on the picture")
+    for name, variable in zip(said, names, strict=True):
         assert drawn[name].x.tolist() == [0.0, 1.0, 4.0]
-        assert drawn[name].y.tolist() == doses()[variable].values.tolist()
-    assert drawn["beyond the threshold"].y.tolist() == doses().beyond.values.tolist()
-    assert drawn["attention on the picture"].y.tolist() == doses().mass.values.tolist()
+        assert drawn[name].y.tolist() == found[variable].values.tolist()
 
 
 @pytest.mark.parametrize("measure", ["accuracy", "beyond"])
@@ -484,8 +543,65 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: viar_edits(vlm(), real(), heads=[(1, 0, 2)]),  # type: ignore[arg-type]
     ),
     (
-        "heads={(1, 0): 2.0} names no head to bias; write for instance {(3, 0): 2.0}.",
+        "none of heads={(1, 0): 2.0} is in layers 0; give heads of those.",
         lambda: viar_edits(vlm(), real(), layers=[0], heads={(1, 0): 2.0}),
+    ),
+    (
+        "heads={1: 2.0} names no pair of layer and head; write for instance {(3, 0): 0.5}.",
+        lambda: viar_edits(vlm(), real(), layers=[0], heads={1: 2.0}),  # type: ignore[dict-item]
+    ),
+    (
+        "adaptive='nonsense' is not known; choose 'paper' or 'code', or None for one amount.",
+        lambda: viar_edits(vlm(), real(), heads={(1, 0): 2.0}, adaptive="nonsense"),
+    ),
+    (
+        "amount={} names no layer to bias; write for instance {3: 2.0}.",
+        lambda: viar_edits(vlm(), real(), {}),
+    ),
+    ("layer 7 is not in this model, which has 3 layers.", lambda: viar_edits(vlm(), real(), layers=[7])),
+    ("layer 7 is not in this model, which has 3 layers.", lambda: viar_edits(vlm(), real(), {7: 1.0})),
+    ("None names no heads; make it with mv.neglect_heads(profile).", lambda: head_pairs(None)),  # type: ignore[arg-type]
+    ("layer 9 is not in this model, which has 3 layers.", lambda: bias_doses(vlm(), ASKED, layers=[9], masses=0)),
+    (
+        "layers holds 0 more than once; give each layer once.",
+        lambda: bias_doses(vlm(), ASKED, layers=[0, 0], masses=0),
+    ),
+    (
+        "masses=-1 is no number of pictures; give 0 or more.",
+        lambda: bias_doses(vlm(), ASKED, layers=[0], masses=-1),
+    ),
+    (
+        "masses=8 measures the pass over the prompt, which when='decode' leaves alone; give masses=0.",
+        lambda: bias_doses(vlm(), ASKED, layers=[0], when="decode", parser="viar"),
+    ),
+    (
+        "amounts holds 2 more than once; give each once.",
+        lambda: bias_doses(vlm(), ASKED, [0, 2, 2.0], layers=[0]),
+    ),
+    ("amounts is empty; give at least one, for instance [0, 1, 2].", lambda: bias_doses(vlm(), ASKED, {}, layers=[0])),  # type: ignore[arg-type]
+    ("layer 9 is not in this model, which has 3 layers.", lambda: bias_layers(vlm(), ASKED, {"a": [9]})),
+    ("layers holds 0 more than once; give each layer once.", lambda: bias_layers(vlm(), ASKED, {"a": [0, 0]})),
+    ("layer 99 is not in this model, which has 3 layers.", lambda: layer_sets(vlm(), [99])),
+    (
+        "control='near' is not known; choose 'layers' or 'bands'.",
+        lambda: bias_layers(vlm(), ASKED, {"a": [0]}, control="near"),
+    ),
+    (
+        "layers 0, 2 are no band of neighbours, and control='bands' compares with such; choose control='layers'.",
+        lambda: bias_layers(vlm(), ASKED, {"a": [0, 2]}, control="bands"),
+    ),
+    (
+        "the evaluation does not say which questions are repeated; give it duplicate_of, as mv.evaluate.pope does.",
+        lambda: depth_correlation(
+            evaluations.baseline(1).drop_vars("duplicate_of"), xr.DataArray(np.ones((6, 3)), dims=["item", "layer"])
+        ),
+    ),
+    (
+        "attention and the evaluation number their items otherwise; give both for the same questions, or drop the "
+        "numbers with attention.drop_vars('item').",
+        lambda: depth_correlation(
+            evaluations.baseline(1), xr.DataArray(np.ones((6, 3)), {"item": range(1, 7)}, ["item", "layer"])
+        ),
     ),
     (
         "the prompt 'is there a dog ?' holds no image, so there is nothing to look at more.",

@@ -16,9 +16,10 @@ import xarray as xr
 
 from mechvlm.evaluate import pope, stats
 from mechvlm.evaluate.verdicts import no_threshold
+from mechvlm.experiments.record import chosen_layers
 from mechvlm.experiments.sight import own_layers
-from mechvlm.methods.bias import named_layers, viar_bias
-from mechvlm.methods.dose import MEANING, against, table_of, told_of
+from mechvlm.methods.bias import check_layers, layer_amounts, named_layers, viar_bias
+from mechvlm.methods.dose import MEANING, against, in_folder, table_of, told_of
 from mechvlm.sites import number, told, whole
 from mechvlm.vlm import VLM
 
@@ -37,31 +38,36 @@ def bias_layers(
     when: str = "always",
     convention: str | None = None,
     resamples: int = 2000,
+    control: str = "layers",
     **asked: Any,
 ) -> xr.Dataset:
-    """An evaluation with each of several sets of layers biased, and with as many random layers in their place.
+    """An evaluation with each of several sets of layers biased, and with as many other layers in their place.
 
     Args:
         questions: as in `mv.evaluate.pope`. What is asked twice counts once.
         layer_sets: names, with the layers of each, or with an amount for each layer (adaptive amounts, from
             `layer_amounts`). `layer_sets(vlm, zone)` makes the usual ones.
         amount: for the sets that say layers only.
-        controls: how many sets of random layers each set is compared with, as large and biased by the same amounts;
-            fewer where there are no more. They may share layers with the set, which is the harder comparison.
+        controls: how many distinct other sets each set is compared with, as large and biased by the same amounts; fewer
+            where there are no more. They may share layers with the set, which is the harder comparison.
         seed: of the random layers.
         when, convention: as in `viar_edits`.
         resamples: draws of pictures for the intervals.
-        asked: as in `bias_doses`.
+        control: "layers" compares with random layers, wherever they are; "bands" with other runs of neighbouring layers
+            of the same length, which a zone is as well, and which alone say that it is where it is that matters.
+        asked: as in `bias_doses`, `out` included, which gets a folder for each set and each control.
 
     Returns:
         Over set: `accuracy`, `f1`, `yes_ratio`, `brier`, `gain`, `matched` and `beyond`, as in `bias_doses`; over set
         and sample, not a number where there are fewer: `random_accuracy` and `random_beyond`. `p_value` and
-        `p_value_beyond`: one more than how many random sets do as well, over one more than how many there are; not a
-        number without any, or where `beyond` of any is none. Its least value is 1 / (controls + 1). `n_layers`,
-        `n_controls`; `seconds` for each set with its controls. The coordinate `layers` says which they are.
+        `p_value_beyond`: (1 + k) / (1 + n), of `n_controls` = n distinct control sets, k of which do as well; not a
+        number without any, or where `beyond` of any is none. Its least value is 1 / (n + 1), which few layers make large: of 8 there are 6 bands of 2
+        beside the one that is compared. `n_layers`, `n_controls`; `seconds` for each set with its
+        controls. The coordinate `layers` says which they are.
 
     Raises:
-        ValueError: without sets, for an empty one, or for fewer than no controls.
+        ValueError: without sets, for an empty one, layers that are not there or are there twice, fewer than no
+            controls, or bands for a set that is none; all before anything runs.
         TypeError: for sets without names.
 
     Example:
@@ -73,30 +79,31 @@ def bias_layers(
     Source:
         VIAR's table of layers (`layer_ablation_pope.json`), which had no random layers beside it.
     """
-    sets = _sets(layer_sets, amount)
+    sets = _sets(vlm, layer_sets, amount)
     if whole("controls", controls) < 0:
         raise ValueError(f"controls={controls} is no number of random sets; give 0 or more.")
+    others = {name: _controls(amounts, own_layers(vlm), controls, seed, control) for name, amounts in sets.items()}
     done: dict[tuple, xr.Dataset] = {}
 
     def with_(amounts: dict[int, float]) -> xr.Dataset:
         key = tuple(sorted(amounts.items()))
         if key not in done:
             edits = viar_bias(vlm, amounts, when=when, convention=convention)
-            done[key] = pope(vlm, questions, edits=edits, **asked)
+            done[key] = pope(vlm, questions, edits=edits, **in_folder(asked, _folder(amounts)))
         return done[key]
 
-    base, columns, chance, seconds = pope(vlm, questions, **asked), [], [], []
-    for amounts in sets.values():
+    base, columns, chance, seconds = pope(vlm, questions, **in_folder(asked, "unedited")), [], [], []
+    for name, amounts in sets.items():
         start = time.perf_counter()
         columns.append(against(base, with_(amounts), resamples))
-        others = random_sets(amounts, own_layers(vlm), controls, seed)
-        chance.append([_point(base, with_(other)) for other in others])
+        chance.append([_point(base, with_(other)) for other in others[name]])
         seconds.append(time.perf_counter() - start)
     result = table_of(columns, "set") | _chance(columns, chance, controls)
     result["n_layers"] = ("set", [len(amounts) for amounts in sets.values()])
     result["seconds"] = ("set", seconds, {"long_name": "time", "units": "s"})
     coords = {"set": list(sets), "layers": ("set", [named_layers(amounts) for amounts in sets.values()])}
-    about = {"amount": float(amount), "controls": controls, "seed": seed, "when": when, "edits": "bias on image tokens"}
+    about = {"amount": float(amount), "controls": controls, "control": control, "seed": seed, "when": when}
+    about["edits"] = "; ".join(f"{name}: {_folder(amounts)}" for name, amounts in sets.items())
     return xr.Dataset(result, coords, {**base.attrs, **told_of(resamples, convention), **about})
 
 
@@ -109,13 +116,17 @@ def layer_sets(
         zone: its layers, for instance those that `mv.find_zone` finds.
         adaptive: amounts by layer, from `layer_amounts`, as one more set.
 
+    Raises:
+        ValueError: for a zone without layers, or with one that is not there.
+
     Example:
         >>> layer_sets(vlm, [3, 4])["behind"]
         [5, 6, 7]
     """
-    own = own_layers(vlm)
+    own, zone = own_layers(vlm), chosen_layers(vlm, zone)
+    check_layers(vlm, zone)
     usual: dict[str, Any] = {
-        "zone": list(zone),
+        "zone": zone,
         "before": [layer for layer in own if layer < min(zone)],
         "behind": [layer for layer in own if layer > max(zone)],
         "last": own[-1:],
@@ -146,7 +157,47 @@ def random_sets(
     return [dict(one) for one in sorted(found)]
 
 
-def _sets(sets: Any, amount: float) -> dict[str, dict[int, float]]:
+def other_bands(
+    amounts: Mapping[int, float], layers: Sequence[int], controls: int, seed: int
+) -> list[dict[int, float]]:
+    """Other runs of neighbouring layers, as long as a set's and with its amounts in their order.
+
+    Raises:
+        ValueError: for layers that are no neighbours.
+
+    Example:
+        >>> other_bands({1: 2.0, 2: 1.0}, range(5), controls=5, seed=0)
+        [{0: 2.0, 1: 1.0}, {2: 2.0, 3: 1.0}, {3: 2.0, 4: 1.0}]
+    """
+    held, by = sorted(amounts), [amounts[layer] for layer in sorted(amounts)]
+    bands = [list(layers[at : at + len(held)]) for at in range(len(layers) - len(held) + 1)]
+    if held not in bands:
+        raise ValueError(
+            f"layers {named_layers(held)} are no band of neighbours, and control='bands' compares with such; choose "
+            "control='layers'."
+        )
+    bands.remove(held)
+    chosen = np.random.default_rng([seed, len(by)]).permutation(len(bands))[:controls]
+    return [dict(zip(bands[at], by, strict=True)) for at in sorted(chosen.tolist())]
+
+
+def _controls(
+    amounts: Mapping[int, float], layers: Sequence[int], controls: int, seed: int, control: str
+) -> list[dict[int, float]]:
+    """The sets that one is compared with."""
+    if control not in ("layers", "bands"):
+        raise ValueError(f"control={told(control)} is not known; choose 'layers' or 'bands'.")
+    return (random_sets if control == "layers" else other_bands)(amounts, layers, controls, seed)
+
+
+def _folder(amounts: Mapping[int, float]) -> str:
+    """Layers and amounts as the name of a folder."""
+    each = set(amounts.values())
+    by = f"{min(each):g}" if len(each) == 1 else ", ".join(f"{amounts[layer]:.6g}" for layer in sorted(amounts))
+    return f"layers {named_layers(amounts)} by {by}"
+
+
+def _sets(vlm: VLM, sets: Any, amount: float) -> dict[str, dict[int, float]]:
     """Each set's layers with their amounts."""
     if not isinstance(sets, Mapping):
         raise TypeError(f"layer_sets={told(sets)} are no sets with names; write for instance {{'zone': [8, 9]}}.")
@@ -155,11 +206,12 @@ def _sets(sets: Any, amount: float) -> dict[str, dict[int, float]]:
     empty = [name for name, layers in sets.items() if not len(layers)]
     if empty:
         raise ValueError(f"the set {empty[0]!r} has no layers; give at least one, or leave the set out.")
-    by = number("amount", amount)
-    return {
-        str(name): dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, by)
-        for name, layers in sets.items()
-    }
+    by, found = number("amount", amount), {}
+    for name, layers in sets.items():
+        chosen = chosen_layers(vlm, list(layers))
+        check_layers(vlm, chosen)
+        found[str(name)] = layer_amounts(vlm, layers if isinstance(layers, Mapping) else dict.fromkeys(chosen, by))
+    return found
 
 
 def _point(base: xr.Dataset, found: xr.Dataset) -> tuple[float, float]:

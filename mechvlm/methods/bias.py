@@ -18,13 +18,13 @@ from mechvlm.edits import Edit
 from mechvlm.experiments.published import published
 from mechvlm.experiments.record import chosen_layers
 from mechvlm.experiments.sight import cross_layers, named
-from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
+from mechvlm.methods.published import ADAPTIVE_TABLE, ADAPTIVE_TABLE_CODE, ZONE
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, number, told, whole
 from mechvlm.vlm import VLM
 
 Heads = Sequence[int] | Sequence[tuple[int, int]] | Mapping[tuple[int, int], float] | None
-"""Heads in every layer; pairs of layer and head; pairs with an amount each; None: all."""
+"""Heads in every layer; pairs of layer and head; pairs with a factor each; None: all."""
 FORMULAS = ("paper", "code")
 
 
@@ -47,7 +47,8 @@ def viar_edits(
         amount: added before the softmax; or an amount for each layer, whose layers are then those that are biased.
         layers: which layers, counted from 0. No model has a zone that could be assumed, so they have to be given.
         heads: None for all; numbers of heads, the same in every layer; pairs of layer and head, such as neglect heads,
-            whose layers are then those that are biased; or such pairs with an amount each.
+            whose layers are then those that are biased; or such pairs with a factor each, by which the layer's amount
+            is multiplied: {(3, 0): 0.5} biases that head by half the amount.
         when: "prompt" biases the pass over the prompt, "decode" the steps after it, "always" both.
         adaptive: None for the same amount in each layer; "code": `amount * (1 - v) / mean of (1 - v) over all layers`,
             as the published code has it; "paper": divided by the largest `1 - v` of the biased layers instead.
@@ -55,7 +56,8 @@ def viar_edits(
             `mean` of `mv.layer_profile` at quantity "density_share".
         convention: "viar-2026" biases columns 0 to N-1 for N image tokens, wherever the picture stands, so the first
             position and the words before the picture with it; layers are 8 to 16 where none are given (all for the
-            code's adaptive form), and v is the stored table of LLaVA-1.5.
+            code's adaptive form), and v is the stored table of LLaVA-1.5: for adaptive="code" that of the code, in
+            three digits, and for "paper" that of the published file, in four.
 
     Returns:
         An edit for each layer, or for each amount in a layer.
@@ -76,19 +78,17 @@ def viar_edits(
     old = published(convention)
     check_picture(vlm, prompt)
     keys = list(range(len(prompt.image))) if old else prompt.image
-    if isinstance(heads, Mapping):
-        return [bias_attention(at, keys, by, heads=some, when=when) for at, some, by in _each_head(heads, layers)]
-    pairs = _pairs(heads)
-    if pairs is not None and layers is None and not isinstance(amount, Mapping):
-        layers = sorted({layer for layer, _ in pairs})
-    amounts = layer_amounts(vlm, amount, layers, adaptive, profile, convention)
-    within: dict[int, Any] = dict.fromkeys(amounts, heads)
-    if pairs is not None:
-        within = {layer: [head for at, head in pairs if at == layer] for layer in amounts}
-        if not any(within.values()):
-            raise ValueError(f"none of heads={told(heads)} is in layers {named_layers(amounts)}; give heads of those.")
-        amounts = {layer: by for layer, by in amounts.items() if within[layer]}
-    return [bias_attention(layer, keys, by, heads=within[layer], when=when) for layer, by in amounts.items()]
+    shares = _factors(heads)
+    if shares is not None and layers is None and not isinstance(amount, Mapping):
+        layers = sorted({layer for layer, _ in shares})
+    edits = []
+    for layer, by in layer_amounts(vlm, amount, layers, adaptive, profile, convention).items():
+        for some, factor in _alike(layer, heads, shares):
+            edits.append(bias_attention(layer, keys, by * factor, heads=some, when=when))
+    if not edits:
+        among = layers if layers is not None else amount if isinstance(amount, Mapping) else ZONE
+        raise ValueError(f"none of heads={told(heads)} is in layers {named_layers(among)}; give heads of those.")
+    return edits
 
 
 def viar_bias(vlm: VLM, amount: float | Mapping[int, float] = 2.0, **settings: Any) -> Callable[[Prompt], list[Edit]]:
@@ -140,7 +140,11 @@ def layer_amounts(
                 "amount= says of each layer by how much it is biased, so layers= and adaptive= would say it twice; "
                 "leave them out."
             )
-        return {whole("layer", layer): number("amount", by) for layer, by in amount.items()}
+        if not amount:
+            raise ValueError("amount={} names no layer to bias; write for instance {3: 2.0}.")
+        chosen = chosen_layers(vlm, list(amount))
+        check_layers(vlm, chosen)
+        return {layer: number("amount", by) for layer, by in zip(chosen, amount.values(), strict=True)}
     if layers is None and not old:
         raise ValueError(
             "no layers were given, and which of them look away from the picture differs from model to model; give "
@@ -148,14 +152,13 @@ def layer_amounts(
         )
     whole_model = old and layers is None and adaptive == "code"
     chosen = chosen_layers(vlm, None if whole_model else ZONE if layers is None else layers)
+    check_layers(vlm, chosen)
     if adaptive is None:
         if profile is not None:
             raise ValueError("a profile sets adaptive amounts; say by which formula, adaptive='paper' or 'code'.")
         return dict.fromkeys(chosen, number("amount", amount))
-    missing = 1 - _profile(vlm, ADAPTIVE_TABLE if old and profile is None else profile)
-    outside = [layer for layer in chosen if layer >= len(missing)]
-    if outside:
-        raise ValueError(f"layer {outside[0]} is not in this model, which has {len(missing)} layers.")
+    stored = ADAPTIVE_TABLE_CODE if adaptive == "code" else ADAPTIVE_TABLE
+    missing = 1 - _profile(vlm, stored if old and profile is None else profile)
     over = missing.mean() if adaptive == "code" else missing[chosen].max()
     return {layer: number("amount", amount) * float(missing[layer] / over) for layer in chosen}
 
@@ -192,6 +195,7 @@ def head_pairs(found: xr.Dataset, side: str = "neglect") -> list[tuple[int, int]
 
     Raises:
         ValueError: for another side.
+        TypeError: for what `mv.neglect_heads` does not return.
 
     Example:
         >>> head_pairs(mv.neglect_heads(mv.layer_profile(vlm, [real, null])))[0]
@@ -199,6 +203,8 @@ def head_pairs(found: xr.Dataset, side: str = "neglect") -> list[tuple[int, int]
     """
     if side not in ("neglect", "specialist"):
         raise ValueError(f"side={side!r} is not known; choose 'neglect' or 'specialist'.")
+    if not isinstance(found, xr.Dataset) or side not in found:
+        raise TypeError(f"{told(found)} names no heads; make it with mv.neglect_heads(profile).")
     chosen = found[side].transpose("layer", "head")
     return [(int(chosen.layer[at]), int(chosen["head"][head])) for at, head in np.argwhere(chosen.values)]
 
@@ -242,15 +248,36 @@ def _pairs(heads: Any) -> list[tuple[int, int]] | None:
     return [(whole("layer", layer), whole("head", head)) for layer, head in filter(None, found)]
 
 
-def _each_head(heads: Mapping[Any, Any], layers: Sequence[int] | None) -> list[tuple[int, list[int], float]]:
-    """Layer, heads and amount of each edit, where every head has an amount of its own."""
-    grouped: dict[tuple[int, float], list[int]] = {}
-    for (layer, head), by in zip(_pairs(list(heads)) or (), heads.values(), strict=True):
-        if layers is None or layer in layers:
-            grouped.setdefault((layer, number("amount", by)), []).append(head)
-    if not grouped:
-        raise ValueError(f"heads={told(heads)} names no head to bias; write for instance {{(3, 0): 2.0}}.")
-    return [(layer, some, by) for (layer, by), some in grouped.items()]
+def _factors(heads: Any) -> dict[tuple[int, int], float] | None:
+    """Pairs of layer and head with what each multiplies its layer's amount by; None for plain numbers, or all."""
+    if not isinstance(heads, Mapping):
+        pairs = _pairs(heads)
+        return None if pairs is None else dict.fromkeys(pairs, 1.0)
+    pairs = _pairs(list(heads))
+    if pairs is None:
+        raise ValueError(f"heads={told(heads)} names no pair of layer and head; write for instance {{(3, 0): 0.5}}.")
+    return {pair: number("heads:", by) for pair, by in zip(pairs, heads.values(), strict=True)}
+
+
+def _alike(
+    layer: int, heads: Any, factors: Mapping[tuple[int, int], float] | None
+) -> list[tuple[list[int] | None, float]]:
+    """Heads of a layer, those with one factor together."""
+    if factors is None:
+        return [(heads, 1.0)]
+    found: dict[float, list[int]] = {}
+    for (at, head), factor in factors.items():
+        if at == layer:
+            found.setdefault(factor, []).append(head)
+    return [(some, factor) for factor, some in found.items()]
+
+
+def check_layers(vlm: VLM, layers: Sequence[int]) -> None:
+    """Refuse layers that the model has not, before anything runs."""
+    count = vlm.shape.layers["text"]
+    outside = [layer for layer in layers if not 0 <= layer < count]
+    if outside:
+        raise ValueError(f"layer {outside[0]} is not in this model, which has {count} layers.")
 
 
 def check_picture(vlm: VLM, prompt: Prompt) -> None:

@@ -40,8 +40,8 @@ def depth_correlation(
 
     Args:
         evaluation: what `mv.evaluate.pope` returns.
-        attention: what each item's rows pay to its picture, over item (or prompt) and layer, in the evaluation's order:
-            `item_attention`, or `vis_l` of `mv.layer_profile` at one quantity.
+        attention: what each item's rows pay to its picture, over item (or prompt) and layer, in the evaluation's order
+            or with its numbers along item: `item_attention`, or `vis_l` of `mv.layer_profile` at one quantity.
         zone: layers whose mean is one more test; None: none.
         permutations, seed: of the permuted answers; see `mv.evaluate.stats.associate`.
         convention: None looks at each predicted answer by itself (`r_within` is what is tested), takes questions about
@@ -50,11 +50,13 @@ def depth_correlation(
             nothing and averages layers 8 to 16 where no zone is given.
 
     Returns:
-        Over measure, the layers and "zone": what `associate` returns, and `says`, the finding in words. A negative r
-        means more attention to the picture on wrong answers.
+        Over measure, the layers and "zone": what `associate` returns (`d` under the published convention with the
+        published deviation, of both groups alike), and `says`, the finding in words, with the r of each answer by
+        itself. A negative r means more attention to the picture on wrong answers.
 
     Raises:
-        ValueError: for attention of other items, or a zone that is not among its layers.
+        ValueError: for attention of other items, an evaluation that does not say which items repeat others, or a zone
+            that is not among its layers.
         TypeError: for what is no evaluation or no array of items by layers.
 
     Example:
@@ -67,8 +69,10 @@ def depth_correlation(
     """
     old = published(convention)
     if isinstance(attention, xr.DataArray) and "prompt" in attention.dims:
-        attention = attention.rename(prompt="item")
-    _check(evaluation, attention)
+        attention = attention.drop_vars("prompt", errors="ignore").rename(prompt="item")
+    _check(evaluation, attention, old)
+    if "item" in attention.coords:
+        attention = attention.sel(item=evaluation["item"].values)
     chosen = list(ZONE) if old and zone is None else None if zone is None else list(whole_numbers("zone", zone))
     table = _measures(attention, chosen)
     if old:
@@ -79,8 +83,10 @@ def depth_correlation(
         more = {"strata": answers.predicted.values, "clusters": answers.image.values}
     found = stats.associate(table, answers.correct.values, permutations=permutations, seed=seed, **more)
     right = answers.correct.values.astype(bool)
+    if old:
+        found = found.assign(d=("measure", [_published_d(row, right) for row in table.values.T]))
     found = found.assign(right=table.isel(item=right).mean("item"), wrong=table.isel(item=~right).mean("item"))
-    said = [_said(found.sel(measure=name), str(name), old) for name in found.measure.values]
+    said = [_said(found.sel(measure=name), str(name)) for name in found.measure.values]
     about = {"sign": "a negative r: more attention to the picture on wrong answers", "items": int(table.sizes["item"])}
     return found.assign(says=("measure", said)).assign_attrs(**about, convention=convention or "corrected")
 
@@ -97,10 +103,12 @@ def item_attention(
 
     Args:
         questions, images, split, template: as in `mv.evaluate.pope`.
-        convention: "viar-2026" takes columns 0 to N-1 for the picture and rows N and on for the text.
+        convention: "viar-2026" takes columns 0 to N-1 for the picture and rows N and on for the text, and divides by N:
+            what was published is density, the mean over keys.
 
     Returns:
-        Attention mass from 0 to 1, averaged over rows and heads, over item and layer. A repeated question is read once.
+        Attention mass from 0 to 1, averaged over rows and heads, over item and layer; under the published convention
+        attention density. A repeated question is read once.
 
     Example:
         >>> item_attention(vlm, mv.evaluate.read_pope("demo", "random")[:1]).values.round(1)[0, :2].tolist()
@@ -121,14 +129,24 @@ def item_attention(
         text = list(range(count, size)) if old else prompts[-1].question + prompts[-1].last
         reading = mass({"image": keys}, queries=text)
         run = vlm.run(prompts[-1], read={Site("pattern", layer): reading for layer in own})
-        rows[item.number] = np.array([numbers(run[Site("pattern", layer)].float().mean()) for layer in own])
-    about = {"long_name": "attention mass", "units": "fraction", "convention": convention or "corrected"}
+        paid = np.array([numbers(run[Site("pattern", layer)].float().mean()) for layer in own])
+        rows[item.number] = paid / count if old else paid
+    named = {"long_name": "attention density", "units": "1/key"} if old else {"long_name": "attention mass"}
+    about = {"units": "fraction", **named, "convention": convention or "corrected"}
     values = np.stack(list(rows.values()))
     coords = {"item": list(rows), "layer": own}
     return xr.DataArray(values, coords, ["item", "layer"], "attention", {**record(vlm, prompts[:1]), **about})
 
 
-def _check(evaluation: Any, attention: Any) -> None:
+def _published_d(values: np.ndarray, right: np.ndarray) -> float:
+    """Cohen's d as published, right above wrong; not a number where nothing varies, or one group has no two items."""
+    groups = values[~right], values[right]
+    if min(map(len, groups)) < 2 or not any(np.ptp(group) for group in groups):
+        return float("nan")
+    return stats.cohens_d(*groups, convention="viar-2026")
+
+
+def _check(evaluation: Any, attention: Any, old: bool) -> None:
     if not isinstance(evaluation, xr.Dataset) or not {"correct", "predicted", "image"} <= set(evaluation.variables):
         raise TypeError(f"{told(evaluation)} is no evaluation; make it with mv.evaluate.pope.")
     if not isinstance(attention, xr.DataArray) or set(attention.dims) != {"item", "layer"}:
@@ -138,6 +156,15 @@ def _check(evaluation: Any, attention: Any) -> None:
         raise ValueError(
             f"there is attention of {attention.sizes['item']} items, and the evaluation has "
             f"{evaluation.sizes['item']}; give both for the same questions in the same order."
+        )
+    if not old and "duplicate_of" not in evaluation.variables:
+        raise ValueError(
+            "the evaluation does not say which questions are repeated; give it duplicate_of, as mv.evaluate.pope does."
+        )
+    if "item" in attention.coords and sorted(attention["item"].values) != sorted(evaluation["item"].values):
+        raise ValueError(
+            "attention and the evaluation number their items otherwise; give both for the same questions, or drop the "
+            "numbers with attention.drop_vars('item')."
         )
 
 
@@ -157,19 +184,19 @@ def _measures(attention: xr.DataArray, zone: list[int] | None) -> xr.DataArray:
     return xr.DataArray(along, dims=["item", "measure"], coords={"measure": names}, name="attention")
 
 
-def _said(one: xr.Dataset, name: str, old: bool) -> str:
+def _said(one: xr.Dataset, name: str) -> str:
     """The finding of one measure, in words."""
     where = name if name == ZONE_NAME else f"layer {name}"
+    old = "r_within" not in one
     r, p = float(one.r if old else one.r_within), float(one.p if old else one.p_max)
     if not np.isfinite(r):
         return f"{where}: attention does not vary."
     if not np.isfinite(p):
         return f"{where}: an association cannot be told from none on one picture (r = {r:+.3f})."
-    how = (
-        "uncorrected, answers of both kinds together"
-        if old
-        else "over pictures, corrected for all layers, within each answer"
-    )
+    how = "uncorrected, answers of both kinds together"
+    if not old:
+        each = [f"{float(one.r_stratum.sel(stratum=kind)):+.3f} in {kind}" for kind in one.stratum.values]
+        how = f"over pictures, corrected for all layers, pooled over kinds of answer; {', '.join(each)}"
     direction = "more" if r < 0 else "less"
     known = (
         f"{direction} attention to the picture on wrong answers"

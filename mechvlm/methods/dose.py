@@ -11,6 +11,7 @@ no effect of looking.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ from mechvlm.methods.asked import prompts_of
 from mechvlm.methods.bias import Heads, viar_bias
 from mechvlm.prompt import Prompt
 from mechvlm.readings import mass
-from mechvlm.sites import Site, listed, number, told
+from mechvlm.sites import Site, listed, number, told, whole
 from mechvlm.vlm import VLM
 
 AMOUNTS = (0.0, 0.5, 1.0, 2.0, 3.0, 5.0)
@@ -66,9 +67,12 @@ def bias_doses(
         questions: as in `mv.evaluate.pope`. What is asked twice counts once.
         amounts: added to the scores of image tokens; 0 is the unedited model.
         layers, heads, when, adaptive, profile, convention: as in `viar_edits`.
-        masses: on how many pictures attention is measured, at the first question about each; 0: none.
+            A head's amount is the amount times its factor, where `heads` has factors.
+        masses: on how many pictures attention is measured, at the first question about each, in the pass over the
+            prompt, which when="decode" leaves alone; 0: none.
         resamples: draws of pictures for the intervals.
-        asked: `images`, `split`, `template`, `joined`, `tokens`, `parser` and `batch_size` of `mv.evaluate.pope`.
+        asked: `images`, `split`, `template`, `joined`, `tokens`, `parser`, `batch_size` and `out` of
+            `mv.evaluate.pope`; `out` gets a folder for each amount.
 
     Returns:
         Over amount, each with `_low` and `_high`: `accuracy`, `f1`, `yes_ratio`, `brier`; `gain`, the accuracy above
@@ -79,7 +83,8 @@ def bias_doses(
         `correct`, `p_yes`, `margin`. `seconds`, how long each amount took.
 
     Raises:
-        ValueError: without amounts, or without layers.
+        ValueError: without amounts, for one given twice, without layers or for one that is not there, or for a number
+            of masses that cannot be measured, all before anything runs.
         TypeError: for amounts that are no numbers.
 
     Example:
@@ -92,17 +97,19 @@ def bias_doses(
         VIAR's sweep over 200 questions of POPE (`bias_sweep_pope.json`), which had no moved threshold beside it.
     """
     doses = _amounts(amounts)
+    _check_masses(masses, when)
     bias = {"layers": layers, "heads": heads, "when": when, "adaptive": adaptive, "profile": profile}
     makers = [viar_bias(vlm, amount, **bias, convention=convention) for amount in doses]
-    prompts = prompts_of(vlm, questions, masses, **{name: asked[name] for name in ASKED if name in asked})
-    biased = sorted({edit.site.layer for edit in makers[0](prompts[0])}) if prompts else []
+    prompts = prompts_of(vlm, questions, max(masses, 1), **{name: asked[name] for name in ASKED if name in asked})
+    biased = sorted({edit.site.layer for edits in makers for edit in edits(prompts[0])})
     moved = _masses(vlm, prompts, makers, biased) if masses else {}
     start = time.perf_counter()
-    base, rows = pope(vlm, questions, **asked), []
+    base, rows = pope(vlm, questions, **in_folder(asked, "unedited")), []
     seconds = [time.perf_counter() - start] * len(doses)
     for place, edits in enumerate(makers):
         start = time.perf_counter()
-        rows.append(pope(vlm, questions, edits=edits, **asked) if doses[place] else base)
+        own = in_folder(asked, f"amount {doses[place]:g}")
+        rows.append(pope(vlm, questions, edits=edits, **own) if doses[place] else base)
         if doses[place]:
             seconds[place] = time.perf_counter() - start
     columns = [against(base, row, resamples) for row in rows]
@@ -110,7 +117,8 @@ def bias_doses(
     result |= {name: (["amount", "item"], np.stack([row[name].values for row in rows])) for name in EACH}
     along = {"amount": ("amount", doses, {"long_name": "bias on the image tokens’ scores"})}
     own = {"layer": own_layers(vlm)} if masses else {}
-    attrs = {**base.attrs, **told_of(resamples, convention), "edits": makers[-1].__name__, "when": when}
+    attrs = {**base.attrs, **told_of(resamples, convention), "when": when}
+    attrs["edits"] = "; ".join(edits.__name__ for edits in makers)
     result["seconds"] = ("amount", seconds, {"long_name": "time", "units": "s"})
     return xr.Dataset(result, {**along, **own, **{name: base[name] for name in base.coords}}, attrs)
 
@@ -121,7 +129,30 @@ def _amounts(amounts: Any) -> list[float]:
         raise TypeError(f"amounts={told(amounts)} is not a list of amounts; write for instance [0, 1, 2].")
     if not given:
         raise ValueError("amounts is empty; give at least one, for instance [0, 1, 2].")
-    return [number("amount", amount) for amount in given]
+    found = [number("amount", amount) for amount in given]
+    twice = [amount for at, amount in enumerate(found) if amount in found[:at]]
+    if twice:
+        raise ValueError(f"amounts holds {twice[0]:g} more than once; give each once.")
+    return found
+
+
+def _check_masses(masses: Any, when: str) -> None:
+    if whole("masses", masses) < 0:
+        raise ValueError(f"masses={masses} is no number of pictures; give 0 or more.")
+    if masses and when == "decode":
+        raise ValueError(
+            f"masses={masses} measures the pass over the prompt, which when='decode' leaves alone; give masses=0."
+        )
+
+
+def in_folder(asked: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What is asked of `pope`, its answers kept in a folder of their own, where they are kept.
+
+    Example:
+        >>> in_folder({"out": "kept"}, "amount 2")["out"].as_posix()
+        'kept/amount 2'
+    """
+    return {**asked, "out": Path(asked["out"]) / name} if asked.get("out") is not None else dict(asked)
 
 
 def against(base: xr.Dataset, found: xr.Dataset, resamples: int) -> dict[str, tuple[float, float, float]]:
@@ -175,6 +206,6 @@ def told_of(resamples: int, convention: str | None) -> dict[str, Any]:
         "resamples": resamples,
         "convention": convention or "corrected",
         "beyond": "accuracy above that of the unedited model with its threshold moved to the same yes-ratio",
-        "p": "(1 + random sets that do as well) / (1 + random sets)",
+        "p": "(1 + k) / (1 + n), of n distinct control sets, k of which do as well",
         "mass": "rows behind the picture, averaged over heads, biased layers and pictures",
     }

@@ -26,7 +26,7 @@ from mechvlm.experiments.zones import find_zone
 from mechvlm.methods.asked import prompts_of
 from mechvlm.methods.bands import bias_layers, layer_sets
 from mechvlm.methods.bias import head_pairs, viar_bias
-from mechvlm.methods.contrast import vcd_pope
+from mechvlm.methods.contrast_pope import vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.published import ADAPTIVE_TABLE, ZONE
@@ -159,7 +159,7 @@ def samples(plan: Plan, made: Made) -> xr.Dataset:
     given = {"images": plan.images, "template": plan.template, "convention": plan.convention}
     attention = item_attention(plan.vlm, plan.items, **given)
     right = made["base"].correct.values.astype(bool)
-    paid = xr.Dataset({"attention": attention.drop_vars("item").assign_attrs(units="fraction")}, attrs=attention.attrs)
+    paid = xr.Dataset({"attention": attention.drop_vars("item")}, attrs=attention.attrs)
     if right.all() or not right.any():
         said = f"all {len(right)} answers are {'right' if right.all() else 'wrong'}, so nothing can go with being right"
         return paid.assign_attrs(nothing=said)

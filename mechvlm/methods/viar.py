@@ -4,6 +4,8 @@ Every function gives the corrected quantity; with `convention="viar-2026"` it gi
 
 `study` does all of it with one model, part by part (`PARTS`), and says what came out (`finding`).
 
+The prompts of the results differ: `TEMPLATES` has them by name.
+
 Below stands for each result of the study which function has it, what was published, and what was wrong with that.
 
 * layer profile, U-shape: `layer_profile`, `u_shape`
@@ -30,7 +32,8 @@ Below stands for each result of the study which function has it, what was publis
     published: +2 on columns 0 to 575 in layers 8 to 16.
     wrong: the first position is biased too, and the last image tokens are not.
 * adaptive bias: `layer_amounts`
-    published: `ADAPTIVE_TABLE`; the paper divides by the zone's largest, the code by the mean of all layers.
+    published: `ADAPTIVE_TABLE`, in the code of three digits (`ADAPTIVE_TABLE_CODE`); the paper divides by the zone's
+        largest, the code by the mean of all layers.
     wrong: two formulas under one name; the table has the profile's columns.
 * doses: `bias_doses`
     published: accuracy 0.82 at 0, 0.845 at 2, 0.515 at 5 (200 questions).
@@ -39,7 +42,7 @@ Below stands for each result of the study which function has it, what was publis
 * layers of the bias: `bias_layers`, `layer_sets`
     published: 0.845 in layers 8 to 16, 0.815 to 0.825 elsewhere.
     wrong: no random layers beside it; a difference of five questions.
-* contrast: `vcd_generate`, `vcd_pope`, `contrast_logits`
+* contrast: `vcd_generate`, `vcd_pope`, `contrast_logits`, `PixelDiffusion`
     published: VCD 0.79 on 500 questions.
     wrong: no cut of implausible tokens, and no picture after the first token, so it was not VCD.
 * legacy form: `entropy_layers`, `legacy_edits`, `grey_divergence`, and `contrast_logits` without a cut
@@ -66,21 +69,26 @@ from mechvlm.experiments.zones import find_zone
 from mechvlm.methods.audit import audit
 from mechvlm.methods.bands import bias_layers, layer_sets
 from mechvlm.methods.bias import head_pairs, layer_amounts, viar_bias, viar_edits, zone_layers
-from mechvlm.methods.contrast import contrast_logits, vcd_generate, vcd_pope
+from mechvlm.methods.contrast import contrast_logits, vcd_generate
+from mechvlm.methods.contrast_pope import vcd_pope
 from mechvlm.methods.depth import depth_correlation, item_attention
 from mechvlm.methods.dose import bias_doses
 from mechvlm.methods.findings import audit_table
 from mechvlm.methods.legacy import entropy_layers, entropy_ratios, grey_divergence, legacy_edits, legacy_factors
+from mechvlm.methods.nulled import PixelDiffusion
 from mechvlm.methods.parts import PARTS
-from mechvlm.methods.published import ADAPTIVE_TABLE, NULL, TEMPLATE, ZONE
+from mechvlm.methods.published import ADAPTIVE_TABLE, ADAPTIVE_TABLE_CODE, NULL, TEMPLATE, TEMPLATES, ZONE
 from mechvlm.methods.sentences import finding
 from mechvlm.methods.study import Studied, study
 
 __all__ = [
     "ADAPTIVE_TABLE",
+    "ADAPTIVE_TABLE_CODE",
     "NULL",
     "PARTS",
+    "PixelDiffusion",
     "TEMPLATE",
+    "TEMPLATES",
     "ZONE",
     "Studied",
     "attention_blocks",
