@@ -591,9 +591,9 @@ REFUSED: list[tuple[str, Callable[[], object]]] = [
         lambda: bias_layers(vlm(), ASKED, {"a": [0, 2]}, control="bands"),
     ),
     (
-        "the evaluation does not say which questions are repeated; give it duplicate_of, as mv.evaluate.pope does.",
+        "the evaluation has no questions, so repeated ones cannot be told; give it question, as mv.evaluate.pope does.",
         lambda: depth_correlation(
-            evaluations.baseline(1).drop_vars("duplicate_of"), xr.DataArray(np.ones((6, 3)), dims=["item", "layer"])
+            evaluations.baseline(1).drop_vars("question"), xr.DataArray(np.ones((6, 3)), dims=["item", "layer"])
         ),
     ),
     (

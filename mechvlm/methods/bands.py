@@ -61,9 +61,9 @@ def bias_layers(
         Over set: `accuracy`, `f1`, `yes_ratio`, `brier`, `gain`, `matched` and `beyond`, as in `bias_doses`; over set
         and sample, not a number where there are fewer: `random_accuracy` and `random_beyond`. `p_value` and
         `p_value_beyond`: (1 + k) / (1 + n), of `n_controls` = n distinct control sets, k of which do as well; not a
-        number without any, or where `beyond` of any is none. Its least value is 1 / (n + 1), which few layers make large: of 8 there are 6 bands of 2
-        beside the one that is compared. `n_layers`, `n_controls`; `seconds` for each set with its
-        controls. The coordinate `layers` says which they are.
+        number without any, or where `beyond` of any is none. Its least value is 1 / (n + 1), which few layers make
+        large: of 8 there are 6 bands of 2 beside the one that is compared. `n_layers`, `n_controls`; `seconds` for each
+        set with its controls. The coordinate `layers` says which they are.
 
     Raises:
         ValueError: without sets, for an empty one, layers that are not there or are there twice, fewer than no

@@ -61,9 +61,9 @@ def vcd_pope(
         for nothing: `margin` is of those that are left. Where a word has none left, `cut` says so ("yes", "no" or
         "both"; else "none"), and `margin` is that of the contrast before the cut, so that it is finite. `predicted` is
         then the word that is left, with a `p_yes` of 0 or 1; of both it is "other", as another word is likelier, with
-        the `p_yes` of that margin. Such an evaluation has no threshold for `compare` to move (that of one it is compared with
-        is), as `predicted` is not always the sign of `margin`.
-        `margin_real` and `margin_null` are the branches' own.
+        the `p_yes` of that margin. Such an evaluation has no threshold for `compare` to move (that of one it is
+        compared with is), as `predicted` is not always the sign of `margin`. `margin_real` and `margin_null` are the
+        branches' own.
 
     Raises:
         ValueError, TypeError: as `mv.evaluate.pope`, and for numbers out of range.
@@ -79,14 +79,11 @@ def vcd_pope(
     beta = cut_of(beta, BETA_POPE, convention)
     check_weights(alpha, beta)
     null = null_of(null, NULL if convention else PixelDiffusion())
-    items, about = read_pope(questions, split), dict[str, list[Item]]()
-    for item in items:
-        if item.duplicate_of == item.number:
-            about.setdefault(item.image, []).append(item)
+    items = read_pope(questions, split)
     _check_null(vlm, prompt_of(vlm, items[0], images, template), null, edits)
     base = pope(vlm, questions, images, edits, split, template, joined, batch_size=batch_size, tokens=tokens)
     scoring, answers = scoring_of(vlm, joined, tokens), dict[int, tuple[float, ...]]()
-    for some in about.values():
+    for some in _by_picture(items):
         picture = picture_of(some[0], images)
         prompts = [prompt_of(vlm, item, None, template, picture) for item in some]
         others = [nulled(vlm, prompt, null) for prompt in prompts]
@@ -106,6 +103,15 @@ def vcd_pope(
             decoding="the first token's logits, contrasted",
         )
     )
+
+
+def _by_picture(items: Sequence[Item]) -> list[list[Item]]:
+    """Items that are not there already, those about one picture together."""
+    about: dict[str, list[Item]] = {}
+    for item in items:
+        if item.duplicate_of == item.number:
+            about.setdefault(item.image, []).append(item)
+    return list(about.values())
 
 
 def _check_null(vlm: VLM, prompt: Prompt, null: Any, edits: Any) -> None:

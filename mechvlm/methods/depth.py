@@ -55,7 +55,7 @@ def depth_correlation(
         itself. A negative r means more attention to the picture on wrong answers.
 
     Raises:
-        ValueError: for attention of other items, an evaluation that does not say which items repeat others, or a zone
+        ValueError: for attention of other items, an evaluation without its questions, or a zone
             that is not among its layers.
         TypeError: for what is no evaluation or no array of items by layers.
 
@@ -157,9 +157,9 @@ def _check(evaluation: Any, attention: Any, old: bool) -> None:
             f"there is attention of {attention.sizes['item']} items, and the evaluation has "
             f"{evaluation.sizes['item']}; give both for the same questions in the same order."
         )
-    if not old and "duplicate_of" not in evaluation.variables:
+    if not old and "question" not in evaluation.variables:
         raise ValueError(
-            "the evaluation does not say which questions are repeated; give it duplicate_of, as mv.evaluate.pope does."
+            "the evaluation has no questions, so repeated ones cannot be told; give it question, as mv.evaluate.pope does."
         )
     if "item" in attention.coords and sorted(attention["item"].values) != sorted(evaluation["item"].values):
         raise ValueError(

@@ -26,9 +26,9 @@ TEMPLATES = {
 }
 """The whole prompt of each published result on LLaVA, by its name; "mistral" is LLaVA-1.6's profile.
 
-The attention of 50 pictures (and with it `ADAPTIVE_TABLE`), the collapse, the correlation and the gradients were asked
-for without the sentence "Answer with yes or no.", and the answers they explain with it. Qwen2-VL was asked the question
-alone, in its own chat template, and InstructBLIP "{question} Answer with yes or no.".
+The attention of 50 pictures (and with it `ADAPTIVE_TABLE`), the collapse, the correlation with its answers, and the
+gradients were asked for without the sentence "Answer with yes or no.", the answers of the tables with it.
+Qwen2-VL was asked the question alone, in its own chat template, and InstructBLIP "{question} Answer with yes or no.".
 """
 
 NULL = images.grey
