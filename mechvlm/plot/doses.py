@@ -101,7 +101,7 @@ def layer_controls(found: xr.Dataset, measure: str = "accuracy", title: str = ""
     figure.add_scatter(x=edges, y=[unedited] * 2, mode="lines", line=line, name=said, hoverinfo="skip")
     p_values = found["p_value" if measure == "accuracy" else "p_value_beyond"].values
     for place, at, p in zip(places, values.values, p_values, strict=True):
-        text = "no random set" if np.isnan(p) else f"p = {p:.2g}"
+        text = "no p-value" if np.isnan(p) else f"p = {p:.2g}"
         figure.add_annotation(
             x=place, y=at, text=text, showarrow=False, xanchor="left", xshift=9, font={"size": 12}, **WHITE
         )
