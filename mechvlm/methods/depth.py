@@ -159,7 +159,8 @@ def _check(evaluation: Any, attention: Any, old: bool) -> None:
         )
     if not old and "question" not in evaluation.variables:
         raise ValueError(
-            "the evaluation has no questions, so repeated ones cannot be told; give it question, as mv.evaluate.pope does."
+            "the evaluation has no questions, so repeated ones cannot be told; give it question, as mv.evaluate.pope "
+            "does."
         )
     if "item" in attention.coords and sorted(attention["item"].values) != sorted(evaluation["item"].values):
         raise ValueError(
