@@ -131,7 +131,7 @@ def test_a_rerun_is_written_beside_the_record_and_never_over_it(
     )
 
 
-IGNORED = {"--split random": "--split", "--edit cut@1": "--edit", "--max-new-tokens 16": "--max-new-tokens"}
+IGNORED = {"--split random": "--split", "--edit cut@1": "--edit", "--max-new-tokens 17": "--max-new-tokens"}
 IGNORED |= {"demo": "a model", "--dtype float32": "--dtype"}
 
 

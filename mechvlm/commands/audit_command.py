@@ -10,7 +10,7 @@ It writes a page, the numbers behind it (netCDF, and the findings as CSV), and `
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from mechvlm.commands.pope_command import (
-    RECORD,
     Images,
     Model,
     Out,
@@ -31,6 +30,7 @@ from mechvlm.commands.pope_command import (
     place,
     same_as,
 )
+from mechvlm.commands.records import RECORD, recorded, rerun_folder
 from mechvlm.commands.shell import Device, Dtype, loaded, one_sentence, writable
 
 ITEMS = 60
@@ -73,15 +73,17 @@ def audit_command(
     device: Device = None,
     dtype: Dtype = None,
     rerun: Rerun = None,
-    out: Out = Path("mechvlm-audit"),
+    out: Out = None,
 ) -> None:
     """Say which findings of VIAR a model shows, as they were published and corrected, and write a page about it."""
+    given = dict(locals())
     with one_sentence():
         if rerun is not None:
-            before = recorded(rerun)
-            asked = Asked(**before["asked"])
+            before = recorded(rerun, "audit", Asked)
+            asked = replace(Asked(**before["asked"]), device=device or before["asked"]["device"])
+            folder = rerun_folder(audit_command, given, rerun, out)
         else:
-            before = {}
+            before, folder = {}, out or Path("mechvlm-audit")
             asked = Asked(
                 model=checked(model),
                 questions=files_of(model, questions),
@@ -96,23 +98,8 @@ def audit_command(
                 device=device,
                 dtype=dtype,
             )
-        path = written(asked, writable(out), before)
+        path = written(asked, writable(folder), before)
     typer.echo(str(path))
-
-
-def recorded(path: Path) -> dict[str, Any]:
-    """An earlier run's record.
-
-    Raises:
-        ValueError: for a file that is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        Asked(**found["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = type(error).__name__
-        raise ValueError(f"'{path}' is no record of mechvlm audit ({said}); give the {RECORD} that it wrote.") from None
-    return found
 
 
 def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:

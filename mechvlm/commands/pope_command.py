@@ -11,23 +11,17 @@ same folder, it goes on where it was stopped.
 import json
 import shlex
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from mechvlm.commands.records import RECORD, recorded, rerun_folder
 from mechvlm.commands.shell import Device, Dtype, loaded, one_sentence, writable
 
-RECORD = "record.json"
 FOLDER = Path("mechvlm-pope")
-WITH_RERUN = ("rerun", "out", "device")
-"""What may be said together with --rerun: nothing that its numbers rest on, beside the device, which it records."""
-KINDS: dict[Any, str] = {
-    **{str: "a text", str | None: "a text or null", list[str]: "a list of texts"},
-    **{int: "a number", int | None: "a number or null", bool: "true or false"},
-}
 COMPARED = ("versions", "device", "attention", "revision")
 """What a rerun says of its own surroundings where they are not the record's."""
 SAME = {"questions_sha256": "questions", "pictures_sha256": "pictures", "weights": "model's weights"}
@@ -81,7 +75,6 @@ Out = Annotated[
 
 
 def pope_command(
-    context: typer.Context,
     model: Model = None,
     questions: Questions = None,
     images: Images = None,
@@ -99,12 +92,13 @@ def pope_command(
     out: Out = None,
 ) -> None:
     """Ask a model the questions of a POPE file, with edits and without, and write what the edits change."""
+    given = dict(locals())
     with one_sentence():
         if rerun is not None:
-            before = recorded(rerun)
+            before = recorded(rerun, "pope", Asked, lacking)
             asked = Asked(**before["asked"])
             asked = replace(asked, device=device or asked.device)
-            folder = rerun_folder(context, rerun, out)
+            folder = rerun_folder(pope_command, given, rerun, out)
         else:
             before, folder = {}, out or FOLDER
             asked = Asked(
@@ -154,64 +148,14 @@ def place(given: str | Path) -> str:
     return str(given) if given == "demo" or not Path(given).exists() else str(Path(given).resolve())
 
 
-def rerun_folder(context: typer.Context, record: Path, out: Path | None) -> Path:
-    """Where a rerun is written: never over a record, least of all the one that it reruns.
-
-    Raises:
-        ValueError: for a folder with a record, or an option that the record has already.
-    """
-    sources = {name: context.get_parameter_source(name) for name in context.params if name not in WITH_RERUN}
-    more = [name for name, source in sources.items() if source is not None and source.name != "DEFAULT"]
-    if more:
-        word = "a model" if more[0] == "model" else "--" + more[0].replace("_", "-")
-        raise ValueError(f"{word} was given with --rerun, whose record says all of it; leave one of them out.")
-    own = record.resolve().parent
-    folder = own.with_name(own.name + "-rerun") if out is None else out
-    if folder.resolve() == own or (folder / RECORD).exists():
-        raise ValueError(f"the folder '{folder}' holds a record already; choose another with --out for the rerun.")
-    return folder
-
-
-def recorded(path: Path) -> dict[str, Any]:
-    """An earlier run's record.
-
-    Raises:
-        ValueError: for a file that is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        trouble = flaw_of(found)
-    except (OSError, ValueError, RecursionError) as error:
-        trouble = type(error).__name__
-    if trouble:
-        raise ValueError(f"'{path}' is no record of mechvlm pope ({trouble}); give the {RECORD} that it wrote.")
-    return found
-
-
-def flaw_of(found: Any) -> str:
-    """What a record lacks, or has of the wrong kind; nothing where it is whole."""
-    asked = found.get("asked") if isinstance(found, Mapping) else None
-    if not isinstance(asked, Mapping):
-        return "it has no 'asked'"
-    kinds = {one.name: one.type for one in fields(Asked)}
-    wrong = [name for name in kinds if name not in asked or not is_kind(asked[name], kinds[name])]
-    if wrong:
-        return f"its {wrong[0]!r} is not {KINDS[kinds[wrong[0]]]}"
-    texts = [name for name in (*SAME, "made") if not isinstance(found.get(name), str)]
-    if texts:
-        return f"its {texts[0]!r} is not a text"
-    evaluations = found.get("evaluations")
+def lacking(record: Mapping[str, Any]) -> str:
+    """What a record of an evaluation does not say; nothing where it says all."""
+    if not isinstance(record.get("pictures_sha256"), str):
+        return "its 'pictures_sha256' is not a text"
+    evaluations = record.get("evaluations")
     base = evaluations.get("base") if isinstance(evaluations, Mapping) else None
-    more = [name for name in asked if name not in kinds]
-    lacking = [name for name in COMPARED if not isinstance(base, Mapping) or name not in base]
-    return f"its {more[0]!r} is unknown" if more else f"it does not say its {lacking[0]}" if lacking else ""
-
-
-def is_kind(value: Any, kind: Any) -> bool:
-    """Whether a value is of a field's type; True, which Python takes for 1, is no number."""
-    if kind == list[str]:
-        return isinstance(value, list) and all(isinstance(one, str) for one in value)
-    return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    missing = [name for name in COMPARED if not isinstance(base, Mapping) or name not in base]
+    return f"it does not say its {missing[0]}" if missing else ""
 
 
 def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:

@@ -12,14 +12,15 @@ was stopped.
 import json
 import re
 import shlex
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from mechvlm.commands.pope_command import RECORD, Model, Questions, Rerun, checked, files_of, place, same_as
+from mechvlm.commands.pope_command import Model, Questions, Rerun, checked, files_of, place, same_as
+from mechvlm.commands.records import RECORD, recorded, rerun_folder
 from mechvlm.commands.shell import Device, Dtype, loaded, one_sentence, writable
 
 SPLIT = "adversarial"
@@ -65,7 +66,10 @@ Controls = Annotated[int, typer.Option(help="How many sets of random layers.")]
 Resamples = Annotated[int, typer.Option(help="Draws of pictures for the intervals of evaluations.")]
 Seed = Annotated[int, typer.Option(help="Of all draws.")]
 TemplateName = Annotated[str | None, typer.Option("--template", help="plain, viar, ..., or a text with {question}.")]
-Out = Annotated[Path, typer.Option(help="The folder to write into.")]
+Out = Annotated[
+    Path | None,
+    typer.Option(help="The folder to write into. [default: mechvlm-viar; of a rerun the record's folder and -rerun]"),
+]
 
 
 def viar_command(
@@ -88,22 +92,25 @@ def viar_command(
     device: Device = None,
     dtype: Dtype = None,
     rerun: Rerun = None,
-    out: Out = Path("mechvlm-viar"),
+    out: Out = None,
 ) -> None:
     """Do all that VIAR's study does with a model: where it looks, what a bias there changes, and if that is more."""
+    given = dict(locals())
     with one_sentence():
-        before = {} if rerun is None else recorded(rerun)
         if rerun is not None:
-            asked = Asked(**before["asked"])
+            before = recorded(rerun, "viar", Asked)
+            asked = replace(Asked(**before["asked"]), device=device or before["asked"]["device"])
+            folder = rerun_folder(viar_command, given, rerun, out)
         else:
-            given: dict[str, Any] = {
+            before, folder = {}, out or Path("mechvlm-viar")
+            options: dict[str, Any] = {
                 **dict(zip(COUNTS, (items, pictures, few, controls, resamples, seed), strict=True)),
                 **{"model": checked(model), "questions": files_of(model, questions), "parts": listed(part, parts)},
                 **{"images": None if images is None else place(images), "split": split, "layers": layers},
                 **{"amount": amount, "convention": convention, "template": template, "device": device, "dtype": dtype},
             }
-            asked = Asked(**given)
-        path = written(asked, writable(out), before)
+            asked = Asked(**options)
+        path = written(asked, writable(folder), before)
     typer.echo(str(path))
 
 
@@ -128,21 +135,6 @@ def layers_of(text: str | None) -> list[int] | None:
     if not named or int(named[2] or named[1]) < int(named[1]):
         raise ValueError(f"--layers {text} are no layers; write 8 or 8-16, counted from 0.")
     return list(range(int(named[1]), int(named[2] or named[1]) + 1))
-
-
-def recorded(path: Path) -> dict[str, Any]:
-    """An earlier run's record.
-
-    Raises:
-        ValueError: for a file that is none.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        Asked(**found["asked"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = type(error).__name__
-        raise ValueError(f"'{path}' is no record of mechvlm viar ({said}); give the {RECORD} that it wrote.") from None
-    return found
 
 
 def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
