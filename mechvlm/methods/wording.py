@@ -49,9 +49,12 @@ def against_threshold(found: xr.Dataset) -> str:
     by = with_interval(one.difference, one.difference_low, one.difference_high, sign="+")
     beyond = with_interval(one.advantage, low, high, sign="+")
     moved = with_interval(found.margin_change, found.margin_change_low, found.margin_change_high, sign="+", digits=3)
+    compared = f"accuracy above the moved threshold {beyond}, {said}"
+    if not np.isfinite(float(one.advantage)):
+        compared = "its answers are not those of a threshold of its margins, so none is moved to compare with"
     return (
         f"accuracy {with_interval(before)} to {with_interval(after)} (by {by}), share of yes {shares[0]:.4f} to "
-        f"{shares[1]:.4f}, margin for yes by {moved} logits; accuracy above the moved threshold {beyond}, {said}"
+        f"{shares[1]:.4f}, margin for yes by {moved} logits; {compared}"
     )
 
 
