@@ -17,10 +17,9 @@ attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: 
 segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
-answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Your own: sweep, mean_interval.
-Attention by layer: layer_profile, attention_blocks, find_zone, u_shape, neglect_heads.
-answer_accuracy. Layer by layer: language_prior_collapse, gradient_by_layer. Knockout and tracing: information_flow,
-knockout_answers, causal_trace. Your own: sweep, mean_interval.
+answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
+attention_blocks, find_zone, u_shape, neglect_heads, language_prior_collapse, gradient_by_layer. Your own: sweep,
+mean_interval.
 Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot.
 """
 

@@ -255,3 +255,13 @@ def test_one_sentence_and_exit_code_2(words: str, place: Path, tmp_path: Path) -
 
 def test_its_help() -> None:
     assert "--edit" in run("--help").stdout
+
+
+def test_the_first_questions_alone(place: Path, made: Path, tmp_path: Path) -> None:
+    result = run(
+        *given(place), "--template", "{question} yes or no ?", "--joined", "max", "--items", "2", "--out", tmp_path
+    )
+    assert result.exit_code == 0, result.stderr
+    some, whole = (xr.load_dataset(folder / "base.nc", engine="h5netcdf") for folder in (tmp_path, made))
+    assert np.allclose(some.margin, whole.margin[:2], atol=1e-5)
+    assert json.loads((tmp_path / "record.json").read_text())["asked"]["items"] == 2

@@ -36,6 +36,7 @@ class Asked:
     questions: list[str] = field(default_factory=lambda: ["demo"])
     images: str | None = None
     split: list[str] = field(default_factory=list)
+    items: int | None = None
     edit: list[str] = field(default_factory=list)
     template: str = "plain"
     joined: str = "logsumexp"
@@ -54,6 +55,7 @@ Questions = Annotated[
 ]
 Images = Annotated[Path | None, typer.Option(help="The folder of the pictures.")]
 Splits = Annotated[list[str] | None, typer.Option(help="A split to keep; may be repeated. [default: all]")]
+FirstItems = Annotated[int | None, typer.Option("--items", min=1, help="Only the first so many questions.")]
 Edits = Annotated[
     list[str] | None,
     typer.Option(help="bias:2.0@8-16, cut@4-7, ablate@3.5,4.1 or scale:2@3.5; all that are given act together."),
@@ -79,6 +81,7 @@ def pope_command(
     questions: Questions = None,
     images: Images = None,
     split: Splits = None,
+    items: FirstItems = None,
     edit: Edits = None,
     template: Template = "plain",
     joined: Joined = "logsumexp",
@@ -106,6 +109,7 @@ def pope_command(
                 questions=files_of(model, questions),
                 images=None if images is None else place(images),
                 split=split or [],
+                items=items,
                 edit=edit or [],
                 template=template,
                 joined=joined,
@@ -175,7 +179,8 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
 
     edits, _, _ = edits_from(*asked.edit), text_of(asked.template), parser_of(asked.parser)  # before a model is loaded
     questions = "demo" if asked.questions == ["demo"] else list(asked.questions)
-    items = read_pope(questions, asked.split or None)
+    items = read_pope(questions, asked.split or None)[: asked.items]
+    asks = questions if asked.items is None else items
     vlm = loaded(asked.model, asked.device, asked.dtype)
     weights = fingerprint(weights_print(vlm.hf))
     pictures = looked_at(items, asked.images) if before or asked.edit else {}
@@ -190,9 +195,9 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
         **{"parser": asked.parser, "batch_size": asked.batch_size, "max_new_tokens": asked.max_new_tokens},
         "tokens": "lower-case" if asked.lower_case else None,
     }
-    found = {"base": pope(vlm, questions, edits=(), out=folder / "finished" / "base", **how)}
+    found = {"base": pope(vlm, asks, edits=(), out=folder / "finished" / "base", **how)}
     if asked.edit:
-        found["edited"] = pope(vlm, questions, edits=edits, out=folder / "finished" / "edited", **how)
+        found["edited"] = pope(vlm, asks, edits=edits, out=folder / "finished" / "edited", **how)
     record = record_of(asked, found, weights, before)
     (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return benchmark_page(found, folder, {"command": record["command"], "made": record["made"]})
