@@ -13,7 +13,7 @@ import mechvlm as mv
 from mechvlm.methods.audit import audit
 from mechvlm.methods.audit_attention import correlation, far, gap, shares
 from mechvlm.methods.audit_causes import collapse_findings
-from mechvlm.methods.findings import CONCLUSIONS, Estimate, draws_of, verdict
+from mechvlm.methods.findings import CONCLUSIONS, RULE, Estimate, draws_of, verdict
 
 LAYERS = 6
 QUESTIONS = ("Is there a cat?", "Is there a red dog in the image?")
@@ -23,11 +23,11 @@ SINK = (3.0, 3.0, -1.0, -1.0, 3.0, 3.0)
 
 @functools.cache
 def even() -> tuple[mv.VLM, list[mv.Prompt]]:
-    """A model whose attention is even in all layers, and prompts about five pictures."""
+    """A model whose attention is even in all layers, and prompts about eight pictures, as few as can show a zone."""
     vlm = tiny.vlm(layers=LAYERS)
     for layer in vlm.hf.model.language_model.layers:
         layer.self_attn.q_proj.weight.data.zero_()
-    return vlm, [vlm.prompt(tiny.picture(seed), QUESTIONS[seed % 2]) for seed in range(5)]
+    return vlm, [vlm.prompt(tiny.picture(seed), QUESTIONS[seed % 2]) for seed in range(8)]
 
 
 def paid(prompts: list[mv.Prompt], first: float, image: float) -> float:
@@ -256,6 +256,42 @@ def test_shares_of_parts_are_covariances_and_sum_to_one() -> None:
 def test_a_gap_is_below_the_lower_neighbour_and_far_heads_are_beyond_one_deviation() -> None:
     assert gap(np.array([[5.0, 1.0, 2.0, 4.0]]), 1, 3).tolist() == [2.5]
     assert far(np.array([[[0.0, 5.0], [5.0, 10.0]]])).tolist() == [[[-1, 0], [0, 1]]]
+
+
+def test_a_black_picture_that_is_less_alike_than_another_one_is_not_ignored() -> None:
+    found = with_a_zone()
+    one, true = of(found, "collapse_zone"), found["collapse"].sel(span="text", layer=[2, 3])
+    black, swap = (true.update_cosine.sel(null=null).mean() for null in ("black", "swap"))
+    assert one.published.sel(end="low") > 0 and one.corrected.sel(end="low") > 0 and black < swap - 0.1
+    assert one.verdict == "does not survive"
+    assert f"less alike than another real one by {float(swap - black):.3f}" in str(one.sentence.values)
+    assert "so that its cosine says nothing of a picture that is ignored" in str(one.sentence.values)
+
+
+@pytest.mark.parametrize(
+    ("beyond", "expected"),
+    [
+        ([0.2, 0.3, 0.2, 0.3], "survives"),
+        ([-0.2, -0.3, -0.2, -0.3], "does not survive"),
+        ([-0.3, 0.3, -0.2, 0.3], "not decided"),
+        (None, "not decided"),
+    ],
+)
+def test_the_collapse_of_a_zone_depends_on_another_real_picture(beyond: list[float] | None, expected: str) -> None:
+    cosines = np.tile([0.5, 0.5, 0.9, 0.9, 0.5, 0.5], (4, 1, 1, 1))
+    dims = ["prompt", "null", "span", "layer"]
+    planted = xr.Dataset({name: (dims, cosines) for name in ("update_cosine", "update_cosine_normed")})
+    planted["update_cosine_normed"] = planted.update_cosine.isel(layer=-1)
+    planted = planted.assign_coords(null=["black"], span=["text"])
+    if beyond is not None:
+        planted["above_swap"] = planted.update_cosine * 0 + xr.DataArray(beyond, dims="prompt")
+    assert collapse_findings(planted, planted, draws_of(range(4), 200, 0, 0.95), [2, 3])[0].verdict == expected
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_finding_with_a_test_of_its_own_is_decided_by_it_and_the_rule_says_so(shown: bool) -> None:
+    assert verdict(ONE, ONE, NONE, shown, True) == ("survives" if shown else "only corrected")
+    assert "where a finding has a test of its own, that test alone decides, wherever the interval lies" in RULE
 
 
 def test_where_all_inner_layers_are_the_zone_the_collapse_has_nothing_to_be_compared_with() -> None:

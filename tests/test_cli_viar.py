@@ -103,6 +103,24 @@ def test_what_is_not_as_the_record_found_it_is_refused(made: Path, tmp_path: Pat
     assert result.stderr.splitlines()[-1].startswith("mechvlm: the questions are not those of the record (sha256 0000")
 
 
+def test_too_few_pictures_are_told_before_any_part_is_made(place: Path, tmp_path: Path) -> None:
+    model, *options = given(place)
+    result = run(model, *options, "--items", "3", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == (
+        "mechvlm: the part 'zone' needs 4 pictures, and the 3 questions are about 2; ask more questions with items "
+        "(--items), or all."
+    )
+    assert not list(tmp_path.rglob("*.nc"))
+
+
+def test_another_study_is_said_to_be_in_the_folder_that_was_given(place: Path, made: Path) -> None:
+    model, *options = given(place)
+    result = run(model, "base", *options, "--amount", "4", "--layers", "1-2", "--out", made)
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith(f"mechvlm: the folder '{made}' holds another study: the model,")
+
+
 def test_the_parts_that_it_names_are_those_of_the_study() -> None:
     assert PARTS.split(", ") == list(mv.methods.viar.PARTS)
 

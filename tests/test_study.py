@@ -266,6 +266,27 @@ def test_a_zone_is_spoken_of_where_there_is_one() -> None:
         assert finding("zone", {"zone": both}).endswith("Biased: 2-3, as asked for.")
 
 
+@pytest.mark.parametrize(
+    "curve, shape, better",
+    [
+        ([3.0, 1.5, 1.0, 1.0, 1.0, 1.5, 3.0], "a U", "better"),
+        ([3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0], "no U", "worse"),
+    ],
+)
+def test_a_curve_is_called_a_u_by_the_rule_of_the_audit_and_no_other(
+    curve: list[float], shape: str, better: str
+) -> None:
+    noise = np.random.default_rng(0).normal(size=(40, len(curve))) / 20
+    values = xr.DataArray(np.array(curve) + noise, dims=["prompt", "layer"])
+    bent = mv.u_shape(values, resamples=100)
+    both = mv.find_zone(values, splits=5, resamples=100)
+    both = both.assign({f"u_{name}": one for name, one in bent.data_vars.items()})
+    said = finding("zone", {"zone": both.assign_attrs(layers="2, 3", layers_from="as asked for")})
+    assert float(bent.curvature.sel(end="low")) > 0  # which alone is no U
+    assert f". The curve is {shape}: its curvature is +" in said
+    assert f"a parabola foretells a layer left out {better} than a straight line" in said
+
+
 def test_where_all_answers_are_right_nothing_goes_with_being_right() -> None:
     right = [{**row, "label": "yes"} for row in ROWS]
     shifted = study(vlm(), right, zone=[1], parts=["base"], **FEW)["base"]
@@ -292,6 +313,15 @@ CASES: list[tuple[str, Callable[[], object]]] = [
         lambda: study(vlm(), ROWS, parts=["profile", "attention"], **FEW),
     ),
     ("few=0 is too few; give 1 or more.", lambda: study(vlm(), ROWS, **{**FEW, "few": 0})),
+    (
+        "the part 'zone' needs 4 pictures, and the 4 questions are about 2; ask more questions with items (--items), "
+        "or all.",
+        lambda: study(vlm(), ROWS, parts=["bias"], items=4, **FEW),
+    ),
+    (
+        "pictures=3 is too few for the part 'zone'; give 4 or more.",
+        lambda: study(vlm(), ROWS, parts=["bias"], **{**FEW, "pictures": 3}),
+    ),
     ("items=0 is too few; give 1 or more.", lambda: study(vlm(), ROWS, items=0, **FEW)),
     ("zone=[1, 3] must be layers of 0 to 4, one after the other.", lambda: study(vlm(), ROWS, zone=[1, 3], **FEW)),
     ("zone=[4, 5] must be layers of 0 to 4, one after the other.", lambda: study(vlm(), ROWS, zone=[4, 5], **FEW)),

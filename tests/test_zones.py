@@ -138,6 +138,23 @@ def test_a_parabola_is_a_u_and_its_bend_and_bottom_are_those_planted() -> None:
     assert found.curvature.values == pytest.approx([3, 3, 3])
     assert found.bottom.values == pytest.approx([5, 5, 5])
     assert found.gain.values == pytest.approx([1, 1, 1])
+    assert found["shape"] == "a U"
+
+
+@pytest.mark.parametrize(
+    "curve, noise, said",
+    [
+        ((np.linspace(-1, 1, 9)) ** 2, 0.1, "a U"),
+        (-((np.linspace(-1, 1, 9)) ** 2), 0.1, "no U"),
+        (np.linspace(1, 3, 9) ** 2, 0.1, "no U"),  # bent up, and foretold by the parabola, but lowest at its end
+        (np.r_[1.0, np.zeros(8)], 0.01, "no U"),  # bent up, and worse foretold by a parabola than by a line
+        (np.ones(9), 0.0, "no U"),
+        (np.zeros(9), 0.1, "not surely a U"),
+    ],
+    ids=["parabola", "upside down", "half a parabola", "one high end", "flat", "noise"],
+)
+def test_a_u_is_bent_up_foretold_by_its_parabola_and_lowest_inside(curve: np.ndarray, noise: float, said: str) -> None:
+    assert mv.u_shape(table(curve, noise=noise), resamples=200)["shape"] == said
 
 
 def test_a_slope_has_a_gain_over_a_constant_and_no_bend() -> None:

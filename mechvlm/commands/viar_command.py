@@ -143,7 +143,7 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     Raises:
         ValueError: for what cannot be run, or is not as it was in the record of an earlier run.
     """
-    from mechvlm.methods.study import sameness, study
+    from mechvlm.methods.study import ANOTHER, OtherStudy, sameness, study
     from mechvlm.report.viar_page import viar_page
 
     zone = layers_of(asked.layers)
@@ -155,7 +155,10 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     counts: dict[str, Any] = {name: vars(asked)[name] for name in COUNTS}
     how: dict[str, Any] = {"convention": asked.convention, "template": asked.template, "zone": zone, **counts}
     more: dict[str, Any] = {"parts": asked.parts or None, "amount": asked.amount, "out": folder / "parts"}
-    found = study(vlm, questions, asked.images, split, **how, **more)
+    try:
+        found = study(vlm, questions, asked.images, split, **how, **more)
+    except OtherStudy:  # which names the folder inside the one that was given
+        raise ValueError(f"the folder '{folder}' {ANOTHER}") from None
     record = record_of(asked, found, before)
     (folder / RECORD).write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return viar_page(found, folder, {"command": record["command"], "made": record["made"]})

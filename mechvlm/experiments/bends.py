@@ -7,7 +7,7 @@ Rule this module guards: a shape is judged by layers that it was not fitted to.
 4.0
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,15 +42,17 @@ def u_shape(
         `curvature`: what the parabola rises from the middle to either end, in the unit of the values; above 0 for a U.
         `bottom`: the layer where it is lowest or highest; not a number where the curvature's interval holds 0, as for a
         line. A gain over a fit without errors, of a flat curve or a line, is not a number either. All over `end`:
-        "mean", "low" and "high"; `attrs["interval"]` says what the ends are.
+        "mean", "low" and "high"; `attrs["interval"]` says what the ends are. `shape`: "a U" where the intervals of
+        curvature and `over_line` are above 0 and the bottom is between the first layer and the last; "no U" where one
+        of these intervals is not above 0 anywhere, or the bottom's is all outside; and else "not surely a U".
 
     Raises:
         ValueError, TypeError: as `find_zone`.
 
     Example:
         >>> curves = np.array([[4.0, 1.1, 0.0, 0.9, 4.0], [4.1, 1.0, 0.0, 1.0, 3.9]] * 2)
-        >>> mv.u_shape(xr.DataArray(curves, dims=["prompt", "layer"])).curvature.sel(end="mean").item() > 0
-        True
+        >>> mv.u_shape(xr.DataArray(curves, dims=["prompt", "layer"]))["shape"].item()
+        'a U'
 
     Source:
         VIAR (github.com/aayambansal/VIAR) speaks of a U-shaped profile and gives no score. Errors of layers left out:
@@ -76,7 +78,16 @@ def u_shape(
     if bent[0] <= nothing and bent[1] >= -nothing:
         ends["bottom"] = [np.nan] * 3
     about = {"level": level, "resamples": resamples, "seed": seed, "clusters": total, "interval": INTERVAL}
-    return xr.Dataset({name: ("end", each) for name, each in ends.items()}, {"end": ["mean", "low", "high"]}, about)
+    result = xr.Dataset({name: ("end", each) for name, each in ends.items()}, {"end": ["mean", "low", "high"]}, about)
+    return result.assign(shape=_shape(ends, len(x) - 1, nothing))
+
+
+def _shape(ends: Mapping[str, Sequence[float]], last: int, nothing: float) -> str:
+    """What the intervals make of a curve: a U, none, or neither for sure."""
+    (bend, line), (bottom, low, high) = (ends[name] for name in ("curvature", "over_line")), ends["bottom"]
+    if bend[1] > nothing and line[1] > 0 and 0 < bottom < last:
+        return "a U"
+    return "no U" if bend[2] <= nothing or line[2] <= 0 or high <= 0 or low >= last else "not surely a U"
 
 
 def _bend(seen: Seen, x: Float[np.ndarray, " layer"], level: float) -> tuple[float, float]:

@@ -105,18 +105,13 @@ def u_shape_finding(about: Profiles) -> tuple[Finding, xr.Dataset]:
     bent = [about.bent(about.mass(one)) for one in (about.published, about.corrected)]
     x = np.linspace(-1, 1, len(about.layers))
     three = about.three(*(curves @ np.linalg.pinv(np.vander(x, 3))[0] for curves in about.curves))
-    inside = [0 < float(one.bottom.sel(end="mean")) < len(x) - 1 for one in bent]
-    is_u = [
-        above(number) and float(one.over_line.sel(end="low")) > 0 and held
-        for number, one, held in zip(three, bent, inside, strict=False)
-    ]
-    against = three[1].high <= 0 or float(bent[1].over_line.sel(end="high")) <= 0
-    names = ["a U" if held else "no U" for held in is_u]
+    names = [str(one["shape"].values) for one in bent]
+    is_u = [name == "a U" for name in names]
     ways = [number.by("rises by", "falls by") for number in three]
     said = f"From the middle layers to the ends the published curve {ways[0]}, which makes {names[0]}, and attention "
     said += f"to the image's own tokens {ways[1]}, which makes {names[1]}"
     claim = "attention to the image is a U over the layers"
-    found = finding("u_shape", claim, "fraction", three, is_u[0], is_u[1], said, bool(against))
+    found = finding("u_shape", claim, "fraction", three, is_u[0], is_u[1], said, names[1] == "no U")
     return found, xr.concat(bent, xr.Variable("how", ["published", "corrected"]))
 
 
@@ -203,8 +198,8 @@ def by_quantity(about: Profiles) -> xr.Dataset:
     """A U and a zone in each of the four quantities that are published under one name, in both conventions.
 
     Returns:
-        Over how and quantity: `least` and `most` of the mean curve; `curvature` and `over_line` of `u_shape` (also over
-        end); and `p_value`, `start` and `stop` of `find_zone`.
+        Over how and quantity: `least` and `most` of the mean curve; `shape`, `curvature` and `over_line` of `u_shape`
+        (the last two also over end); and `p_value`, `start` and `stop` of `find_zone`.
     """
     rows = []
     for profile in (about.published, about.corrected):
@@ -212,7 +207,8 @@ def by_quantity(about: Profiles) -> xr.Dataset:
             values = profile.vis_l.sel(quantity=quantity, drop=True).dropna("layer", how="all")
             bent, zone = about.bent(values), about.tested(values)
             ends = {"least": zone["mean"].min(), "most": zone["mean"].max()}
-            rows.append(xr.Dataset({**bent[["curvature", "over_line"]], **zone[["p_value", "start", "stop"]], **ends}))
+            said, tested = bent[["shape", "curvature", "over_line"]], zone[["p_value", "start", "stop"]]
+            rows.append(xr.Dataset({**said, **tested, **ends}))
     names = about.corrected.quantity.values
     both = [xr.concat(rows[at : at + len(names)], xr.Variable("quantity", names)) for at in (0, len(names))]
     return xr.concat(both, xr.Variable("how", ["published", "corrected"])).drop_attrs()

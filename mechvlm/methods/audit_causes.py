@@ -19,6 +19,8 @@ from mechvlm.methods.findings import Draws, Estimate, Finding, above, finding
 def collapse_findings(corrected: xr.Dataset, published: xr.Dataset, draws: Draws, band: Sequence[int]) -> list[Finding]:
     """Do layers of the zone work as if the picture were not there, and does the last layer?
 
+    A cosine says something of a picture that is ignored only where a black one is more alike than another real one is.
+
     Args:
         corrected, published: what `language_prior_collapse` returns without and with the convention.
         band: the layers of the zone.
@@ -32,12 +34,12 @@ def collapse_findings(corrected: xr.Dataset, published: xr.Dataset, draws: Draws
     ways = [one.by("more alike by", "less alike by") for one in three]
     said = f"In {spelled(band)} updates with the picture and without are {ways[0]} than in the other inner layers as "
     said += f"published, and {ways[1]} at the words behind the image"
+    beyond = Estimate(float("nan"))
     if "above_swap" in corrected:
-        beyond = draws.means(corrected.above_swap.sel(where).values)[:, list(band)].mean(1)
-        way = draws.estimate(beyond).by("more alike than another real one by", "less alike than another real one by")
-        said += f" (there a black picture is {way})"
-    claim = "in the zone layers work alike with the picture and without"
-    zone = finding("collapse_zone", claim, "cosine", three, above(three[0]), above(three[1]), said)
+        beyond = draws.estimate(draws.means(corrected.above_swap.sel(where).values)[:, list(band)].mean(1))
+    said += f" ({swapped(beyond)})"
+    claim, still = "in the zone layers work alike with the picture and without", above(three[1]) and above(beyond)
+    zone = finding("collapse_zone", claim, "cosine", three, above(three[0]), still, said, bool(beyond.high <= 0))
     last = _three(draws, [one[:, -1] - one[:, -2] for one in both])
     normed = draws.means(corrected.update_cosine_normed.sel(where).values) - both[1][:, -2]
     ways = [one.by("rises by", "falls by") for one in (*last[:2], draws.estimate(normed))]
@@ -78,6 +80,23 @@ def gradient_findings(
         said = said if published is not None else f"{said} (as published: {trouble.rstrip('.')})"
         found.append(finding(name, claim, "log ratio, nats", three, above(three[0]), above(three[1]), said))
     return found
+
+
+def swapped(beyond: Estimate) -> str:
+    """What another real picture makes of a black one's cosine.
+
+    Args:
+        beyond: how much more alike updates are with a black picture than with another real one.
+
+    Example:
+        >>> swapped(Estimate(float("nan")))
+        'there is no other real picture to compare a black one with'
+    """
+    if not np.isfinite(beyond.value):
+        return "there is no other real picture to compare a black one with"
+    way = beyond.by("more alike than another real one by", "less alike than another real one by")
+    more = "" if above(beyond) else ", so that its cosine says nothing of a picture that is ignored"
+    return f"there a black picture is {way}{more}"
 
 
 def inner(count: int, band: Sequence[int]) -> list[int]:

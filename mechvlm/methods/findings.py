@@ -17,12 +17,20 @@ import xarray as xr
 from jaxtyping import Float
 
 RULE = (
-    "Shown: the interval lies above 0, or the finding's own test holds. Survives: shown as published and when "
-    "corrected; in part, where the corrected number is below half of the published one and their difference is not 0. "
-    "Does not survive: shown as published, and when corrected either not shown, with an interval that ends below half "
-    "of the published number or a test that speaks against it, or below a tenth of it. Not decided: not shown when "
-    "corrected, and not ruled out by so few pictures. Not there: shown in neither way. Only corrected: shown only when "
-    "corrected. A number that is 1 by what it was called has to be above 0.5, and is refuted below."
+    "Shown: the interval lies above 0; but where a finding has a test of its own, that test alone decides, wherever "
+    "the interval lies. Such tests: a zone is found by its p-value; a U has a curvature above 0, foretells layers left "
+    "out better than a line does, and is lowest between the first layer and the last; updates in the zone have to be "
+    "more alike than elsewhere and, when corrected, more alike with a black picture than with another real one, which "
+    "speaks against them where it is the more alike; a number that is 1 by what it was called (heads, a curve) is "
+    "shown as published where anything was called so, and the spread of heads where it is above 0; when corrected the "
+    "number, and the published spread as a share of the corrected one, have to be above 0.5, and are refuted below. "
+    "Survives: shown as published and when corrected, with an interval that does not end below a tenth of the "
+    "published number; in part, where the corrected number is below half of the published one and the interval of "
+    "their difference does not hold 0. Does not survive: shown as published, and when corrected either not shown, with "
+    "an interval that ends below half of the published number or a test that speaks against it, or shown with an "
+    "interval that ends below a tenth of it. Not decided: shown as published, not shown when corrected, and not ruled "
+    "out by so few pictures. Not there: shown in neither way. Only corrected: shown only when corrected. Not made: "
+    "there is no published number."
 )
 """How verdicts are made, in words."""
 CONCLUSIONS = {

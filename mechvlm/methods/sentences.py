@@ -61,10 +61,11 @@ def _zone(parts: Made) -> str:
         said += f"is {float(found.gap):.3f} below the lower neighbour ({p}; {found.attrs['test']})"
     over, bent = ([float(found[f"u_{name}"].sel(end=end)) for end in ("mean", "low", "high")] for name in _BENT)
     better = "better" if over[1] > 0 else "worse" if over[2] < 0 else "not surely better"
-    curve = "bent like a U" if bent[1] > 0 else "bent the other way" if bent[2] < 0 else "bent neither way for sure"
-    said += f". The curve is {curve} (curvature {with_interval(*bent, sign='+', digits=3)}), and a parabola foretells "
-    said += f"a layer left out {better} than a straight line "
+    said += f". The curve is {found['u_shape'].item()}: its curvature is {with_interval(*bent, sign='+', digits=3)}, "
+    said += f"and a parabola foretells a layer left out {better} than a straight line "
     said += f"({with_interval(*over, sign='+', digits=2)} of its error)"
+    if over[1] > 0 and bent[1] > 0 and found["u_shape"] != "a U":
+        said += ", but is lowest at an end"
     return f"{upper(said)}. Biased: {named_layers(_layers(found))}, {found.attrs['layers_from']}."
 
 

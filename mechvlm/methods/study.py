@@ -32,6 +32,22 @@ from mechvlm.sites import listed, number, told, whole
 from mechvlm.vlm import VLM
 
 COUNTS = ("pictures", "few", "controls", "resamples")
+LEAST = {"zone": 4, "collapse": 2}
+"""Pictures that parts cannot do without: a zone is tested on halves, and a picture is compared with another one."""
+ANOTHER = (
+    "holds another study: the model, the questions, the pictures or the settings are not the same; give another "
+    "folder, or empty this one."
+)
+"""What is wrong with a folder, after its name."""
+
+
+class OtherStudy(ValueError):
+    """A folder that holds the parts of another study.
+
+    Example:
+        >>> issubclass(OtherStudy, ValueError)
+        True
+    """
 
 
 @dataclass(frozen=True, repr=False)
@@ -113,8 +129,9 @@ def study(
         The parts as datasets, and `findings`, a sentence for each with its numbers.
 
     Raises:
-        ValueError: for parts, layers or numbers that are not there; a folder that holds another study; or what the
-            parts refuse, such as a model that sees the picture by cross-attention.
+        ValueError: for parts, layers or numbers that are not there; too few pictures for a part; a folder that holds
+            another study (`OtherStudy`); or what the parts refuse, such as a model that sees the picture by
+            cross-attention.
         TypeError: for a folder that is no path.
 
     Example:
@@ -138,8 +155,10 @@ def study(
         amount=number("amount", amount),
         amounts=tuple(number("amount", one) for one in amounts),
     )
+    needed = [name for name in PARTS if name in _needed(wanted)]
+    _enough(plan, needed)
     about, made = _about(plan), dict[str, xr.Dataset]()
-    with tqdm([name for name in PARTS if name in _needed(wanted)], unit="part", desc="viar") as bar:
+    with tqdm(needed, unit="part", desc="viar") as bar:
         for name in bar:
             bar.set_postfix_str(name)
             made[name] = _part(name, plan, made, about["fingerprint"], folder)
@@ -162,6 +181,20 @@ def _needed(wanted: Sequence[str]) -> set[str]:
         if name in found:
             found |= set(PARTS[name][1])
     return found
+
+
+def _enough(plan: Plan, needed: Sequence[str]) -> None:
+    """Refuses pictures that are too few for a part, before any other part has run."""
+    there = len({item.image for item in plan.items})
+    for name in needed:
+        least = LEAST.get(name, 1) if name != "collapse" or not plan.convention else 1
+        if there < least:
+            raise ValueError(
+                f"the part '{name}' needs {least} pictures, and the {len(plan.items)} questions are about {there}; ask "
+                "more questions with items (--items), or all."
+            )
+        if plan.pictures < least:
+            raise ValueError(f"pictures={plan.pictures} is too few for the part '{name}'; give {least} or more.")
 
 
 def _zone(vlm: VLM, zone: Sequence[int] | None) -> tuple[int, ...] | None:
@@ -232,10 +265,7 @@ def _kept(path: Path, print_of: str) -> xr.Dataset:
     """A finished part from its file."""
     with opened(path) as kept:
         if kept.attrs.get("study") != print_of:
-            raise ValueError(
-                f"out={str(path.parent)!r} holds another study: the model, the questions, the pictures or the settings "
-                "are not the same; give another folder, or empty this one."
-            )
+            raise OtherStudy(f"out={str(path.parent)!r} {ANOTHER}")
         return kept.load()
 
 

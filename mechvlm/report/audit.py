@@ -165,7 +165,7 @@ def zone(found: Mapping[str, xr.Dataset]) -> Section:
             way,
             f"{float(one.least):.3g} to {float(one.most):.3g}",
             str(Estimate(*one.curvature.values.tolist())),
-            bend(one),
+            str(one["shape"].values),
         ]
         + [zone_of(one)]
         for quantity in units["quantity"].values
@@ -272,12 +272,6 @@ def sentences(found: Mapping[str, xr.Dataset], *names: str) -> list[str]:
     """What the audit says of findings; nothing of those that it has not."""
     findings = found["findings"]
     return [str(findings.sentence.sel(finding=name).values) for name in names if name in findings.finding.values]
-
-
-def bend(one: xr.Dataset) -> str:
-    """Whether a quantity is bent like a U, by intervals above zero."""
-    is_u = float(one.curvature.sel(end="low")) > 0 and float(one.over_line.sel(end="low")) > 0
-    return "yes" if is_u else "no"
 
 
 def zone_of(one: xr.Dataset) -> str:
