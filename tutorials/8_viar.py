@@ -49,7 +49,8 @@ mv.plot.layer_spans(found["profile"], title="Attention to the image, and to posi
 
 # %% [markdown]
 # **Is there a zone of neglect?** Some curve always has a lowest stretch. It is chosen by half of the pictures and has
-# to be below both of its neighbours in the other half. A zone that is there may still be shallow: read the scale.
+# to be below both of its neighbours in the other half. A zone that is there may still be shallow: read the scale. And
+# is the curve a U? Only if bent up, and if a parabola foretells layers left out better than a straight line does.
 
 # %%
 print(found.findings["zone"])
