@@ -208,7 +208,9 @@ def test_two_pictures_of_one_name_are_refused_with_the_line() -> None:
     rows = [*mirrored(), {**mirrored()[0], "question_id": "4", "image": tiny.picture(5), "question": "is it a cat ?"}]
     with pytest.raises(ValueError) as refused:
         looked_at(evaluate.read_pope(rows))
-    assert str(refused.value) == "test, row 3: another picture is called 'a' (test, row 0); give each its own name."
+    assert str(refused.value) == (
+        "row 4 of the list: another picture is called 'a' (row 1 of the list); give each its own name."
+    )
 
 
 def test_ids_are_whole_numbers_of_64_bits_or_texts() -> None:
@@ -307,7 +309,15 @@ def test_a_list_that_breaks_off_and_rows_without_a_label(tmp_path: Path) -> None
             evaluate.read_pope(path)
     with pytest.raises(ValueError) as refused:
         evaluate.read_pope([{**mirrored()[0], "answer": "yep"}])
-    assert str(refused.value) == "test, row 0: the label is 'yep', and it must be yes or no."
+    assert str(refused.value) == "row 1 of the list: the label is 'yep', and it must be yes or no."
+    wrong = [*mirrored()[:2], {**mirrored()[2], "answer": "yep"}]
+    for rows, where in (
+        ({"random": wrong}, "row 3 of the split 'random'"),
+        (pd.DataFrame(wrong), "row 3 of the data frame"),
+        (iter(wrong), "row 3"),
+    ):
+        with pytest.raises(ValueError, match=f"^{where}: the label is 'yep'"):
+            evaluate.read_pope(rows)
 
 
 def no_questions(tmp_path: Path) -> list[tuple[str, Any, Any]]:
@@ -676,6 +686,15 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ),
     ("edits is None; it must be a list of edits.", {"edits": None}),
     ("edits is None; it must be a list of edits.", {"edits": lambda prompt: None}),  # noqa: ARG005
+    (
+        "edits='bias:2@2' is text; give edits=mv.evaluate.edits_from('bias:2@2'), which makes edits of it.",
+        {"edits": "bias:2@2"},
+    ),
+    (
+        "edits=['bias:2@2', 'cut@1'] is text; give edits=mv.evaluate.edits_from('bias:2@2', 'cut@1'), which makes "
+        "edits of it.",
+        {"edits": ["bias:2@2", "cut@1"]},
+    ),
     ("edits is ablate heads [1] at text.0.z; it must be a list of edits.", {"edits": mv.ablate_heads(0, [1])}),
     ("joined='mean' is not known; choose from 'logsumexp', 'max'.", {"joined": "mean"}),
     (

@@ -17,6 +17,8 @@ from statsmodels.stats.proportion import proportion_effectsize
 
 import mechvlm as mv
 from mechvlm import plot
+from mechvlm.evaluate.draws import drawn_clusters
+from mechvlm.evaluate.scoring import METRICS
 
 stats = mv.evaluate.stats
 ANSWERS = st.lists(st.tuples(st.sampled_from(["yes", "no"]), st.sampled_from(["yes", "no", "other"])), min_size=1)
@@ -323,6 +325,35 @@ def test_a_value_that_does_not_vary_goes_with_nothing() -> None:
     assert np.isfinite(found.p_max[:3]).all()
 
 
+def test_draws_without_an_error_have_no_correlation_and_no_part_in_the_interval() -> None:
+    """Beside numpy in every draw: four errors of 60, in clusters of their own, are not drawn in 2 % of draws."""
+    right = np.arange(60) >= 4
+    values = np.random.default_rng(0).normal(5, 1, size=60) + right
+    data = xr.DataArray(values[:, None], dims=["item", "layer"])
+    found = stats.associate(data, right, permutations=1, resamples=3000)
+    times = drawn_clusters(60, 3000, 0)
+    kept = [np.repeat(np.arange(60), one.astype(int)) for one in times if 0 < one[:4].sum() < 60]
+    wanted = np.quantile([np.corrcoef(values[one], right[one])[0, 1] for one in kept], [0.025, 0.975])
+    assert found.attrs["left_out"] == 3000 - len(kept) > 20
+    assert [found.low.item(), found.high.item()] == pytest.approx(wanted)
+
+
+def test_one_error_has_no_interval_nor_has_what_is_seldom_drawn() -> None:
+    values, right, answer = planted(60)
+    one = stats.associate(values, np.arange(60) > 0, permutations=9, resamples=200)
+    assert one.low.isnull().all() and one.high.isnull().all()
+    assert one.attrs["interval"] == "none: the outcome is False in less than two clusters"
+    alone = right | (answer == "yes")
+    alone[np.flatnonzero(answer == "yes")[0]] = False
+    within = stats.associate(values, alone & (answer == "yes"), strata=answer, permutations=9, resamples=200)
+    assert within.attrs["interval"].endswith("in less than two clusters of the strata in which it varies")
+    strata, seldom = np.array(["a"] * 2 + ["b"] * 58), xr.DataArray(np.eye(60)[:, :1], dims=["item", "layer"])
+    drawn = stats.associate(seldom, np.arange(60) % 2, strata=strata, permutations=9, resamples=200)
+    assert drawn.attrs["interval"] == "none: there is a correlation in less than half of the 200 draws"
+    assert drawn.low.isnull().all() and np.isfinite(drawn.r_within).all()
+    assert stats.associate(values, right, permutations=9).attrs["interval"].startswith("percentile")
+
+
 # -- two evaluations --------------------------------------------------------------------------------------------------
 
 
@@ -441,6 +472,17 @@ def test_the_table_says_what_the_comparison_found() -> None:
     same = stats.comparison_table(compared(base, base))
     assert same.loc["items a group for a power of 0.8", "edited - base"] == "none, as there is no difference"
     assert same.loc["McNemar", "edited - base"] == "no item differs"
+    sure = base.assign(margin=base.margin.copy(data=np.where(base.margin > 0, 3.0, -3.0)))
+    bands = stats.comparison_table(compared(sure, changed(sure, 0.5))).loc["by |baseline margin| (items)"]
+    assert bands["edited - base"] == f"2 to 5: +0.500 ({found.attrs['items']})"
+
+
+def test_the_base_has_the_same_interval_by_itself_and_compared() -> None:
+    base = baseline()
+    found = compared(base, changed(base, 0.4)).sel(model="base", metric=list(METRICS))
+    alone = stats.scores(base.label, base.predicted, base.image, resamples=800)
+    for name in ("value", "low", "high"):
+        np.testing.assert_array_equal(found[name], alone[name])
 
 
 def test_a_comparison_can_be_kept_in_a_file(tmp_path: object) -> None:

@@ -2,6 +2,8 @@
 
 from itertools import product
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -65,7 +67,7 @@ def test_one_split_is_correlated_and_reported_with_all_its_questions() -> None:
     turned = int((base.predicted != edited.predicted).sum())
     section = benchmark.turned_answers(second_split(base), second_split(edited))
     assert turned >= 5 and section.finding.startswith(f"{turned} answers changed")
-    assert "among 60 questions" in benchmark.by_split({"base": second_split(base)}).finding
+    assert "of 60 different questions" in benchmark.by_split({"base": second_split(base)}).finding
     assert _point(second_split(base), second_split(edited)) == _point(base, edited)
 
 
@@ -95,7 +97,31 @@ def test_of_parsed_answers_nothing_is_said_of_a_threshold(side: str, to: str) ->
 def test_the_same_parsed_answers_are_not_worse_than_themselves() -> None:
     base = of_words(baseline(10))
     found = stats.compare(base, base, resamples=50)
-    assert "accuracy with the edit cannot be told from that of base: it differs by +0.0000" in found.attrs["verdict"]
+    assert found.attrs["verdict"] == (
+        "accuracy with the edit is that of base: no answer turns right or wrong, so there is nothing to tell apart"
+    )
+
+
+def test_a_page_is_headed_by_files_without_their_hashes_and_breaks_no_interval(tmp_path: Path) -> None:
+    base = baseline(10).assign_attrs(questions=f"a.json sha256 {'0' * 64}; b.json sha256 {'1' * 64}", model="tiny")
+    made = benchmark.benchmark_page({"base": base}, tmp_path, {"made": "2026-01-01"}).read_text(encoding="utf-8")
+    assert "<h1>a.json, b.json: 10 pictures</h1>" in made
+    assert made.count("0" * 64) == 1  # where the numbers come from
+    shown = benchmark.by_split({"base": base}).tables[0].rows[0][2]
+    value, _, interval = str(shown).partition(" ")
+    assert f'<span class="number">{value}</span> <span class="number">{interval}</span>' in made
+
+
+def test_where_no_answer_changes_nothing_is_told_apart() -> None:
+    base = baseline(10)
+    found = stats.compare(base, changed(base, 1e-9), resamples=50)
+    assert found.attrs["verdict"].endswith(
+        "is that of base: no answer turns right or wrong, so there is nothing to tell apart"
+    )
+    section = benchmark.turned_answers(base, base)
+    assert (section.finding, section.tables) == ("No answer changed.", [])
+    assert benchmark.turned_text([False]) == "1 answer changed, and with the edits it is wrong."
+    assert benchmark.turned_text([True, True, False]) == "3 answers changed; with the edits 2 of them are right."
 
 
 def test_parsed_answers_that_are_the_margins_have_a_threshold() -> None:

@@ -23,6 +23,9 @@ HELD = 2_000_000
 NO_SPREAD = 1e-20
 """A sum of squares that is rounding, of numbers that reach 1."""
 
+LEAST = 0.5
+"""The share of draws in which there must be a correlation, for an interval of them."""
+
 
 def associate(
     values: xr.DataArray,
@@ -56,7 +59,10 @@ def associate(
         interval, `p` by the t-distribution, which takes items for independent, `p_permuted` by permutation or signs
         (both two-sided), `p_bh`, the latter after Benjamini and Hochberg, and `p_max`, by the largest |r| of each
         permutation, or the largest |t| of each draw of signs (r over the root of the clusters' summed squares).
-        `attrs["null"]` says which. A value that does not vary has none of them, and one cluster no p-value.
+        `attrs["null"]` says which. A value that does not vary has none of them, and one cluster no p-value. Draws in
+        which the outcome does not vary have no correlation and are left out: `attrs["left_out"]` of `resamples`. Where
+        less than half are left, or one outcome is in a single cluster, there is no interval, and `attrs["interval"]`
+        says why.
 
     Raises:
         ValueError: for values without items, an outcome that does not vary, or other numbers of them.
@@ -92,7 +98,7 @@ def associate(
     known = np.isfinite(tested) & (total > 1)
     p = np.where(known, _p_of_t(tested, len(table) - 1 - len(set(layers))), np.nan)
     found = {"r": _correlation(_centred(table, layers * 0), truth - truth.mean()), "d": _effect(table, truth)}
-    low, high = _interval(table, truth, layers, groups, resamples, seed)
+    low, high, said = _interval(table, truth, layers, groups, resamples, seed)
     permuted = np.where(known, p_of(np.abs(strength), np.abs(null)), np.nan)
     found |= {"low": low, "high": high, "p": p, "p_permuted": permuted, "p_bh": benjamini_hochberg(permuted)}
     found["p_max"] = np.where(known, max_statistic(strength, null), np.nan)
@@ -100,7 +106,7 @@ def associate(
     if strata is not None:
         result = _with_strata(result, other, (table, truth, layers), one_each("strata", strata), tested)
     about = {"tested": "r" if strata is None else "r_within", "permutations": permutations, "resamples": resamples}
-    about |= {"items": len(table), "outcomes": int(truth.sum()), "clusters": total, "seed": seed}
+    about |= {"items": len(table), "outcomes": int(truth.sum()), "clusters": total, "seed": seed, **said}
     about["null"] = "outcomes permuted within strata" if total == len(table) else "signs of clusters' scores"
     return result.assign_attrs(p="t-distribution, two-sided, items as independent", **about)
 
@@ -195,14 +201,14 @@ def _effect(table: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 def _interval(
     table: np.ndarray, truth: np.ndarray, strata: np.ndarray, groups: np.ndarray, resamples: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of the correlation within strata, over draws of clusters."""
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """The percentile interval of the correlation within strata, over draws of clusters that have one."""
     total = int(groups.max()) + 1
     x, y = _centred(table, strata * 0), (truth - truth.mean())[:, None]  # near 0, so that differences of sums are exact
     moments = np.concatenate([x, x**2, x * y, y, y**2, np.ones_like(y)], 1)
     cuts = np.cumsum([x.shape[1]] * 3 + [1, 1])
     drawn = drawn_clusters(total, resamples, seed)
-    spread_x, spread_y, together = (np.zeros((resamples, 1)) for _ in range(3))
+    spread_x, spread_y, together, raw = (np.zeros((resamples, 1)) for _ in range(4))
     for stratum in range(strata.max() + 1):
         here = np.flatnonzero(strata == stratum)
         sums = np.zeros((total, moments.shape[1]))
@@ -210,8 +216,27 @@ def _interval(
         of_x, of_xx, of_xy, of_y, of_yy, count = np.split(drawn @ sums, cuts, axis=1)
         many = np.maximum(count, 1)
         spread_x, spread_y = spread_x + of_xx - of_x**2 / many, spread_y + of_yy - of_y**2 / many
-        together = together + of_xy - of_x * of_y / many
-    return ends(_quotient(together, spread_x * spread_y), total, 0.95)
+        together, raw = together + of_xy - of_x * of_y / many, raw + of_xx
+    # What varies at all has a spread of half an item of the outcome; below that, and beside x's squares, is rounding.
+    varies = spread_y > 0.25
+    draws = np.where(varies & (spread_x > 1e-12 * raw), _quotient(together, spread_x * spread_y), np.nan)
+    enough = np.isfinite(draws).mean(0) >= LEAST
+    reason = _no_interval(truth, strata, groups)
+    if not reason and not enough.any():
+        reason = f"none: there is a correlation in less than half of the {resamples} draws"
+    low, high = ends(np.where(enough & (reason == ""), draws, np.nan), total, 0.95)
+    return low, high, {"left_out": int((~varies).sum()), "interval": reason or "percentile bootstrap over clusters"}
+
+
+def _no_interval(truth: np.ndarray, strata: np.ndarray, groups: np.ndarray) -> str:
+    """Why draws of clusters can give no interval, of strata in which the outcome varies; nothing where they can."""
+    varying = [one for one in range(strata.max() + 1) if len(set(truth[strata == one].tolist())) > 1]
+    within = np.isin(strata, varying)
+    for outcome in (False, True):
+        if len(set(groups[within & (truth == outcome)].tolist())) < 2:
+            where = " of the strata in which it varies" if len(varying) <= strata.max() else ""
+            return f"none: the outcome is {outcome} in less than two clusters{where}"
+    return ""
 
 
 def _with_strata(

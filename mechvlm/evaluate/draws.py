@@ -86,6 +86,6 @@ def ends(draws: np.ndarray, clusters: int, level: float) -> tuple[np.ndarray, np
     shape = draws.shape[1:]
     low, high = np.full(shape, np.nan), np.full(shape, np.nan)
     known = np.isfinite(draws).any(0)
-    if clusters > 1:
+    if clusters > 1 and known.any():
         low[known], high[known] = np.nanquantile(draws[:, known], [(1 - level) / 2, (1 + level) / 2], axis=0)
     return low, high

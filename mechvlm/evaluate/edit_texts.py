@@ -10,10 +10,12 @@ What a text means is made for each prompt, since the picture's positions differ 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from mechvlm.attention_edits import bias_attention, cut_attention
 from mechvlm.edits import Edit, ablate_heads, scale_heads
 from mechvlm.prompt import Prompt
+from mechvlm.sites import told
 
 FORMS = "bias:AMOUNT@LAYERS, cut@LAYERS, ablate@LAYER.HEAD,... or scale:FACTOR@LAYER.HEAD,..."
 LAYERS = r"\d+(-\d+)?(,\d+(-\d+)?)*"
@@ -65,6 +67,22 @@ def edits_from(*texts: str) -> EditTexts:
     for text in texts:
         parts_of(text)
     return EditTexts(tuple(text.strip() for text in texts))
+
+
+def no_texts(edits: Any) -> Any:
+    """What was given as edits, as it is, where it holds no text: `edits_from` makes edits of those.
+
+    Raises:
+        TypeError: for a text, or a list with texts.
+    """
+    held = [edits] if isinstance(edits, str) else edits if isinstance(edits, list | tuple) else []
+    texts = [one for one in held if isinstance(one, str)]
+    if texts:
+        said = ", ".join(map(repr, texts))
+        raise TypeError(
+            f"edits={told(edits)} is text; give edits=mv.evaluate.edits_from({said}), which makes edits of it."
+        )
+    return edits
 
 
 def parts_of(text: str) -> tuple[str, float, str]:

@@ -21,7 +21,7 @@ import xarray as xr
 from tqdm import tqdm
 
 from mechvlm.edits import Edit, name_of
-from mechvlm.evaluate.edit_texts import EditTexts
+from mechvlm.evaluate.edit_texts import EditTexts, no_texts
 from mechvlm.evaluate.files import Item, read_pope
 from mechvlm.evaluate.finished import Answer, Finished
 from mechvlm.evaluate.lines import is_paths, paths_of
@@ -101,7 +101,7 @@ def pope(
     if vlm.processor is None:
         raise ValueError("this model was given no processor, so no question can be put to it; give mv.VLM one.")
     items = read_pope(questions, split)
-    same = [] if callable(edits) else listed_edits("edits", edits)
+    same = [] if callable(edits) else listed_edits("edits", no_texts(edits))
     task = Task(
         vlm,
         items,

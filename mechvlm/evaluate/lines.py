@@ -4,7 +4,7 @@ Rule this module guards: whatever stands there, a line of it comes out, with its
 
 >>> line = next(lines_of([{"question_id": 1}]))
 >>> line.where, line.row, line.number
-('test, row 0', {'question_id': 1}, 1)
+('row 1 of the list', {'question_id': 1}, 1)
 """
 
 import json
@@ -70,9 +70,10 @@ def lines_of(questions: Any, wanted: tuple[str, ...] | None = None) -> Iterator[
             yield from file_lines(path)
     elif isinstance(questions, Mapping):
         for name, rows in questions.items():
-            yield from row_lines(rows, str(name))
+            yield from row_lines(rows, str(name), f"split {str(name)!r}")
     else:
-        yield from row_lines(questions, "test")
+        kind = "data frame" if isinstance(questions, pd.DataFrame) else type(questions).__name__
+        yield from row_lines(questions, "test", "" if kind not in ("data frame", "list", "tuple") else kind)
 
 
 def demo_lines() -> Iterator[Line]:
@@ -171,8 +172,8 @@ def deepest(text: str) -> int:
     return int(depth.argmax())
 
 
-def row_lines(rows: Any, split: str) -> Iterator[Line]:
-    """Rows of a data set.
+def row_lines(rows: Any, split: str, holder: str) -> Iterator[Line]:
+    """Rows of a data set, told by their number from 1 and by what holds them: a split's name, or a kind of list.
 
     Raises:
         TypeError: for what has none.
@@ -184,5 +185,5 @@ def row_lines(rows: Any, split: str) -> Iterator[Line]:
             f"{told(rows)} holds no questions; give a POPE file, a folder of them, rows as in lmms-lab/POPE, or 'demo'."
         )
     held = rows if isinstance(rows, Sized) else list(rows)
-    for number, row in enumerate(held):
-        yield Line(f"{split}, row {number}", number + 1, row, split, split, Held(held, number))
+    for at, row in enumerate(held):
+        yield Line(f"row {at + 1}{holder and f' of the {holder}'}", at + 1, row, split, split, Held(held, at))

@@ -56,6 +56,10 @@ def mcnemar(b: int, c: int, exact: bool = False, corrected: bool = True) -> McNe
         exact: by the binomial distribution instead of chi-squared, for few items.
         corrected: with the continuity correction, `(|b - c| - 1)^2 / (b + c)`; the exact test has none.
 
+    Returns:
+        `p_value`, two-sided, and `statistic`: chi-squared with one degree of freedom, or with exact=True the smaller of
+        b and c, which the binomial distribution of b + c items with chance 1/2 is asked about.
+
     Raises:
         ValueError: for counts below 0, or without any item on which the models differ.
 

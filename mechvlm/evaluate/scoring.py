@@ -9,7 +9,7 @@ Rule this module guards: the yes-ratio is that of the predictions. Of the labels
 import numpy as np
 import xarray as xr
 
-from mechvlm.evaluate.draws import checked_draws, drawn_sums, ends
+from mechvlm.evaluate.draws import checked_draws, cluster_sums, drawn_clusters, drawn_sums, ends
 from mechvlm.evaluate.items import Values, as_many, cluster_numbers, predictions, shares_of_one, yes_answers
 
 METRICS = ("accuracy", "precision", "recall", "f1", "yes_ratio", "other")
@@ -55,7 +55,11 @@ def scores(
     groups = cluster_numbers(clusters, len(table))
     checked_draws(resamples, level)
     total = int(groups.max()) + 1
-    low, high = ends(measures(drawn_sums(table, groups, resamples, seed)), total, level)
+    if clusters is None:
+        draws = drawn_sums(table, groups, resamples, seed)
+    else:  # the very draws of `compare`, so that the same answers have the same interval in both
+        draws = drawn_clusters(total, resamples, seed) @ cluster_sums(table, groups)
+    low, high = ends(measures(draws), total, level)
     found = {"value": measures(table.sum(0)), "low": low, "high": high}
     return xr.Dataset(
         {name: ("metric", array, {"long_name": "share", "units": "1"}) for name, array in found.items()},

@@ -76,6 +76,7 @@ def _tests(found: xr.Dataset) -> dict[str, list[str]]:
     bands = "; ".join(
         f"{band}: {value:+.3f} ({count:g})"
         for band, value, count in zip(found.band.values, found.band_change.values, found.band_items.values, strict=True)
+        if count
     )
     test = "no item differs"
     if np.isfinite(found.mcnemar):

@@ -121,6 +121,8 @@ def verdict(found: xr.Dataset, differs: list[str], images: int, unclaimed: str) 
     """
     one = found.sel(metric="accuracy")
     whose = "accuracy with " + (f"{', '.join(differs[:-1])} and {differs[-1]}" if differs[1:] else differs[0])
+    if not float(found.only_base) + float(found.only_edited):
+        return f"{whose} is that of base: no answer turns right or wrong, so there is nothing to tell apart"
     name = "difference" if unclaimed else "advantage"
     # Rounded, so that an edit which only moves the threshold is not better by what rounding adds.
     gain, low, high = (round(float(one[each]), 9) + 0.0 for each in (name, f"{name}_low", f"{name}_high"))

@@ -5,7 +5,7 @@
 ['item', 'question_id', 'image', 'question']
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +46,28 @@ def benchmark_page(found: Mapping[str, xr.Dataset], folder: Path, about: Mapping
     else:
         sections.append(calibration(found["base"]))
     last = list(found.values())[-1]
-    title = f"{last.attrs.get('questions', 'questions')}: {len(set(last.image.values))} pictures"
+    title = heading(str(last.attrs.get("questions", "questions")), len(set(last.image.values)))
     said = f"What {last.attrs.get('model', 'the model')} answers to {last.sizes['item']} questions of yes or no"
     about = {**{name: str(value) for name, value in last.attrs.items()}, **about}
     path = folder / "pope.html"
     made = [written(section, folder) for section in sections]
     path.write_text(page(made, about, title, said), encoding="utf-8")
     return path
+
+
+def heading(questions: str, pictures: int) -> str:
+    """What was asked about how much; hashes of files stand with what the numbers come from.
+
+    Args:
+        questions: what was read, as `mv.evaluate.pope` keeps it.
+        pictures: how many there are.
+
+    Example:
+        >>> heading(f"own.json sha256 {'0' * 64}", 1)
+        'own.json: 1 picture'
+    """
+    names = ", ".join(one.partition(" sha256 ")[0] for one in questions.split("; "))
+    return f"{names}: {pictures} picture{'s' * (pictures != 1)}"
 
 
 def by_split(found: Mapping[str, xr.Dataset]) -> Section:
@@ -77,7 +92,7 @@ def by_split(found: Mapping[str, xr.Dataset]) -> Section:
     return Section(
         "scores",
         "How good",
-        f"Right answers among {count} questions that differ: {', '.join(shares)}.",
+        f"Right answers, as a share of {count} different questions: {', '.join(shares)}.",
         "For each split, since what is asked for in vain is chosen otherwise in each.",
         f"Yes is the positive answer; the yes-ratio is the share of answers that are yes. {INTERVALS}",
         tables=[Table("Scores by split", ["split", "model", *(one.replace("_", "-") for one in metrics)], rows)],
@@ -157,10 +172,26 @@ def turned_answers(base: xr.Dataset, edited: xr.Dataset) -> Section:
     return Section(
         "items",
         "Answers that changed",
-        f"{len(once)} answers changed; {sum(bool(edited.correct[at]) for at in once)} of them are right now.",
-        f"At most {SHOWN} of them; items.csv has all answers.",
+        turned_text([bool(edited.correct[at]) for at in once]),
+        f"At most {SHOWN} of them; items.csv has all answers." if once else "items.csv has all answers.",
         "Margins are log P(yes) - log P(no), in nats.",
-        tables=[Table("Answers that changed", columns, examples)],
+        tables=[Table("Answers that changed", columns, examples)] if once else [],
+    )
+
+
+def turned_text(right: Sequence[bool]) -> str:
+    """How many answers changed, and how many of those are right with the edits.
+
+    Example:
+        >>> turned_text([True, False, False]), turned_text([])
+        ('3 answers changed; with the edits 1 of them is right.', 'No answer changed.')
+    """
+    if not right:
+        return "No answer changed."
+    if len(right) == 1:
+        return f"1 answer changed, and with the edits it is {'right' if right[0] else 'wrong'}."
+    return (
+        f"{len(right)} answers changed; with the edits {sum(right)} of them {'is' if sum(right) == 1 else 'are'} right."
     )
 
 

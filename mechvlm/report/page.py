@@ -10,6 +10,7 @@ which escapes them; figures are JSON in which no tag can begin.
 
 import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -20,11 +21,14 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 from plotly.offline import get_plotlyjs
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 THUMBNAIL = 240
+NUMBER = re.compile(r"(\[[-+\d., ]{1,40}\]|(?<![\w.])[-+]?\d[\d.]{0,14}(?!\w))")
+"""A number, or an interval in brackets, in a cell."""
 COUNTED = "Layers and heads are those of the language model and count from 0."
 
 
@@ -126,8 +130,22 @@ def page(sections: Sequence[Section], provenance: Mapping[str, object], question
     about = about or f"What {provenance['model']} does with the picture when it answers this question"
     loader = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined)
     loader.trim_blocks = loader.lstrip_blocks = True
+    loader.filters["unbroken"] = unbroken
     return loader.get_template("report.html.j2").render(
         sections=sections, provenance=provenance, question=question, about=about, plotly=get_plotlyjs()
+    )
+
+
+def unbroken(cell: object) -> Markup:
+    """A cell's text for a page, whose numbers and intervals of numbers are not broken over lines.
+
+    Example:
+        >>> str(unbroken("0.5 [0.25, 0.75] <"))
+        '<span class="number">0.5</span> <span class="number">[0.25, 0.75]</span> &lt;'
+    """
+    parts = NUMBER.split(str(cell))  # every other part is a number
+    return Markup("").join(
+        Markup('<span class="number">{}</span>').format(part) if at % 2 else part for at, part in enumerate(parts)
     )
 
 
