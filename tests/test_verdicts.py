@@ -1,7 +1,6 @@
 """What may be said of answers: of one split, parsed, under other settings, and where questions share a picture."""
 
 from itertools import product
-
 from pathlib import Path
 
 import numpy as np
