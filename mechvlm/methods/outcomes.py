@@ -3,7 +3,7 @@
 Rule this module guards: no edit is spoken of without the threshold that says yes as often.
 
 >>> base_said({"base": base}).split(" of ")[0]
-'Right in 0.7625 [0.7125, 0.8125]'
+'Right in 0.7625 [0.7167, 0.8125]'
 """
 
 from collections.abc import Callable, Mapping

@@ -4,7 +4,7 @@ Rule this module guards: no sentence is fixed. What it says depends on where an 
 them; what could not be told from nothing is said to be so.
 
 >>> finding("base", {"base": base}).split(" of ")[0]
-'Right in 0.7625 [0.7125, 0.8125]'
+'Right in 0.7625 [0.7167, 0.8125]'
 """
 
 from collections.abc import Callable, Mapping
@@ -29,7 +29,7 @@ def finding(name: str, parts: Made) -> str:
 
     Example:
         >>> finding("base", {"base": base}).split(" of ")[0]
-        'Right in 0.7625 [0.7125, 0.8125]'
+        'Right in 0.7625 [0.7167, 0.8125]'
     """
     return FINDINGS[name](parts)
 
