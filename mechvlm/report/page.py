@@ -27,8 +27,8 @@ from plotly.offline import get_plotlyjs
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 THUMBNAIL = 240
-NUMBER = re.compile(r"(\[[-+\d., ]{1,40}\]|(?<![\w.])[-+]?\d[\d.]{0,14}(?!\w))")
-"""A number, or an interval in brackets, in a cell."""
+NUMBER = re.compile(r"(\[[-+\d., ]{1,40}\]|(?<![\w.])[-+]?\d+\.\d{1,12}(?!\w))")
+"""A number with decimals, or an interval in brackets, in a cell."""
 COUNTED = "Layers and heads are those of the language model and count from 0."
 
 
