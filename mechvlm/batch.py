@@ -1,6 +1,6 @@
 """Prompts as one batch, and what is checked before and after it runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -13,10 +13,10 @@ from mechvlm.grids import grids_of
 from mechvlm.layout import Layout
 from mechvlm.metrics import Metric
 from mechvlm.pixels import to_picture
+from mechvlm.plan import Plan
 from mechvlm.prompt import Prompt, checked_pixels, locate
 from mechvlm.shapes import Parts, Shape, kernels_of, shape_of
 from mechvlm.sites import told, whole
-from mechvlm.visit import Visit
 
 KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 """The attention implementations whose arguments mechvlm reads right."""
@@ -209,9 +209,9 @@ def check_padding(layout: Layout, kernel: str, dtype: torch.dtype, crossing: boo
         )
 
 
-def check_fired(visit: Visit) -> None:
-    """Refuse a run in which an edit never acted."""
-    missed = [label for number, label in enumerate(visit.plan.labels) if number not in visit.fired]
+def check_fired(plan: Plan, fired: Collection[int]) -> None:
+    """Refuse a run in which an edit never acted, from the numbers of those that did."""
+    missed = [label for number, label in enumerate(plan.labels) if number not in fired]
     if missed:
         raise ValueError(
             f"{missed[0]} never acted in this run, so nothing it was to change was changed. A decode step's edit needs "
@@ -309,7 +309,7 @@ def provenance(vlm: Any, prompt: Prompt, edits: Sequence[Edit]) -> dict[str, str
         "model": str(vlm.name),
         "revision": str(vlm.hf.config.to_dict().get("_commit_hash") or "unknown"),
         "dtype": str(vlm.dtype).removeprefix("torch."),
-        "device": str(vlm.device),
+        "device": vlm.place.name or str(vlm.device),
         "attention": vlm.attention,
         "prompt": prompt.text,
         "edits": "; ".join(map(str, edits)) or "none",

@@ -143,10 +143,20 @@ def names_in(code: CodeType) -> set[str]:
     return set(code.co_names).union(*within)
 
 
-def weights_print(hf_model: torch.nn.Module) -> list[str]:
+def weights_print(vlm: Any) -> list[str]:
     """A model's weights: of each its shape, its sum, its squares' sum, and where its largest values stand."""
+    found: list[str] = vlm.place.ask(vlm.model, prints_of)
+    return found
+
+
+def prints_of(model: Any) -> list[str]:
+    """The same, where the model runs.
+
+    Args:
+        model: the nnsight model.
+    """
     found = []
-    for name, weight in hf_model.named_parameters():
+    for name, weight in model._module.named_parameters():
         flat = weight.detach().flatten()
         sums = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
         numbers = " ".join(f"{float(one):.7e}" for one in sums)

@@ -9,13 +9,11 @@ since edits and readings rest on that; and the first pass is the one that `run` 
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
 from mechvlm.batch import TEXT_LIKE
 from mechvlm.calls import MASKED
+from mechvlm.layout import Layout
 from mechvlm.run import Generation, by_step, texts_of
 from mechvlm.sites import told, whole
-from mechvlm.visit import Visit
 
 REFUSED_SAMPLING = {
     "use_cache": (True, None),
@@ -93,14 +91,13 @@ def answered(hf: Any, given: Mapping[str, Any], pictured: bool) -> Any:
         del hf.input_modalities
 
 
-def generation_of(processor: Any, said: Any, start: int, alone: bool, visit: Visit) -> Generation:
+def generation_of(processor: Any, shows: Mapping[str, Any], start: int, alone: bool, layout: Layout) -> Generation:
     """What was generated, and what was read on the way.
 
     Args:
-        said: what transformers returns.
+        shows: token ids and readings.
         start: how many positions the prompt has.
         alone: whether one prompt was given, and not a list.
     """
-    ids = said if isinstance(said, Tensor) else said.sequences
-    tokens = ids[:, start:]
-    return Generation(texts_of(processor, tokens, alone), tokens, by_step(visit.saved, visit.plan.layout))
+    tokens = shows["tokens"][:, start:]
+    return Generation(texts_of(processor, tokens, alone), tokens, by_step(shows["saved"], layout))

@@ -1,6 +1,7 @@
 """One forward pass of a model, or all of a generation's, walked in an nnsight trace.
 
-Rule this module guards: with `mechvlm.rerun` it is the only one that opens traces.
+Rule this module guards: with `mechvlm.rerun` it is the only one that opens traces. What opens them are plain functions
+of the nnsight model and of plain values, so that a place can run them elsewhere (`mechvlm.places`).
 
 >>> plan = vlm.plan([real])
 >>> forward(vlm, Visit(plan), vlm.batch([real], plan))
@@ -8,29 +9,82 @@ Run(1 rows; nothing read)
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mechvlm import batch as batches
+from mechvlm.batch import check_finite, check_fired, scored
+from mechvlm.generating import answered
 from mechvlm.metrics import Metric
+from mechvlm.plan import Plan
 from mechvlm.run import NO_GRADIENT, Readings, Run
 from mechvlm.seam import attending
+from mechvlm.shapes import Parts
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass is to do.
+
+    Attributes:
+        plan: reads and edits.
+        batch: what the model is called with.
+        metric: what gradients are taken of, if any.
+        ends: the position of each row whose logits are wanted, counted from the end.
+        value: what is wanted of these logits instead of themselves, evaluated where the model runs; `run.metric`.
+    """
+
+    plan: Plan
+    batch: Mapping[str, Tensor]
+    metric: Metric | None = None
+    ends: Sequence[int] = (-1,)
+    value: Metric | None = None
+
+
+def pass_of(
+    vlm: Any,
+    held: dict[tuple, dict[str, Tensor]],
+    prompt: Any,
+    read: Any = (),
+    edits: Any = (),
+    variants: Any = None,
+    grad_of: Metric | None = None,
+    position: int = -1,
+    value: Metric | None = None,
+) -> Pass:
+    """What one forward pass is to do, from what `vlm.run` takes; what cannot be is refused.
+
+    Args:
+        held: batches that were made already; what is sent to another place is sent once for all passes.
+    """
+    prompts = batches.check_prompts(prompt, vlm.shape)
+    ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
+    plan = vlm.plan(prompts, read, edits, variants=variants, gradient=grad_of is not None)
+    metric = None if grad_of is None else vlm.metric(grad_of)
+    if metric is not None:
+        batches.check_gradients(vlm.attention, vlm.device)
+    if not vlm.place.remote:
+        return Pass(plan, vlm.batch(prompts, plan), metric, ends, value)
+    key = (*map(id, prompts), plan.layout)
+    held[key] = held[key] if key in held else vlm.batch(prompts, plan)
+    return Pass(plan, held[key], metric, ends, value)
 
 
 def forward(
     vlm: Any,
     visit: Visit,
-    batch: dict[str, Tensor],
+    batch: Mapping[str, Tensor],
     metric: Metric | None = None,
     ends: Sequence[int] = (-1,),
     more: Iterable[tuple] = (),
 ) -> Run:
-    """One forward pass.
+    """One forward pass, in this process.
 
     Args:
         visit: what is done at each site.
@@ -38,41 +92,107 @@ def forward(
         ends: the position of each row whose logits are wanted, counted from the end.
         more: sites to visit beside those of the visit's plan.
     """
-    plan, model, arch = visit.plan, vlm.model, vlm.arch
-    wanted, pictures = plan.wanted(), "pixel_values" in batch
+    found = passed(vlm.model, vlm.arch, vlm.shape.logit_cap, visit, Pass(visit.plan, batch, metric, ends), more)
+    return shown(vlm, visit.plan, found)
+
+
+def forwards(vlm: Any, passes: Iterable[Pass]) -> Iterator[Run]:
+    """Several forward passes: one after the other in this process, or one job elsewhere."""
+    if not vlm.place.remote:
+        for one in passes:
+            yield shown(vlm, one.plan, passed(vlm.model, vlm.arch, vlm.shape.logit_cap, Visit(one.plan), one))
+        return
+    listed = list(passes)
+    found = vlm.place.ask(vlm.model, all_passed, vlm.arch, vlm.shape.logit_cap, listed) if listed else []
+    for one, shows in zip(listed, found, strict=True):
+        yield shown(vlm, one.plan, shows)
+
+
+def all_passed(model: Any, arch: Parts, cap: float | None, passes: Sequence[Pass]) -> list[dict[str, Any]]:
+    """What several forward passes showed."""
+    return [passed(model, arch, cap, Visit(one.plan), one) for one in passes]
+
+
+def passed(
+    model: Any, arch: Parts, cap: float | None, visit: Visit, what: Pass, more: Iterable[tuple] = ()
+) -> dict[str, Any]:
+    """What one forward pass showed: plain values, under names.
+
+    Args:
+        model: the nnsight model.
+        cap: of the model's logits.
+        more: sites to visit beside those of the visit's plan.
+    """
+    plan, ends, weight = visit.plan, what.ends, at(model, str(arch.text.embed)).weight
+    at(model, arch.row.image_features)  # nnsight knows a call within a pass only if it was named before the pass
+    wanted, pictures = plan.wanted(), "pixel_values" in what.batch
     for kind, layer, tower in more:
         wanted.setdefault((tower, layer), set()).add(kind)
     whole = ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads}
     keep = {"logits_to_keep": 0 if whole else -min(ends)} if arch.row.keeps else {}
-    shown: dict[str, Tensor] = {}
-    with torch.set_grad_enabled(metric is not None):
-        with model.trace(**batch, use_cache=False, **keep):
+    given = placed(what.batch, weight)
+    shows: dict[str, Any] = {}
+    with torch.set_grad_enabled(what.metric is not None):
+        with model.trace(**given, use_cache=False, **keep):
             walk(model, arch, wanted, visit.touch, attending(visit), pictures)
-            shown["logits"] = visit.logits(at(model, arch.unembed), ends, vlm.shape.logit_cap)
-        if metric is not None:
-            values = batches.scored(metric, shown["logits"])
+            shows["logits"] = visit.logits(at(model, arch.unembed), ends, cap)
+        if what.metric is not None:
+            values = scored(what.metric, shows["logits"])
             visit.gradients(values)
-    batches.check_fired(visit)
-    batches.check_finite(shown["logits"])
+            shows["metric"] = values.detach()
+    logits = shows["logits"] = shows["logits"].detach()
+    check_finite(logits)
+    if what.value is not None:
+        shows |= {"logits": logits[:, :0], "metric": what.value(logits)}
+    return {**shows, "saved": visit.saved, "grads": visit.grads, "fired": sorted(visit.fired)}
+
+
+def placed(batch: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
+    """A batch where the embeddings are, and pictures in their type."""
+    return {name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()}
+
+
+def shown(vlm: Any, plan: Plan, shows: Mapping[str, Any]) -> Run:
+    """What a forward pass showed, as a `Run`."""
+    check_fired(plan, shows["fired"])
     return Run(
-        shown["logits"].detach(),
-        Readings({site: steps[0] for site, steps in visit.saved.items()}, plan.layout),
-        Readings(visit.grads, plan.layout, NO_GRADIENT),
-        None if metric is None else values.detach(),
+        shows["logits"],
+        Readings({site: steps[0] for site, steps in shows["saved"].items()}, plan.layout),
+        Readings(shows["grads"], plan.layout, NO_GRADIENT),
+        shows.get("metric"),
         vlm,
     )
 
 
-def steps(vlm: Any, visit: Visit, answer: Callable, batch: dict[str, Tensor], **settings: Any) -> None:
-    """The passes of a generation, the one over the prompt first."""
-    model, arch, wanted = vlm.model, vlm.arch, visit.plan.wanted()
-    pictures, callback = "pixel_values" in batch, attending(visit)
-    with warnings.catch_warnings(), torch.no_grad():
+def steps(vlm: Any, plan: Plan, batch: Mapping[str, Tensor], **settings: Any) -> dict[str, Any]:
+    """The passes of a generation, the one over the prompt first: what was said and what was read of each step."""
+    with warnings.catch_warnings():
         # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
-        with model.trace(**batch, **settings, fn=answer) as tracer:
-            for step in tracer.iter[:]:
-                visit.step = step
-                walk(model, arch, wanted, visit.touch, callback, pictures and step == 0)
-                # Something has to be read in every step, or the loop would not end.
-                visit.logits(at(model, arch.unembed), [-1])
+        shows = vlm.place.ask(vlm.model, generated, vlm.arch, plan, dict(batch), settings)
+    check_fired(plan, shows["fired"])
+    found: dict[str, Any] = shows
+    return found
+
+
+def generated(
+    model: Any, arch: Parts, plan: Plan, batch: dict[str, Tensor], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What a generation showed: plain values, under names."""
+    visit, wanted, said = Visit(plan), plan.wanted(), []
+    pictures, callback = "pixel_values" in batch, attending(visit)
+    given = placed(batch, at(model, str(arch.text.embed)).weight)
+    at(model, arch.row.image_features)
+
+    def answer(**named: Any) -> Any:
+        said.append(answered(model._module, named, plan.pictured()))
+        return said[-1]
+
+    with torch.no_grad(), model.trace(**given, **settings, fn=answer) as tracer:
+        for step in tracer.iter[:]:
+            visit.step = step
+            walk(model, arch, wanted, visit.touch, callback, pictures and step == 0)
+            # Something has to be read in every step, or the loop would not end.
+            visit.logits(at(model, arch.unembed), [-1])
+    ids = said[0] if isinstance(said[0], Tensor) else said[0].sequences
+    return {"tokens": ids, "saved": visit.saved, "fired": sorted(visit.fired)}

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mechvlm.between import Reaching
 from mechvlm.edits import Edit
+from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.reach import Reach, reach_of, whole_from
 from mechvlm.rerun import rerun
@@ -85,8 +86,8 @@ def way_of(
     size = rows_for(prompt) if rows is None else rows
     if variants:
         vlm.plan([prompt], variants=list(variants))  # what cannot be is said before anything runs
-    if not fast or len(asked) < FEW:
-        why = "they are few" if fast else "it was asked for"
+    if not fast or len(asked) < FEW or vlm.place.remote:
+        why = "the model runs elsewhere" if vlm.place.remote else "they are few" if fast else "it was asked for"
         return Way(vlm, prompt, variants, None, (), asked, size, f"a full pass for each point, since {why}")
     start = tested(start_of(vlm, prompt, {site for point in asked for site in tried(variants[point])}))
     reaches = [reach_of(start, variants[point]) for point in asked]
@@ -140,12 +141,27 @@ def told_how(start: Start, made: Sequence[Batch], full: Sequence[int]) -> str:
     return "; ".join(parts)
 
 
-def answers(way: Way) -> Iterator[tuple[tuple[int, ...], Tensor]]:
-    """The points that ran together, by their number, and their logits, `batch vocab`."""
+def answers(way: Way, value: Metric | None = None) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """The points that ran together, by their number, and their logits, `batch vocab`.
+
+    Args:
+        value: what is wanted of the logits instead of themselves, `(batch vocab) -> (batch)`.
+    """
     for batch in way.batches:
-        yield from rerun_some(way, batch)
-    for at in range(0, len(way.full), way.rows):
-        yield from full_passes(way, tuple(way.full[at : at + way.rows]))
+        yield from ((points, of(value, logits)) for points, logits in rerun_some(way, batch))
+    groups = [tuple(way.full[at : at + way.rows]) for at in range(0, len(way.full), way.rows)]
+    if way.vlm.place.remote:
+        asked = ({"prompt": way.prompt, "variants": [way.variants[p] for p in some], "value": value} for some in groups)
+        found = (run.logits if value is None else run.metric for run in way.vlm.runs(asked))
+        yield from zip(groups, found, strict=True)
+        return
+    for some in groups:
+        yield from ((points, of(value, logits)) for points, logits in full_passes(way, some))
+
+
+def of(value: Metric | None, logits: Tensor) -> Tensor:
+    """What is wanted of logits."""
+    return logits if value is None else value(logits)
 
 
 def rerun_some(way: Way, batch: Batch, first: int | None = None) -> Iterator[tuple[tuple[int, ...], Tensor]]:

@@ -201,7 +201,7 @@ def traced(rows: Rows, layer: int, h: Tensor, within: Sequence[int]) -> Tensor:
         kinds = plan.wanted()[("text", layer)]
         walk_layer(envoy, vlm.arch.text, ("text", layer), kinds, visit.touch, attending(visit))
         shown["h"] = envoy.output
-    batches.check_fired(visit)
+    batches.check_fired(plan, visit.fired)
     return shown["h"]
 
 

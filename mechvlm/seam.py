@@ -22,7 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm import attention
+from mechvlm.attention import Change
+from mechvlm.attention import attend as attended
+from mechvlm.attention import pattern as pattern_of
+from mechvlm.attention import scores as scores_of
 from mechvlm.calls import Call, Chunked, call_of
 from mechvlm.fused import Place, change_call, must_recompute, sites
 from mechvlm.layout import Group
@@ -140,9 +143,9 @@ def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
             "an edit there has to have the whole map; give the edit rows='each' if it treats every query by itself, or "
             "read rows(), mass() or the like."
         )
-    old = attention.scores(call.q, call.k, call.scale, call.sees.whole(call.q), call.cap)
+    old = scores_of(call.q, call.k, call.scale, call.sees.whole(call.q), call.cap)
     new = visit.touch(scores, old)
-    before = attention.pattern(new)
+    before = pattern_of(new)
     after = visit.touch(pattern, before)
     if isinstance(plan.reads.get(scores), Visible):
         read_parts(
@@ -150,7 +153,7 @@ def recompute(visit: Visit, place: Place, call: Call | Chunked) -> Anew | None:
         )
     if new is old and after is before and not plan.gradient:
         return None
-    z = attention.attend(after, call.v)
+    z = attended(after, call.v)
     return [((None, 0, None), None, z)] if plan.gradient else only_edited(visit, place, call.q.shape[0], z)
 
 
@@ -208,7 +211,7 @@ def edited_parts(
 
 def editing(
     visit: Visit, place: Place, group: Group, part: Attention, entries: list, changed: list[bool], batch: int
-) -> attention.Change:
+) -> Change:
     """The edits of a layer's scores and pattern as a function of pieces of one group of rows.
 
     Args:

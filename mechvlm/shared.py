@@ -84,8 +84,8 @@ def shared_logits(vlm: VLM, prompts: Sequence[Prompt], edits: EditsOf | Any = ()
     for prompt, its in zip(asked, own, strict=True):
         vlm.plan([prompt], edits=its)  # what cannot be is said before anything runs
     try:
-        if not share:
-            raise Apart("it was asked for")
+        if not share or vlm.place.remote:
+            raise Apart("the model runs elsewhere" if vlm.place.remote else "it was asked for")
         return on_one_prefix(vlm, asked, own)
     except Apart as why:
         return Shared(whole(vlm, asked, own), f"full passes, since {why}")
@@ -290,9 +290,10 @@ def shortened(named: Mapping[str, Any], length: int) -> dict[str, Any]:
 def whole(vlm: VLM, prompts: Sequence[Prompt], edits: Sequence[list[Edit]]) -> Float[Tensor, "prompt vocab"]:
     """Prompts as rows of full passes, without padding: those of one length and with the same edits together."""
     found: dict[int, Tensor] = {}
-    for members in in_batches(prompts, edits):
-        logits = vlm.run([prompts[member] for member in members], edits=edits[members[0]]).logits
-        found |= dict(zip(members, logits, strict=True))
+    groups = list(in_batches(prompts, edits))
+    asked = ({"prompt": [prompts[member] for member in some], "edits": edits[some[0]]} for some in groups)
+    for members, run in zip(groups, vlm.runs(asked), strict=True):
+        found |= dict(zip(members, run.logits, strict=True))
     return torch.stack([found[number] for number in range(len(prompts))])
 
 

@@ -4,12 +4,13 @@ Rule this module guards: the logits of all positions over all the vocabulary are
 not fit, and what is said of them (likeliest tokens, probabilities, ranks) is what all of them together would say.
 
 >>> h = vlm.run(real, read=["text.7.resid_post"])["text.7.resid_post"][0]
->>> Decoded.of(vlm, h, top=2, words=[vlm.token_ids("yes")], piece=50).likeliest.shape == (len(real), 2)
+>>> decoded(vlm, h, top=2, words=[vlm.token_ids("yes")], piece=50)[0].shape == (len(real), 2)
 True
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -17,52 +18,106 @@ from torch import Tensor
 
 from mechvlm.attention import capped
 from mechvlm.batch import check_width
+from mechvlm.shapes import Parts, Shape
 from mechvlm.sites import whole
 from mechvlm.walk import at
 
 BYTES = 16
 """What a logit takes while it is looked at: itself in two precisions, and what is worked out from it."""
+Said = tuple[Int[Tensor, "pos top"], Float[Tensor, "pos top"], Float[Tensor, "pos word"], Int[Tensor, "pos word"]]
+"""What residual streams say."""
 FEWEST = 1024  # tokens of the vocabulary at once, below which products of matrices are slow
 
 
-class Decoded(NamedTuple):
-    """What residual streams say, one row a position."""
+@dataclass(frozen=True)
+class Readout:
+    """Of a model, what readings may use where it runs: its final norm, its unembedding and its sizes.
 
-    likeliest: Int[Tensor, "pos top"]
-    log_probability: Float[Tensor, "pos top"]
-    words: Float[Tensor, "pos word"]
-    ranks: Int[Tensor, "pos word"]
+    A reading that holds a `VLM` is sent with this in its place.
+    """
 
-    @classmethod
-    def of(
-        cls,
-        vlm: Any,
-        h: Float[Tensor, "pos d_model"],
-        top: int,
-        words: Sequence[Sequence[int]] = (),
-        piece: int | None = None,
-    ) -> "Decoded":
-        """Streams through the final norm and the unembedding, in pieces that fit `vlm.attention_budget`.
+    model: Any
+    arch: Parts
+    shape: Shape
+    attention_budget: int
 
-        Args:
-            top: how many of the likeliest tokens to name.
-            words: token ids, the spellings of each word; `words` are their log-probabilities, the spellings of a word
-                joined, in nats, and `ranks` the place of the best placed one, 1 the top.
-            piece: how many tokens of the vocabulary at once; by default what the budget allows.
+    @property
+    def hf(self) -> Any:
+        """The model itself."""
+        return self.model._module
 
-        Raises:
-            ValueError: for what are no residual streams, or a piece of nothing.
-        """
-        check_width(h, vlm.shape.d_model["text"])
-        width, held = vlm.shape.vocabulary, max(1, vlm.attention_budget // BYTES)
-        if piece is not None and whole("piece", piece) < 1:
-            raise ValueError(f"piece={piece} holds no token; give how many of the vocabulary to decode at once.")
-        columns = min(width, max(FEWEST, held // max(1, len(h))) if piece is None else piece)
-        columns = columns if divisible(vlm) else width
-        with torch.no_grad():
-            rows = h.split(max(1, held // columns))
-            parts = [_decoded(Vocabulary(vlm, some, columns), top, words) for some in rows]
-            return cls(*(torch.cat(part) for part in zip(*parts, strict=True)))
+    @property
+    def device(self) -> torch.device:
+        """Where the final norm's weights are."""
+        return self.like.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights."""
+        return self.like.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """The embeddings."""
+        found: Tensor = at(self.model, str(self.arch.text.embed)).weight
+        return found
+
+    def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
+        """Residual streams as logits."""
+        return unembedded(self.model, self.arch, self.shape.logit_cap, h)
+
+
+def unembedded(model: Any, arch: Parts, cap: float | None, h: Tensor) -> Tensor:
+    """Residual streams as logits, through the final norm and the unembedding.
+
+    Args:
+        model: the nnsight model, through which a reading within a run may call its modules without being taken for the
+            model's own call.
+    """
+    with torch.no_grad():
+        return capped(at(model, arch.unembed)(normed(model, arch, h)), cap)
+
+
+def normed(model: Any, arch: Parts, h: Tensor) -> Tensor:
+    """Residual streams after the final norm."""
+    like = at(model, str(arch.text.embed)).weight
+    with torch.no_grad():
+        found: Tensor = at(model, arch.norm)(h.to(like.device, like.dtype))
+        return found
+
+
+def decoded(
+    vlm: Any,
+    h: Float[Tensor, "pos d_model"],
+    top: int,
+    words: Sequence[Sequence[int]] = (),
+    piece: int | None = None,
+) -> Said:
+    """Streams through the final norm and the unembedding, in pieces that fit `vlm.attention_budget`.
+
+    Args:
+        top: how many of the likeliest tokens to name.
+        words: token ids, the spellings of each word.
+        piece: how many tokens of the vocabulary at once; by default what the budget allows.
+
+    Returns:
+        One row a position: the likeliest tokens and their log-probabilities, falling, `pos top`; of each word the
+        log-probability, its spellings joined, in nats, and the rank of the best placed one, 1 the top, `pos word`.
+
+    Raises:
+        ValueError: for what are no residual streams, or a piece of nothing.
+    """
+    check_width(h, vlm.shape.d_model["text"])
+    width, held = vlm.shape.vocabulary, max(1, vlm.attention_budget // BYTES)
+    if piece is not None and whole("piece", piece) < 1:
+        raise ValueError(f"piece={piece} holds no token; give how many of the vocabulary to decode at once.")
+    columns = min(width, max(FEWEST, held // max(1, len(h))) if piece is None else piece)
+    columns = columns if divisible(vlm) else width
+    with torch.no_grad():
+        rows = h.split(max(1, held // columns))
+        parts = [_decoded(Vocabulary(vlm, some, columns), top, words) for some in rows]
+        first, second, third, fourth = (torch.cat(part) for part in zip(*parts, strict=True))
+        return first, second, third, fourth
 
 
 def divisible(vlm: Any) -> bool:
@@ -80,8 +135,7 @@ class Vocabulary:
     """The logits of a few streams, piece by piece; the piece made last is kept."""
 
     def __init__(self, vlm: Any, h: Float[Tensor, "pos d_model"], columns: int) -> None:
-        # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
-        self.x = at(vlm.model, vlm.arch.norm)(h.to(vlm.device, vlm.dtype))
+        self.x = normed(vlm.model, vlm.arch, h)
         self.through, self.own = at(vlm.model, vlm.arch.unembed), at(vlm.hf, vlm.arch.unembed)
         self.cap, self.width, self.columns, self.start = vlm.shape.logit_cap, vlm.shape.vocabulary, columns, -1
 
@@ -108,7 +162,7 @@ class Vocabulary:
         return torch.stack([self.piece(part * self.columns)[:, column] for part, column in places], -1)
 
 
-def _decoded(vocabulary: Vocabulary, top: int, words: Sequence[Sequence[int]]) -> Decoded:
+def _decoded(vocabulary: Vocabulary, top: int, words: Sequence[Sequence[int]]) -> Said:
     """What one block of positions says: best tokens, sums and ranks carried from piece to piece."""
     said = [vocabulary.logits(same) for same in words]
     best = [one.amax(-1, keepdim=True) for one in said]
@@ -129,4 +183,4 @@ def _decoded(vocabulary: Vocabulary, top: int, words: Sequence[Sequence[int]]) -
     none = values[0].new_zeros(len(values[0]), 0)
     of_words = torch.stack([one.logsumexp(-1) - total for one in said], -1) if said else none
     ranks = torch.stack([1 + count for count in above], -1) if said else none.long()
-    return Decoded(tokens, values[0] - total[:, None], of_words, ranks)
+    return tokens, values[0] - total[:, None], of_words, ranks

@@ -8,8 +8,7 @@ traced model into a `Run`.
 >>> vlm.run(real, read=["text.3.resid_post"], edits=[mv.ablate_heads(2, [0])])
 """
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from typing import Any
 
@@ -19,17 +18,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm import batch as batches
-from mechvlm.attention import bytes_of, capped
+from mechvlm.attention import bytes_of
 from mechvlm.edits import Edit
-from mechvlm.generating import answered, check_copies, check_sampling, generation_of
+from mechvlm.generating import check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
-from mechvlm.passes import forward, steps
+from mechvlm.passes import forwards, pass_of, placed, steps
+from mechvlm.places import in_nnsight, place_of
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
 from mechvlm.run import Generation, Run
 from mechvlm.shapes import kernels_of, parts_of, shape_of
+from mechvlm.shipping import SENT
 from mechvlm.sites import Site
-from mechvlm.visit import Visit
+from mechvlm.unembedding import Readout, unembedded
 from mechvlm.walk import at
 from mechvlm.weights import Weights
 
@@ -40,10 +41,11 @@ class VLM:
     """A model that can be read and edited at named sites.
 
     Args:
-        hf_model: a Hugging Face model of a type in `ARCHS`, in evaluation mode.
+        hf_model: a Hugging Face model of a type in `ARCHS`, in evaluation mode; by itself, or inside nnsight.
         processor: its processor; None where prompts come as ready encodings.
         name: how records name it; by default what it was loaded from.
         attention_budget: memory for pieces of attention (`mechvlm.lazy_attention`); an attribute to assign to as well.
+        remote: "local" sends everything that is asked of the model as it would be sent to NDIF, and runs it here.
 
     Attributes:
         model: the nnsight model, for everything that has no name here.
@@ -56,37 +58,47 @@ class VLM:
 
     def __init__(
         self,
-        hf_model: torch.nn.Module,
+        hf_model: Any,
         processor: Any = None,
         name: str | None = None,
         attention_budget: int | str = "256MiB",
+        remote: bool | str = False,
     ) -> None:
-        batches.check_model(hf_model)
-        config: Any = hf_model.config
+        self.place = place_of(remote)
+        wrapped = isinstance(hf_model, nnsight.Envoy)
+        if remote not in (False, "local") and not wrapped:
+            raise ValueError(
+                "a model in memory runs where it is; for one that runs elsewhere write mv.load(name, remote=True)."
+            )
+        self.hf: Any = hf_model._module if wrapped else hf_model
+        batches.check_model(self.hf)
+        config: Any = self.hf.config
         self.arch = parts_of(config)
         self.shape = shape_of(config)
-        batches.check_state(hf_model)
-        self.hf: Any = hf_model
+        batches.check_state(self.hf)
+        self.model: Any = hf_model if wrapped else in_nnsight(self.hf)
         self.processor = batches.check_processor(processor)
         self.attention_budget = bytes_of(attention_budget)
         self.edits: tuple[Edit, ...] = ()
         self.name = name or config.name_or_path or config.model_type
-        with warnings.catch_warnings():
-            # Q-Formers have submodules called `output`; mechvlm never asks for those.
-            warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
-            self.model = nnsight.NNsight(hf_model)
         # A call within a forward pass is known to nnsight only if it was named before that pass began.
         at(self.model, self.arch.row.image_features)
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are, and so where encodings have to be."""
-        return at(self.hf, str(self.arch.text.embed)).weight.device
+        """Where the embeddings are, and so where encodings have to be; of a model elsewhere, where its results are."""
+        return torch.device("cpu") if self.place.remote else self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights."""
-        return at(self.hf, str(self.arch.text.embed)).weight.dtype
+        return self.embedding.dtype
+
+    @property
+    def embedding(self) -> Tensor:
+        """The matrix that words are embedded by."""
+        found: Tensor = at(self.hf, str(self.arch.text.embed)).weight
+        return found
 
     @property
     def attention(self) -> str:
@@ -212,13 +224,25 @@ class VLM:
             >>> run["text.3.resid_post"].shape == run.grad["text.3.resid_post"].shape
             True
         """
-        prompts = batches.check_prompts(prompt, self.shape)
-        ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
-        plan = self.plan(prompts, read, edits, variants=variants, gradient=grad_of is not None)
-        metric = None if grad_of is None else self.metric(grad_of)
-        if metric is not None:
-            batches.check_gradients(self.attention, self.device)
-        return forward(self, Visit(plan), self.batch(prompts, plan), metric, ends)
+        asked = {"read": read, "edits": edits, "variants": variants, "grad_of": grad_of, "position": position}
+        return next(self.runs([{"prompt": prompt, **asked}]))
+
+    def runs(self, asked: Iterable[Mapping[str, Any]]) -> Iterator[Run]:
+        """Several runs, one after the other; of a model that runs elsewhere, as one job.
+
+        Args:
+            asked: for each run what `run` takes, by name. `value`, a function of the logits `batch vocab`, is evaluated
+                where the model runs; `run.metric` is then what it returns, and `run.logits` are left there.
+
+        Raises:
+            ValueError, TypeError: as `run` does, of each when its turn comes, or of all before the job is sent.
+
+        Example:
+            >>> [run.logits.shape for run in vlm.runs([{"prompt": real}, {"prompt": null}])]
+            [torch.Size([1, 53]), torch.Size([1, 53])]
+        """
+        held: dict[tuple, dict[str, Tensor]] = {}
+        return forwards(self, (pass_of(self, held, **one) for one in asked))
 
     def plan(self, prompts: Sequence[Prompt], read: Read = (), edits: Sequence[Edit] = (), **more: Any) -> Plan:
         """Reads and edits of a run, the model's own edits first, sorted by site; see `mechvlm.plan`."""
@@ -229,7 +253,8 @@ class VLM:
         """Prompts as one batch, where the model is."""
         batches.check_padding(plan.layout, self.attention, self.dtype, self.shape.crosses)
         batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0, self.arch.row.positions)
-        return {n: x.to(self.device, self.dtype if x.is_floating_point() else x.dtype) for n, x in batch.items()}
+        # What runs elsewhere is put there where it runs.
+        return batch if self.place.remote else placed(batch, self.embedding)
 
     def generate(
         self,
@@ -255,17 +280,10 @@ class VLM:
         plan = self.plan(prompts, read_each_step, edits, steps=max_new_tokens)
         check_copies(plan.pictured(), sampling, self.hf.generation_config)
         batch = self.batch(prompts, plan)
-        start = batch.pop("input_ids")
         batch.pop("position_ids", None)
-        visit, said = Visit(plan), []
-
-        def answer(**given: Any) -> Tensor:
-            said.append(answered(self.hf, given, plan.pictured()))
-            return said[-1]
-
-        steps(self, visit, answer, {**batch, "input_ids": start}, max_new_tokens=max_new_tokens, **sampling)
-        batches.check_fired(visit)
-        return generation_of(self.processor, said[0], start.shape[1], isinstance(prompt, Prompt), visit)
+        shows = steps(self, plan, batch, max_new_tokens=max_new_tokens, **sampling)
+        start, alone = batch["input_ids"].shape[1], isinstance(prompt, Prompt)
+        return generation_of(self.processor, shows, start, alone, plan.layout)
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
@@ -275,10 +293,8 @@ class VLM:
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits, through the model's final norm and unembedding: the logit lens."""
         batches.check_width(h, self.shape.d_model["text"])
-        # Through nnsight, so that a reading within a run may call it without being taken for the model's own call.
-        norm, head = at(self.model, self.arch.norm), at(self.model, self.arch.unembed)
-        with torch.no_grad():
-            return capped(head(norm(h.to(self.device, self.dtype))), self.shape.logit_cap)
+        found: Tensor = self.place.ask(self.model, unembedded, self.arch, self.shape.logit_cap, h)
+        return found
 
     def provenance(self, prompt: Prompt, edits: Sequence[Edit] = ()) -> dict[str, str]:
         """What a record of an experiment has to say, as plain text: for the `attrs` of a result."""
@@ -289,3 +305,6 @@ class VLM:
         from mechvlm.laws import check  # laws stand above the engine: they use what every user can
 
         return check(self, prompt)
+
+
+SENT[VLM] = lambda vlm: (Readout, (vlm.model, vlm.arch, vlm.shape, vlm.attention_budget))

@@ -33,6 +33,15 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "here")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def elsewhere() -> None:
+    """With MECHVLM_ELSEWHERE=1 every model runs as if it were elsewhere: law 12, over whatever tests are asked for."""
+    if os.environ.get("MECHVLM_ELSEWHERE") == "1":
+        from mechvlm import places, vlm
+
+        vlm.place_of = lambda remote: places.place_of(remote or "local")
+
+
 @pytest.fixture(autouse=True)
 def generator() -> torch.Generator:
     """Every test starts from the same random numbers; one that wants its own stream asks for this generator."""

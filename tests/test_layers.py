@@ -53,6 +53,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "run",
             "batch",
             "generating",
+            *("shipping", "jobs", "places"),
             "weights",
             "unembedding",
             "passes",
@@ -78,7 +79,10 @@ UPWARDS = {
     ("run", "circuits"): "run.to_activation_cache() hands a run to TransformerLens, whose circuits take it apart",
 }
 # Foreign packages, and the only modules that may import them.
-ONLY_IN = {"nnsight": {"walk", "vlm"}, "transformer_lens": {"lens_names", "bridge", "weights", "circuits"}}
+ONLY_IN = {
+    "nnsight": {"walk", "vlm", "shipping", "jobs", "places", "remote"},
+    "transformer_lens": {"lens_names", "bridge", "weights", "circuits"},
+}
 
 NAMES_TO_AVOID = {"utils", "helpers", "base", "common"}
 MAX_MODULE, MAX_FUNCTION = 320, 45  # lines, docstrings of functions aside; the aims are 300 and 40

@@ -21,7 +21,7 @@ import mechvlm as mv
 from mechvlm.experiments.lens import logit_lens
 from mechvlm.experiments.translators import Translator
 from mechvlm.references import own_logits
-from mechvlm.unembedding import Decoded
+from mechvlm.unembedding import decoded
 
 BRIGHT_WORD = 7
 
@@ -105,14 +105,14 @@ def test_a_small_budget_decodes_a_large_vocabulary_in_pieces_and_blocks(monkeypa
 
     monkeypatch.setattr(torch.nn.functional, "linear", noted)
     vlm.attention_budget = 16 * 1024 * 4
-    found = Decoded.of(vlm, h, 3, [[4000, 2]])
+    found = decoded(vlm, h, 3, [[4000, 2]])
     assert set(asked_for) == {(4, 1024), (4, 904), (2, 1024), (2, 904)}
     logits = vlm.unembed(h).log_softmax(-1)
     best = logits.topk(3)
-    assert torch.equal(found.likeliest, best.indices)
-    near(found.log_probability, best.values, 1e-5)
-    near(found.words[:, 0], logits[:, [4000, 2]].logsumexp(-1), 1e-5)
-    assert torch.equal(found.ranks[:, 0], 1 + (logits > logits[:, [4000, 2]].amax(-1, keepdim=True)).sum(-1))
+    assert torch.equal(found[0], best.indices)
+    near(found[1], best.values, 1e-5)
+    near(found[2][:, 0], logits[:, [4000, 2]].logsumexp(-1), 1e-5)
+    assert torch.equal(found[3][:, 0], 1 + (logits > logits[:, [4000, 2]].amax(-1, keepdim=True)).sum(-1))
 
 
 def test_the_last_layer_is_the_prediction_also_where_logits_are_capped_and_in_pieces() -> None:

@@ -124,7 +124,7 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     now = {
         "questions_sha256": content_of(items),
         "pictures_sha256": pictures,
-        "weights": fingerprint(weights_print(vlm.hf)),
+        "weights": fingerprint(weights_print(vlm)),
     }
     if before:
         same_as(before, now)

@@ -182,7 +182,7 @@ def written(asked: Asked, folder: Path, before: dict[str, Any]) -> Path:
     items = read_pope(questions, asked.split or None)[: asked.items]
     asks = questions if asked.items is None else items
     vlm = loaded(asked.model, asked.device, asked.dtype)
-    weights = fingerprint(weights_print(vlm.hf))
+    weights = fingerprint(weights_print(vlm))
     pictures = looked_at(items, asked.images) if before or asked.edit else {}
     if before:
         now = {"questions_sha256": content_of(items), "pictures_sha256": sha256(pictures), "weights": weights}

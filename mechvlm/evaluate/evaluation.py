@@ -254,4 +254,4 @@ def edits_text(edits: Any) -> str:
 def task_print(task: Task, about: Mapping[str, Any], given: Any) -> str:
     """What an evaluation is: the model, the questions and pictures, the edits, and how it is scored."""
     same = {name: value for name, value in about.items() if name not in ("device", "questions", "edits_given")}
-    return fingerprint(same, weights_print(task.vlm.hf), list(task.vlm.edits), given, task.scoring, task.parser)
+    return fingerprint(same, weights_print(task.vlm), list(task.vlm.edits), given, task.scoring, task.parser)

@@ -29,8 +29,8 @@ from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site
+from mechvlm.unembedding import normed
 from mechvlm.vlm import VLM
-from mechvlm.walk import at
 
 FROM_END = ("question", "last", "text")
 """Spans that can be matched from the end, where the picture is taken out."""
@@ -231,7 +231,7 @@ def _together(vlm: VLM, prompt: Prompt, others: Sequence[Prompt], spans: list[li
 
 def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> Table:
     """A prompt with one that has other positions before the words; only what stands at common tokens is compared."""
-    count, final = vlm.shape.layers["text"], at(vlm.hf, vlm.arch.norm)
+    count = vlm.shape.layers["text"]
     kept = {one: len(one) - common_end(prompt, other) for one in (prompt, other)}
     read = [Site(kind, layer) for layer in range(count) for kind in ("resid_pre", "resid_post")]
     runs = [
@@ -240,7 +240,7 @@ def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[
     ]
     states = {site: torch.cat([run[site] for run in runs]) for site in read}
     spans = ends_of(prompt, other, held)
-    reduced = Reduced(list(spans.values()), lambda x: final(x.to(vlm.dtype)))
+    reduced = Reduced(list(spans.values()), lambda x: vlm.place.ask(vlm.model, normed, vlm.arch, x))
     layers = []
     for layer in range(count):
         reduced.enters(states[Site("resid_pre", layer)])
@@ -265,9 +265,8 @@ def ends_of(prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> dict[s
 
 
 def _norm_of(vlm: VLM) -> Callable[[Tensor], Tensor]:
-    """The final norm, for readings: through nnsight, or it would be taken for the model's own call."""
-    norm = at(vlm.model, vlm.arch.norm)
-    return lambda x: norm(x.to(vlm.dtype))
+    """The final norm, for readings."""
+    return lambda x: normed(vlm.model, vlm.arch, x)
 
 
 def _dataset(

@@ -18,7 +18,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.experiments.translators import by_layer, said_of, translated
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, whole, whole_numbers
-from mechvlm.unembedding import Decoded
+from mechvlm.unembedding import decoded
 from mechvlm.vlm import VLM
 
 KINDS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
@@ -80,9 +80,9 @@ def logit_lens(
     sites = [Site(kind, layer) for layer in after]
     through = by_layer(translators, sites)
 
-    def decode(h: Tensor, site: Site) -> Decoded:  # batch pos d_model
+    def decode(h: Tensor, site: Site) -> tuple:  # batch pos d_model
         streams = translated(through[site], h[0, where], site) if site in through else h[0, where]
-        return Decoded.of(vlm, streams, top, ids, piece)
+        return decoded(vlm, streams, top, ids, piece)
 
     run = vlm.run(prompt, read={site: partial(decode, site=site) for site in sites})
     tokens, shares, of_words, ranks = (torch.stack(part) for part in zip(*(run[site] for site in sites), strict=True))

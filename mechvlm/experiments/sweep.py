@@ -9,6 +9,7 @@ the first one that is edited, and all of the last layer but its last position (`
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -117,8 +118,7 @@ def measured(
         return values, f"read from {Path(str(out)).name}"
     with tqdm(total=len(variants), initial=len(variants) - len(left), unit="point", leave=False, delay=1) as bar:
         way = way_of(vlm, prompt, variants, batch_size, fast, left)
-        for points, logits in answers(way):
-            found = metric_values(measure, logits)
+        for points, found in answers(way, partial(metric_values, measure)):
             values[list(points)] = numbers(found)
             if shards is not None:
                 shards.add(points, found)
@@ -129,7 +129,7 @@ def measured(
 def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:
     """What a sweep is: model, prompt, metric and edits."""
     about = {name: text for name, text in vlm.provenance(prompt).items() if name not in ("device", "edits")}
-    own = weights_print(vlm.hf)
+    own = weights_print(vlm)
     return fingerprint(about, own, prompt.encoding, list(vlm.edits), [list(edits) for edits in variants], measure)
 
 

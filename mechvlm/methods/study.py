@@ -226,7 +226,7 @@ def _content(vlm: VLM, items: Sequence[Item], images: Any) -> dict[str, str]:
     return {
         "questions_sha256": content_of(items),
         "pictures_sha256": sha256(looked_at(items, images)),
-        "weights": fingerprint(weights_print(vlm.hf)),
+        "weights": fingerprint(weights_print(vlm)),
     }
 
 

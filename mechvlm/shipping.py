@@ -1,0 +1,226 @@
+"""Code as it travels to where a model runs: by its source, with nothing of mechvlm needed there.
+
+nnsight sends a traced block to a server as source, with all that the block refers to. This module is its pickler with
+what a toolkit needs beside: functions and classes of mechvlm go by source wherever it is installed, without annotations
+and without what `dataclasses` makes (which is bytecode of one Python version); and what the server would refuse, or
+would silently run as something else, is refused here, before it is sent, by name.
+
+Rule this module guards: what is sent refers to `ALLOWED` modules and to nothing else that has to be installed there.
+
+>>> ALLOWED[:3]
+('builtins', 'torch', 'math')
+"""
+
+import inspect
+import io
+from collections.abc import Callable
+from dataclasses import MISSING, fields, is_dataclass, replace
+from functools import partial
+from types import BuiltinFunctionType, FunctionType, ModuleType, UnionType
+from typing import Any
+from uuid import uuid4
+
+import torch
+from nnsight import register
+from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPickler, reduce_block
+
+ALLOWED = (
+    "builtins", "torch", "math", "numpy", "einops", "collections", "operator", "_operator", "typing", "enum", "time",
+    "pandas", "sympy",
+)  # fmt: skip
+"""What a server lets shipped code use: the whitelist of NDIF's published server (ndif-team/ndif, February 2026)."""
+MACHINERY = ("nnsight", "cloudpickle", "copyreg", "_codecs", "_collections_abc", "_collections", "_io")
+"""What unpickling itself refers to."""
+MADE = (
+    "__init__", "__eq__", "__hash__", "__repr__", "__setattr__", "__delattr__", "__replace__", "__lt__", "__le__",
+    "__gt__", "__ge__",
+)  # fmt: skip
+"""Functions that `dataclasses` makes, without source."""
+KEPT_OUT = ("__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__doc__")
+"""What else a class has in its dictionary that is not needed where it arrives."""
+
+
+REMEMBERED: dict[FunctionType, tuple] = {}
+"""How functions of this package are sent: reading their source takes longer than many a run."""
+SENT: dict[type, Callable[[Any], tuple]] = {}
+"""Types of values that are sent as others: from a value to what makes the other, and of what."""
+
+
+class Unsendable(ValueError):
+    """Something that cannot be sent to where the model runs."""
+
+
+def ship(package: str) -> None:
+    """Let a package's functions and classes travel by source; its submodules with it."""
+    register(package)
+
+
+def payload(tracer: Any, compress: bool = True) -> bytes:
+    """A captured block with all that it refers to, as nnsight's `RequestModel.deserialize` reads it.
+
+    Raises:
+        Unsendable: for a function that would not be the same there, or a module that is not there.
+    """
+    frame = tracer.info.frame
+    block = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
+    held = io.BytesIO()
+    Courier(held).dump((tracer, block))
+    if not compress:
+        return held.getvalue()
+    from zstandard import ZstdCompressor  # which only remote runs need
+
+    return ZstdCompressor(level=6).compress(held.getvalue())
+
+
+class Courier(CustomCloudPickler):
+    """nnsight's pickler, for what a toolkit has to send: the one seam to how nnsight ships code."""
+
+    def __init__(self, file: Any) -> None:
+        CustomCloudPickler.__init__(self, file, protocol=DEFAULT_PROTOCOL)
+        self.mark = uuid4().hex
+
+    def reducer_override(self, obj: Any) -> Any:
+        """How an object is sent; NotImplemented for the ordinary way."""
+        if type(obj) in SENT:
+            return SENT[type(obj)](obj)
+        if type(obj) is partial:
+            return bound, (obj.func, obj.args, obj.keywords)
+        if isinstance(obj, UnionType):
+            return together, obj.__args__
+        if isinstance(obj, ModuleType):
+            check_module(obj.__name__, f"the module {obj.__name__}")
+        if isinstance(obj, FunctionType | type):
+            obj = INSTEAD.get(obj, obj)
+        if isinstance(obj, FunctionType) and obj in REMEMBERED:
+            return REMEMBERED[obj]
+        sent = CustomCloudPickler.reducer_override(self, obj)
+        if not isinstance(obj, FunctionType | BuiltinFunctionType | type):
+            return sent
+        if sent is not NotImplemented and len(sent) == 2:
+            return sent  # the type of None, and the like
+        if sent is NotImplemented:  # by reference
+            check_module(str(obj.__module__ or "builtins"), f"{obj.__qualname__} of {obj.__module__}")
+            return sent
+        return self.of_class(obj, sent) if isinstance(obj, type) else self.of_function(obj, sent)
+
+    def of_function(self, function: FunctionType, sent: tuple) -> tuple:
+        """A function that is sent by source, undecorated where that is the same, and without its annotations."""
+        inner = undecorated(function)
+        made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)
+        found = (made, (*given[:4], None, *given[5:]) if len(given) == 7 else given, *rest)
+        if ours(function) and inner.__closure__ is None:
+            REMEMBERED[function] = found
+        return found
+
+    def of_class(self, kind: Any, sent: tuple) -> tuple:
+        """A class, with what a dataclass has made for it written out in functions that have source."""
+        made, given, state, *rest = sent
+        # cloudpickle knows classes again by this mark, and would write into the sender's own in the same process.
+        given = (*given[:4], f"{self.mark}-{given[4]}", *given[5:])
+        own = {name: value for name, value in state[0].items() if name not in KEPT_OUT}
+        if ours(kind):
+            # These make values of what users write, which is done before anything is sent.
+            own = {name: value for name, value in own.items() if not isinstance(value, classmethod)}
+        if is_dataclass(kind):
+            own = {name: value for name, value in own.items() if name not in MADE or not generated(value)}
+            own["__init__"] = init_of(kind)
+            if kind.__eq__ is not object.__eq__ and "__eq__" not in own:
+                own["__eq__"], own["__hash__"] = alike, hashed
+        return (made, given, (own, *state[1:]), *rest)
+
+
+def ours(thing: Any) -> bool:
+    """Whether a function or class is of this package."""
+    return str(thing.__module__).split(".")[0] == "mechvlm"
+
+
+def generated(value: Any) -> bool:
+    """Whether an entry of a class's dictionary is a function without a file of its own."""
+    return not isinstance(value, FunctionType) or inspect.unwrap(value).__code__.co_filename == "<string>"
+
+
+def init_of(kind: Any) -> Callable[..., None]:
+    """What `dataclasses` makes a class's `__init__` of, as a function that has source."""
+    own = [one for one in fields(kind) if one.init]
+    names = [one.name for one in own]
+    defaults = {one.name: one.default for one in own if one.default is not MISSING}
+    makers = {one.name: one.default_factory for one in own if one.default_factory is not MISSING}
+    checked = "__post_init__" in dir(kind)
+
+    def __init__(self: Any, *given: Any, **named: Any) -> None:
+        values = {**defaults, **dict(zip(names, given)), **named}  # noqa: B905 - those left out have defaults
+        for name in names:
+            self.__dict__[name] = values[name] if name in values else makers[name]()
+        if checked:
+            self.__post_init__()
+
+    return __init__
+
+
+def alike(self: Any, other: Any) -> bool:
+    """Equality of dataclasses."""
+    return type(self) is type(other) and self.__dict__ == other.__dict__
+
+
+def hashed(self: Any) -> int:
+    """The hash of a frozen dataclass."""
+    return hash(tuple(self.__dict__.values()))
+
+
+def changed(value: Any, **fields: Any) -> Any:
+    """`dataclasses.replace`, for values whose classes have arrived without their fields."""
+    return type(value)(**{**value.__dict__, **fields})
+
+
+def bound(function: Any, args: tuple, named: dict) -> Any:
+    """A `functools.partial` as a plain function."""
+    return lambda *more, **others: function(*args, *more, **{**named, **others})
+
+
+def together(*kinds: type) -> tuple:
+    """Several classes, for `isinstance`."""
+    return kinds
+
+
+def partially(function: Any, *args: Any, **named: Any) -> Any:
+    """`functools.partial` itself."""
+    return lambda *more, **others: function(*args, *more, **{**named, **others})
+
+
+INSTEAD: dict[Any, Any] = {replace: changed, partial: partially}
+"""What modules have that servers do not have, and what does the same there."""
+
+
+def undecorated(function: Any) -> Any:
+    """The function inside decorators that do nothing to its result.
+
+    Raises:
+        Unsendable: for any other decorator, which nnsight would drop without a word.
+    """
+    while "__wrapped__" in function.__dict__:
+        if not ours(function) and not of_torch(function):
+            raise Unsendable(
+                f"the function {function.__qualname__} is wrapped by a decorator, which is lost on the way to where "
+                "the model runs, so that another function would run there; write what it does into the function."
+            )
+        function = function.__dict__["__wrapped__"]
+    return function
+
+
+def of_torch(function: FunctionType) -> bool:
+    """Whether a wrapper is torch's own, such as `torch.no_grad()`."""
+    return function.__code__.co_filename.startswith(str(torch.__path__[0]))
+
+
+def check_module(module: str, what: str) -> None:
+    """Refuse what is of a module that servers do not have.
+
+    Raises:
+        Unsendable: with its name.
+    """
+    if module.split(".", maxsplit=1)[0] in (*ALLOWED, *MACHINERY):
+        return
+    raise Unsendable(
+        f"{what} cannot be used where the model runs, since servers have {', '.join(ALLOWED[1:6])} and little else; "
+        "use torch, or work out before the run what the function needs, and let it hold the result."
+    )
