@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mechvlm.devices import held, whole_numbers_of
 from mechvlm.edits import Edit
 from mechvlm.vlm import VLM
 
@@ -156,8 +157,9 @@ def prints_of(model: Any) -> list[str]:
         model: the nnsight model.
     """
     found = []
-    for name, weight in model._module.named_parameters():
-        flat = weight.detach().flatten()
+    for name, _ in model._module.named_parameters():
+        weight = held(model._module, name)
+        flat = whole_numbers_of(weight.detach()).flatten()
         sums = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
         numbers = " ".join(f"{float(one):.7e}" for one in sums)
         found.append(f"{name} {tuple(weight.shape)} {numbers} {int(flat.argmax())} {int(flat.argmin())}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechvlm import batch as batches
 from mechvlm.batch import check_finite, check_fired, scored
+from mechvlm.devices import runs_on
 from mechvlm.generating import answered
 from mechvlm.metrics import Metric
 from mechvlm.plan import Plan
@@ -123,14 +124,14 @@ def passed(
         cap: of the model's logits.
         more: sites to visit beside those of the visit's plan.
     """
-    plan, ends, weight = visit.plan, what.ends, at(model, str(arch.text.embed)).weight
+    plan, ends = visit.plan, what.ends
     at(model, arch.row.image_features)  # nnsight knows a call within a pass only if it was named before the pass
     wanted, pictures = plan.wanted(), "pixel_values" in what.batch
     for kind, layer, tower in more:
         wanted.setdefault((tower, layer), set()).add(kind)
     whole = ("logits", None, "text") in {*plan.reads, *plan.edits, *plan.grads}
     keep = {"logits_to_keep": 0 if whole else -min(ends)} if arch.row.keeps else {}
-    given = placed(what.batch, weight)
+    given = placed(what.batch, at(model, str(arch.text.embed))._module)
     shows: dict[str, Any] = {}
     with torch.set_grad_enabled(what.metric is not None):
         with model.trace(**given, use_cache=False, **keep):
@@ -147,9 +148,10 @@ def passed(
     return {**shows, "saved": visit.saved, "grads": visit.grads, "fired": sorted(visit.fired)}
 
 
-def placed(batch: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
-    """A batch where the embeddings are, and pictures in their type."""
-    return {name: x.to(like.device, like.dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()}
+def placed(batch: Mapping[str, Tensor], embed: torch.nn.Module) -> dict[str, Tensor]:
+    """A batch where words are embedded, and pictures in the type of their embeddings."""
+    device, dtype = runs_on(embed), embed.get_parameter("weight").dtype
+    return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()}
 
 
 def shown(vlm: Any, plan: Plan, shows: Mapping[str, Any]) -> Run:
@@ -181,7 +183,7 @@ def generated(
     """What a generation showed: plain values, under names."""
     visit, wanted, said = Visit(plan), plan.wanted(), []
     pictures, callback = "pixel_values" in batch, attending(visit)
-    given = placed(batch, at(model, str(arch.text.embed)).weight)
+    given = placed(batch, at(model, str(arch.text.embed))._module)
     at(model, arch.row.image_features)
 
     def answer(**named: Any) -> Any:

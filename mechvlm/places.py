@@ -158,12 +158,22 @@ def on_servers(module: str) -> bool:
     return root in there or root in sys.stdlib_module_names or root == "__main__"
 
 
+class Traced(nnsight.NNsight):
+    """The nnsight model inside, whose inputs go to the device of its first weights where these are there between calls."""
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where nnsight is to send what it is called with; None leaves that to accelerate's hooks."""
+        first = next(self._module.parameters()).device
+        return None if first.type == "meta" else first
+
+
 def in_nnsight(hf_model: torch.nn.Module) -> Any:
     """A model inside nnsight."""
     with warnings.catch_warnings():
         # Q-Formers have submodules called `output`; mechvlm never asks for those.
         warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
-        return NNsight(hf_model)
+        return Traced(hf_model)
 
 
 def persistent(model: Any) -> dict[str, Any]:

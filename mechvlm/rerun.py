@@ -143,11 +143,10 @@ def through(rows: Rows, layer: int, h: Tensor) -> Tensor:
         return called(rows, layer, h)
     if len(within) == len(h):
         return traced(rows, layer, h, within)
-    out = torch.empty_like(h)
     others = [row for row in range(len(h)) if row not in within]
-    out[within] = traced(rows, layer, h[within], within)
-    out[others] = called(rows, layer, h[others])
-    return out
+    # Made of what leaves the layer, since what enters may be on another device.
+    both = torch.cat([traced(rows, layer, h[within], within), called(rows, layer, h[others])])
+    return both[torch.tensor([*within, *others]).argsort().to(both.device)]
 
 
 def last_positions(rows: Rows, layer: int, h: Tensor) -> Tensor:
@@ -155,14 +154,13 @@ def last_positions(rows: Rows, layer: int, h: Tensor) -> Tensor:
     own, site = any(inside(edit, layer) for edit in rows.start.vlm.edits), ("resid_post", layer, "text")
     whole = [row for row in range(len(h)) if own or rows.inside(layer, row) or rows.at(site, row)]
     others = [row for row in range(len(h)) if row not in whole]
-    out = h[:, -1:].clone()
+    found: dict[int, Tensor] = {}
     if others:
-        out[others] = last_query(rows, layer, h[others] if whole else h)
+        found |= dict(zip(others, last_query(rows, layer, h[others] if whole else h), strict=True))
     if whole:
         left = through(rows.some(whole), layer, h[whole])
-        for row, x in zip(whole, left, strict=True):
-            out[row] = leaving(rows, layer, row, x[None])[0, -1:]
-    return out
+        found |= {row: leaving(rows, layer, row, x[None])[0, -1:] for row, x in zip(whole, left, strict=True)}
+    return torch.stack([found[row] for row in range(len(h))]) if found else h[:, -1:]
 
 
 def module_of(start: Start, layer: int) -> Any:

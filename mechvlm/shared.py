@@ -260,8 +260,8 @@ def check_words(start: Start, words: Any, first: int) -> None:
     ids = start.prompt.encoding["input_ids"][:, first:]
     entering = start.sites[("resid_pre", 0, "text")][:, first:]
     with torch.no_grad():
-        own = words(ids.to(entering.device))
-    if own.shape != entering.shape or not torch.equal(own.to(entering.dtype), entering):
+        own = words(ids.to(entering.device)).to(entering)
+    if own.shape != entering.shape or not torch.equal(own, entering):
         raise Apart("words enter the first layer of this model with something added")
 
 

@@ -89,7 +89,7 @@ class Start:
         if features is None or not self.prompt.image:
             return False
         own = self.after(FEATURES).reshape(-1, stream.shape[-1])
-        return len(own) == len(self.prompt.image) and torch.equal(own, stream[0, self.prompt.image])
+        return len(own) == len(self.prompt.image) and torch.equal(own.to(stream.device), stream[0, self.prompt.image])
 
 
 FEATURES = ("image_features", None, "text")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mechvlm.devices import held
 from mechvlm.sites import CROSS_KINDS, SELF_KINDS
 
 
@@ -91,14 +92,14 @@ def _tanh_of(gate: str) -> Callable[[Any], Any]:
 
 def vars_of(layer: Any, name: str) -> Any:
     """A weight of a layer, through nnsight."""
-    return layer._module.get_parameter(name)
+    return held(layer._module, name)
 
 
 def _mllama_mlp(layer: Any) -> Any:
     """A gate, and zero for the words that stand before every image."""
     sees = layer.inputs[1]["full_text_row_masked_out_mask"]
     gate = vars_of(layer, "cross_attn_mlp_gate").tanh()
-    return gate if sees is None else gate * sees[:, 0]
+    return gate if sees is None else gate * sees[:, 0].to(gate.device)  # it may not have come to the layer's yet
 
 
 _PLAIN = Block()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mechvlm.attention import capped
 from mechvlm.batch import check_width
+from mechvlm.devices import runs_on
 from mechvlm.shapes import Parts, Shape
 from mechvlm.sites import whole
 from mechvlm.walk import at
@@ -46,22 +47,6 @@ class Readout:
         """The model itself."""
         return self.model._module
 
-    @property
-    def device(self) -> torch.device:
-        """Where the final norm's weights are."""
-        return self.like.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the weights."""
-        return self.like.dtype
-
-    @property
-    def like(self) -> Tensor:
-        """The embeddings."""
-        found: Tensor = at(self.model, str(self.arch.text.embed)).weight
-        return found
-
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:
         """Residual streams as logits."""
         return unembedded(self.model, self.arch, self.shape.logit_cap, h)
@@ -80,9 +65,9 @@ def unembedded(model: Any, arch: Parts, cap: float | None, h: Tensor) -> Tensor:
 
 def normed(model: Any, arch: Parts, h: Tensor) -> Tensor:
     """Residual streams after the final norm."""
-    like = at(model, str(arch.text.embed)).weight
+    embed, norm = at(model, str(arch.text.embed))._module, at(model, arch.norm)
     with torch.no_grad():
-        found: Tensor = at(model, arch.norm)(h.to(like.device, like.dtype))
+        found: Tensor = norm(h.to(runs_on(norm._module), embed.get_parameter("weight").dtype))
         return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mechvlm import batch as batches
 from mechvlm.attention import bytes_of
+from mechvlm.devices import runs_on
 from mechvlm.edits import Edit
 from mechvlm.generating import check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
@@ -86,8 +87,8 @@ class VLM:
 
     @property
     def device(self) -> torch.device:
-        """Where the embeddings are, and so where encodings have to be; of a model elsewhere, where its results are."""
-        return torch.device("cpu") if self.place.remote else self.embedding.device
+        """Where words are embedded, and so where encodings have to be; of a model elsewhere, where its results are."""
+        return torch.device("cpu") if self.place.remote else runs_on(at(self.hf, str(self.arch.text.embed)))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -254,7 +255,7 @@ class VLM:
         batches.check_padding(plan.layout, self.attention, self.dtype, self.shape.crosses)
         batch = batches.collate(prompts, plan.layout, 1 if self.shape.image_token == 0 else 0, self.arch.row.positions)
         # What runs elsewhere is put there where it runs.
-        return batch if self.place.remote else placed(batch, self.embedding)
+        return batch if self.place.remote else placed(batch, at(self.hf, str(self.arch.text.embed)))
 
     def generate(
         self,

@@ -166,7 +166,8 @@ def walk_layer(layer: Any, stack: Stack, place: tuple, kinds: set[str], touch: T
     if "attn_out" in kinds:
         part = at(layer, block.attn_out or block.attention or str(block.cross))
         added = _added(part, ("attn_out", index, tower), touch, shape, scales["attn_out"])
-        mid = None if added is None else pre + added.reshape(pre.shape)
+        # What enters may still be on the device of the layer before.
+        mid = None if added is None else pre.to(added.device) + added.reshape(pre.shape)
     _walk_rest(layer, block, place, kinds, touch, shape, scales["mlp_out"], mid)
 
 

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.devices import held, matrix_of
 from mechvlm.sites import whole
 
 APART = (
@@ -28,7 +29,7 @@ FUSED = (("qkv", "proj"), ("qkv", "projection"))
 
 @dataclass(frozen=True, repr=False)
 class Weights:
-    """The weights of one model, read where they are: nothing is copied.
+    """The weights of one model, read where they are: only what is kept elsewhere, or packed by bitsandbytes, is copied.
 
     Attributes:
         vlm: the model.
@@ -54,13 +55,12 @@ class Weights:
 
     def heads_out(self, layer: int, tower: str = "text") -> Float[Tensor, "head d_head d_model"]:
         """`W_O` of all heads of a layer."""
-        weight = self._module("o", layer, tower).weight
+        weight = matrix_of(self.vlm.hf, self._path("o", layer, tower))
         return weight.T.unflatten(0, (self.vlm.shape.heads[tower], -1))
 
     def b_O(self, layer: int, tower: str = "text") -> Float[Tensor, " d_model"]:
         """The bias of the attention's output; zeros where it has none."""
-        module = self._module("o", layer, tower)
-        return torch.zeros_like(module.weight[:, 0]) if module.bias is None else module.bias
+        return self._bias(self._path("o", layer, tower))
 
     def OV(self, layer: int, head: int, tower: str = "text") -> Any:
         """What a head moves: `W_V W_O`, from the stream it reads to the stream it adds to.
@@ -85,18 +85,17 @@ class Weights:
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """The word embeddings."""
-        return self.vlm.hf.get_input_embeddings().weight
+        return held(self.vlm.hf, f"{self.vlm.arch.text.embed}.weight")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The unembedding, without the final norm's gain; see `mechvlm.circuits.final_norm` for that."""
-        return self.vlm.hf.get_output_embeddings().weight.T
+        return matrix_of(self.vlm.hf, self.vlm.arch.unembed).T
 
     @property
     def b_U(self) -> Float[Tensor, " vocab"]:
         """The bias of the unembedding; zeros where it has none."""
-        module = self.vlm.hf.get_output_embeddings()
-        return torch.zeros_like(module.weight[:, 0]) if module.bias is None else module.bias
+        return self._bias(self.vlm.arch.unembed)
 
     def __repr__(self) -> str:
         return f"Weights({self.vlm.name})"
@@ -114,28 +113,28 @@ class Weights:
         return self._head(head, tower) // group
 
     def _in(self, which: str, layer: int, head: int, tower: str) -> Tensor:
-        weight, names = self._module(which, layer, tower).weight, names_of(self._attention(layer, tower))
-        if len(names) == 2:  # fused
+        weight = matrix_of(self.vlm.hf, self._path(which, layer, tower))
+        if len(names_of(self.vlm.hf.get_submodule(attention_of(self.vlm, layer, tower)))) == 2:  # fused
             weight = weight.chunk(3)["qkv".index(which)]
         count = self.vlm.shape.heads[tower] if which == "q" else self.vlm.shape.kv_heads[tower]
         return weight.unflatten(0, (count, -1))[head].T
 
-    def _module(self, which: str, layer: int, tower: str) -> Any:
-        attention = self._attention(layer, tower)
-        names = names_of(attention)
-        if len(names) == 2:
-            return attention.get_submodule(names[which == "o"])
-        return attention.get_submodule(names["qkvo".index(which)])
+    def _bias(self, path: str) -> Tensor:
+        if self.vlm.hf.get_submodule(path).bias is not None:
+            return held(self.vlm.hf, f"{path}.bias")
+        return torch.zeros_like(matrix_of(self.vlm.hf, path)[:, 0])
 
-    def _attention(self, layer: int, tower: str) -> Any:
+    def _path(self, which: str, layer: int, tower: str) -> str:
         count = self.vlm.shape.layers[tower]
         if not 0 <= whole("layer", layer) < count:
             raise ValueError(f"the {tower} tower has {count} layers, counted from 0, so there is no layer {layer}.")
-        return attention_of(self.vlm, layer, tower)
+        path = attention_of(self.vlm, layer, tower)
+        names = names_of(self.vlm.hf.get_submodule(path))
+        return f"{path}.{names[which == 'o'] if len(names) == 2 else names['qkvo'.index(which)]}"
 
 
-def attention_of(vlm: Any, layer: int, tower: str) -> Any:
-    """The self-attention module of a layer.
+def attention_of(vlm: Any, layer: int, tower: str) -> str:
+    """Where a layer keeps its self-attention module.
 
     Raises:
         ValueError: for a layer without self-attention.
@@ -144,7 +143,7 @@ def attention_of(vlm: Any, layer: int, tower: str) -> Any:
     (where, index), block = stack.layers[layer], stack.blocks[layer]
     if block.attention is None:
         raise ValueError(f"layer {layer} of the {tower} tower attends to the image only, and has no heads of its own.")
-    return vlm.hf.get_submodule(f"{where}.{index}.{block.attention}")
+    return f"{where}.{index}.{block.attention}"
 
 
 def names_of(attention: Any) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mechvlm.attention_edits import bias_attention, cut_attention
 from mechvlm.batch import TEXT_LIKE
+from mechvlm.devices import held
 from mechvlm.edits import Edit, ablate_heads, patch, scale_heads, steer
 from mechvlm.laws.finding import Finding, layers_with
 from mechvlm.prompt import Prompt, locate
@@ -39,8 +40,8 @@ def law_7_lens(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
         if isinstance(norm, torch.nn.LayerNorm):
             # Its mean is taken away from each part alike, and what it adds is no part's.
             parts, final = parts - parts.mean(-1, keepdim=True), final - final.mean(-1, keepdim=True)
-            bias = bias + norm.bias
-        scale = (norm(run[last]) - bias) / final
+            bias = bias + held(vlm.hf, f"{vlm.arch.norm}.bias").to(bias.device)
+        scale = (norm(run[last]).to(final.device) - bias) / final
         summed = torch.cat([head(part * scale) for part in parts]).sum(0) + head(bias)
     yield Finding(7, "direct logit attributions sum", apart(summed, run[logits]), rounding(vlm, 256))
 
