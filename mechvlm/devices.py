@@ -1,7 +1,8 @@
 """Where a model's parts run, and their weights, where these are kept elsewhere between calls.
 
-A model may be spread over several devices, and what finds no room there be kept in memory or on disk: accelerate's hooks
-bring such weights in as their module is called, and leave a tensor without numbers ("meta") in their place afterwards.
+A model may be spread over several devices, and what finds no room there be kept in memory or on disk: accelerate's
+hooks bring such weights in as their module is called, and leave a tensor without numbers ("meta") in their place
+afterwards.
 
 Rule this module guards: a weight is never read that holds no numbers, and never taken for a matrix where it is a code.
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Types of weights that are what they say; types of 8 bits and whole numbers are codes, which have scales beside them."""
+"""Types of weights that are what they say; types of 8 bits and whole numbers are codes, with scales beside them."""
 
 
 def hooks_of(module: Any) -> Iterable[Any]:
@@ -104,14 +105,14 @@ def matrix_of(model: Any, path: str) -> Tensor:
         return unpacked(module, path)
     if type(module).forward is not torch.nn.Linear.forward:
         raise ValueError(
-            f"the weights of {path} are those of a {type(module).__name__}, which mechvlm does not take apart; load the "
-            "model without quantisation or adapters to look at its matrices."
+            f"the weights of {path} are those of a {type(module).__name__}, which mechvlm does not take apart; load "
+            "the model without quantisation or adapters to look at its matrices."
         )
     weight = held(model, f"{path}.weight")
     if not plain(weight):
+        kind = f"{type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}"
         raise ValueError(
-            f"the weights of {path} are packed ({type(weight).__name__} of {str(weight.dtype).removeprefix('torch.')}); "
-            "load the model without quantisation to look at its matrices."
+            f"the weights of {path} are packed ({kind}); load the model without quantisation to look at its matrices."
         )
     return weight
 

@@ -159,7 +159,7 @@ def on_servers(module: str) -> bool:
 
 
 class Traced(nnsight.NNsight):
-    """The nnsight model inside, whose inputs go to the device of its first weights where these are there between calls."""
+    """The nnsight model inside, which sends its inputs to no weights that are kept elsewhere between calls."""
 
     @property
     def device(self) -> torch.device | None:
