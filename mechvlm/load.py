@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
-from mechvlm.batch import check_kernel
+from mechvlm.placing import check_kernels, check_placing, computes_on
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
@@ -40,14 +40,21 @@ def load(
     Args:
         name: a name on the Hugging Face hub, a checkpoint directory, or "demo", the small trained model that ships with
             the package.
-        device: by default CUDA where there is one.
+        device: by default CUDA where there is one. For several, or for a model that finds no room there, see
+            `device_map`.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
         remote: not in this version.
         attention_budget: as in `VLM`.
-        settings: handed to transformers' `from_pretrained`: attn_implementation, device_map, revision, ...
+        settings: handed to transformers' `from_pretrained`: attn_implementation, revision, ... `device_map="auto"`
+            spreads the layers over the devices there are, as `max_memory` allows, and keeps in memory, or on disk in
+            `offload_folder`, what finds no room; `quantization_config` packs weights into fewer bits.
 
     Raises:
         ValueError, TypeError: where there is no such model, device or type, or mechvlm does not know its kind.
+        ModuleNotFoundError: where a package that a setting needs is not installed.
+
+    Example:
+        >>> mv.load("Qwen/Qwen2.5-VL-72B-Instruct", device_map="auto")  # doctest: +SKIP
     """
     from transformers import AutoProcessor  # seconds to import
 
@@ -56,27 +63,25 @@ def load(
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"{told(name)} is no name of a model; give one on the hub, a checkpoint directory or 'demo'.")
     bytes_of(attention_budget)
-    place = place_of(device)
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not there.get(place.type, True):
-        raise ValueError(
-            f"device {str(place)!r} was asked for, and this machine has no {place.type.upper()}; use device='cpu'."
-        )
+    check_placing(device, settings)
+    place = computes_on(device, settings.get("device_map"))
     if str(name) != "demo" and Path(name).is_absolute() and not Path(name).is_dir():
         raise ValueError(f"there is no directory {str(name)!r}; give a checkpoint directory, or a name on the hub.")
     path = str(DEMO if str(name) == "demo" else name)
     known = ("revision", "token", "cache_dir", "trust_remote_code")
     origin: dict[str, Any] = {key: settings[key] for key in known if key in settings}
     config = configuration(path, str(name), origin)
-    shape_of(config)  # before gigabytes are read, as all that the configuration alone can tell
-    kernels = settings.get("attn_implementation") or ()
-    for kernel in kernels.values() if isinstance(kernels, Mapping) else [kernels] if kernels else []:
-        check_kernel(kernel)
+    # Before gigabytes are read, all that the configuration alone can tell.
+    check_kernels(settings.get("attn_implementation"), shape_of(config))
+    own = config.to_dict().get("quantization_config")
+    check_placing(device, settings, own)
     kind = type_of(dtype) or (torch.float32 if place.type == "cpu" else "auto")
+    if (own or settings.get("quantization_config")) and settings.get("device_map") is None:
+        settings["device_map"] = {"": place}  # packed weights are made where they are to stay
     model = weighted(path, str(name), {**settings, "dtype": kind})
     with said_in_one_sentence(str(name)):
         processor = AutoProcessor.from_pretrained(path, **origin)
-        if "device_map" not in settings:  # which places the model itself, through accelerate
+        if settings.get("device_map") is None:
             model = model.to(place)
     return VLM(model.eval().requires_grad_(False), processor, str(name), attention_budget)
 
@@ -146,14 +151,6 @@ def in_order(key: str) -> list[str | int]:
 def sizes(shape: Any) -> str:
     """A shape as it is read out: 384 x 128."""
     return " x ".join(map(str, shape))
-
-
-def place_of(device: Any) -> torch.device:
-    """A device by its name; by default CUDA where there is one."""
-    try:
-        return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"there is no device {told(device)}; give 'cpu', 'cuda' or 'cuda:0'.") from None
 
 
 def type_of(dtype: Any) -> Any:

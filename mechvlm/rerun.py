@@ -122,7 +122,7 @@ def joined(rows: Rows, layer: int, h: Tensor, count: int) -> Tensor:
     start = rows.start
     own = start.sites[("resid_post", layer - 1, "text") if layer else ("resid_pre", 0, "text")][:, rows.first :]
     own = own if layer or rows.streams is None else rows.streams
-    done, new = len(h), own.expand(count - len(h), *own.shape[1:])
+    h, done, new = h.to(own.device), len(h), own.expand(count - len(h), *own.shape[1:])
     if layer == start.layers:
         # Of rows that came by the last layer only the last position is left, edited already.
         late = [leaving(rows, layer - 1, row, new[row - done : row - done + 1])[:, -1:] for row in range(done, count)]
