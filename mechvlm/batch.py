@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mechvlm.devices import packing_of, places_of
 from mechvlm.edits import Edit
 from mechvlm.encode import encode
 from mechvlm.grids import grids_of
@@ -308,8 +309,8 @@ def provenance(vlm: Any, prompt: Prompt, edits: Sequence[Edit]) -> dict[str, str
     return {
         "model": str(vlm.name),
         "revision": str(vlm.hf.config.to_dict().get("_commit_hash") or "unknown"),
-        "dtype": str(vlm.dtype).removeprefix("torch."),
-        "device": vlm.place.name or str(vlm.device),
+        "dtype": str(vlm.dtype).removeprefix("torch.") + packing_of(vlm.hf.config),
+        "device": vlm.place.name or places_of(vlm.hf),
         "attention": vlm.attention,
         "prompt": prompt.text,
         "edits": "; ".join(map(str, edits)) or "none",

@@ -75,7 +75,7 @@ class FinalNorm:
     def scale(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch 1"]:
         """What the norm divides a residual stream by."""
         with torch.no_grad():
-            out = self.module(x) - self.bias
+            out = self.module(x).to(x.device) - self.bias
         found = (self.centred(x) * self.gain).norm(dim=-1, keepdim=True) / out.norm(dim=-1, keepdim=True)
         return torch.where(found.isfinite() & (found > 0), found, torch.ones_like(found))
 
@@ -90,7 +90,7 @@ def final_norm(module: Any, width: int, like: Tensor, large: float = 1e4) -> Fin
     signs = torch.ones_like(zeros)
     signs[..., 1::2] = -1
     with torch.no_grad():
-        bias, flat, alternating = (module(x)[0, 0] for x in (zeros, zeros + large, large * signs))
+        bias, flat, alternating = (module(x)[0, 0].to(like.device) for x in (zeros, zeros + large, large * signs))
     centring = bool((flat - bias).abs().max() < 1e-3 * (alternating - bias).abs().max())
     return FinalNorm(module, (alternating - bias) * signs[0, 0], bias, centring)
 
@@ -127,12 +127,12 @@ class Attention:
                 f"a norm or a gate stands behind the heads of text layer {self.layer}, so what each adds takes two "
                 f"readings; run with read=[..., 'text.{self.layer}.z', 'text.{self.layer}.attn_out']."
             )
-        return self.weights.heads_out(self.layer)
+        return self.weights.heads_out(self.layer).to(self.weights.vlm.device)
 
     @property
     def b_O(self) -> Float[Tensor, " d_model"]:
         """The bias of the output."""
-        return self.weights.b_O(self.layer)
+        return self.weights.b_O(self.layer).to(self.weights.vlm.device)
 
 
 @dataclass(frozen=True)
@@ -224,13 +224,13 @@ def to_activation_cache(run: Run, vlm: Any) -> Any:
         x = run[site]
         if not isinstance(x, Tensor) or not is_whole(x, site, vlm.shape):
             raise ValueError(f"{site} was read by a function, and a cache takes whole tensors; read it without one.")
-        tensors[name_of(site)] = x
+        tensors[name_of(site)] = x.to(vlm.device)  # where layers are on several, a cache adds them up on one
     model, read = model_of(vlm), set(run.values)
     last = model.cfg.n_layers - 1
     if Site("resid_pre", 0) in read:
-        tensors["hook_embed"] = run[Site("resid_pre", 0)]
+        tensors["hook_embed"] = tensors[name_of(Site("resid_pre", 0))]
     if Site("resid_post", last) in read:
-        tensors["ln_final.hook_scale"] = model.ln_final.scale(run[Site("resid_post", last)])
+        tensors["ln_final.hook_scale"] = model.ln_final.scale(tensors[name_of(Site("resid_post", last))])
     for layer, block in enumerate(model.blocks):
         z, out = (Site(kind, layer) for kind in ("z", "attn_out"))
         if block.attn.normed and {z, out} <= read:
@@ -269,10 +269,10 @@ def name_of(site: Site) -> str:
 
 def shares(z: Tensor, out: Tensor, weights: Weights, layer: int) -> Float[Tensor, "batch pos head d_model"]:
     """What each head adds to the residual stream behind a norm or a gate, which scales all heads alike."""
-    parts = torch.einsum("bphd,hdm->bphm", z, weights.heads_out(layer))
-    whole = parts.sum(2) + weights.b_O(layer)
+    parts = torch.einsum("bphd,hdm->bphm", z, weights.heads_out(layer).to(z))
+    whole = parts.sum(2) + weights.b_O(layer).to(z)
     factor = torch.where(whole == 0, torch.zeros_like(out), out / whole)
-    return parts * factor.unsqueeze(2)
+    return (parts * factor.unsqueeze(2)).to(weights.vlm.device)
 
 
 def model_of(vlm: Any) -> Model:
@@ -290,7 +290,8 @@ def model_of(vlm: Any) -> Model:
         device=vlm.device,
     )
     blocks = [Layer(Attention(weights, layer, stands_behind(vlm, layer))) for layer in range(cfg.n_layers)]
-    folded, bias = weights.W_U * norm.gain[:, None], weights.b_U + norm.bias @ weights.W_U
+    W_U, b_U = (x.to(vlm.device) for x in (weights.W_U, weights.b_U))
+    folded, bias = W_U * norm.gain[:, None], b_U + norm.bias @ W_U
     return Model(vlm, cfg, blocks, folded, bias, norm)
 
 

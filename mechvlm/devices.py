@@ -10,7 +10,7 @@ Rule this module guards: a weight is never read that holds no numbers, and never
 torch.Size([32064, 4096])
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -140,3 +140,42 @@ def unpacked(module: Any, path: str) -> Tensor:
             f"the weights of {path} are packed, and kept elsewhere between calls; give device_map a place for it."
         )
     return dequantize_bnb_weight(module.weight, vars(module).get("state"))
+
+
+def places_of(model: Any) -> str:
+    """Where a model's parts are, as records say it: its device, or those of a device_map, memory and disk among them.
+
+    Example:
+        >>> places_of(vlm.hf)
+        'cpu'
+    """
+    plan = vars(model).get("hf_device_map") or {"": runs_on(model)}
+    return ", ".join(
+        dict.fromkeys(str(torch.device("cuda", one) if type(one) is int else one) for one in plan.values())
+    )
+
+
+def method_of(quantised: Any) -> str:
+    """How weights are, or are to be, quantised, by transformers' name; empty where they are not.
+
+    Example:
+        >>> method_of({"quant_method": "bitsandbytes", "load_in_4bit": True}), method_of(None)
+        ('bitsandbytes', '')
+    """
+    if not quantised:
+        return ""
+    held = quantised if isinstance(quantised, Mapping) else quantised.to_dict()
+    in_bits = held.get("load_in_4bit") or held.get("load_in_8bit")
+    return "bitsandbytes" if in_bits else str(held.get("quant_method", "")).rpartition(".")[2].lower()
+
+
+def packing_of(config: Any) -> str:
+    """What records say of weights that are quantised; empty where they are not.
+
+    Example:
+        >>> packing_of(vlm.hf.config)
+        ''
+    """
+    own = config.to_dict().get("quantization_config") or {}
+    bits = [f" in {bits} bits" for bits in (4, 8) if own.get(f"load_in_{bits}bit")]
+    return f", weights packed by {method_of(own)}{''.join(bits)}" if own else ""

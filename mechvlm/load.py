@@ -15,7 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
-from mechvlm.placing import check_kernels, check_placing, computes_on
+from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
@@ -79,6 +79,7 @@ def load(
     if (own or settings.get("quantization_config")) and settings.get("device_map") is None:
         settings["device_map"] = {"": place}  # packed weights are made where they are to stay
     model = weighted(path, str(name), {**settings, "dtype": kind})
+    check_map(model, settings.get("device_map"))
     with said_in_one_sentence(str(name)):
         processor = AutoProcessor.from_pretrained(path, **origin)
         if settings.get("device_map") is None:

@@ -158,7 +158,7 @@ def on_servers(module: str) -> bool:
     return root in there or root in sys.stdlib_module_names or root == "__main__"
 
 
-class Traced(nnsight.NNsight):
+class Traced(NNsight):
     """The nnsight model inside, which sends its inputs to no weights that are kept elsewhere between calls."""
 
     @property

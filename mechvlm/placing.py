@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from mechvlm.batch import check_kernel
+from mechvlm.devices import method_of
 from mechvlm.shapes import Shape
 from mechvlm.sites import told
 
@@ -57,18 +58,19 @@ def check_placing(device: Any, settings: Mapping[str, Any], own: Mapping[str, An
         )
 
 
-def method_of(quantised: Any) -> str:
-    """How weights are, or are to be, quantised, by transformers' name; empty where they are not.
+def check_map(model: Any, plan: Any) -> None:
+    """Refuse a device_map that names a part which the model does not have, and so would not place what was meant.
 
-    Example:
-        >>> method_of({"quant_method": "bitsandbytes", "load_in_4bit": True}), method_of(None)
-        ('bitsandbytes', '')
+    Raises:
+        ValueError: for such a part.
     """
-    if quantised is None:
-        return ""
-    held = quantised if isinstance(quantised, Mapping) else quantised.to_dict()
-    in_bits = held.get("load_in_4bit") or held.get("load_in_8bit")
-    return "bitsandbytes" if in_bits else str(held.get("quant_method", "")).rpartition(".")[2].lower()
+    there = {name for names in (model.named_modules(), model.named_parameters()) for name, _ in names}
+    unknown = [name for name in plan if name not in there] if isinstance(plan, Mapping) else []
+    if unknown:
+        raise ValueError(
+            f"device_map places {unknown[0]!r}, and this model has no such part; its parts are named by "
+            "model.named_modules()."
+        )
 
 
 def place_of(device: Any) -> torch.device:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechvlm.attention import capped
 from mechvlm.batch import check_width
-from mechvlm.devices import runs_on
+from mechvlm.devices import plain, runs_on
 from mechvlm.shapes import Parts, Shape
 from mechvlm.sites import whole
 from mechvlm.walk import at
@@ -113,7 +113,7 @@ def divisible(vlm: Any) -> bool:
         True
     """
     head = at(vlm.hf, vlm.arch.unembed)
-    return type(head) is torch.nn.Linear and not head.weight.is_meta
+    return type(head) is torch.nn.Linear and not head.weight.is_meta and plain(head.weight)
 
 
 class Vocabulary:

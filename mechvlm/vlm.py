@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mechvlm import batch as batches
 from mechvlm.attention import bytes_of
-from mechvlm.devices import runs_on
+from mechvlm.devices import packing_of, places_of, runs_on
 from mechvlm.edits import Edit
 from mechvlm.generating import check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
@@ -126,9 +126,9 @@ class VLM:
 
     def __repr__(self) -> str:
         towers = (f"{t} {n} layers x {self.shape.heads[t]} heads" for t, n in self.shape.layers.items())
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.dtype).removeprefix("torch.") + packing_of(self.hf.config)
         edited = f", {len(self.edits)} edits" if self.edits else ""
-        kind = f"{self.hf.config.model_type}, {dtype} on {self.device}, {self.attention}{edited}"
+        kind = f"{self.hf.config.model_type}, {dtype} on {self.place.name or places_of(self.hf)}, {self.attention}{edited}"
         return f"VLM({self.name}: {kind}; {'; '.join(towers)})"
 
     def with_edits(self, edits: Sequence[Edit]) -> "VLM":

@@ -70,7 +70,8 @@ def dose_response(
     measure, values, masses = vlm.metric(metric), [], []
     for run in runs_of(vlm, prompt, variants, dict.fromkeys(sites, reading), batch_size):
         values.append(metric_values(measure, run.logits))
-        masses.append(torch.stack([run[site][..., 0, 0].float().mean(-1) for site in sites], -1))
+        # Layers may be on several devices.
+        masses.append(torch.stack([run[site][..., 0, 0].float().mean(-1).to(run.logits.device) for site in sites], -1))
     by_layer, units = np.full((len(biases), vlm.shape.layers["text"]), np.nan), "fraction"
     by_layer[:, own] = numbers(torch.cat(masses))
     return xr.Dataset(

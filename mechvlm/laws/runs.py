@@ -35,7 +35,8 @@ def law_7_lens(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
     yield Finding(7, "the last layer's lens", apart(vlm.unembed(run[last]), run.logits), rounding(vlm))
     with torch.no_grad():
         norm, head = (attrgetter(path)(vlm.hf) for path in (vlm.arch.norm, vlm.arch.unembed))
-        parts, final = torch.stack([run[site] for site in (Site("resid_pre", 0), *added)]), run[last]
+        final = run[last]
+        parts = torch.stack([run[site].to(final.device) for site in (Site("resid_pre", 0), *added)])
         bias = torch.zeros_like(final)
         if isinstance(norm, torch.nn.LayerNorm):
             # Its mean is taken away from each part alike, and what it adds is no part's.
