@@ -5,6 +5,7 @@ import beartype  # noqa: F401  (first of all: nnsight mounts `.save` on `object`
 
 import os
 import random
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; one that tries fails with a sentence instead of waiting
@@ -12,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # notes on random weights and lazy imports, which are not test output
 
 import hypothesis
+import loopback
 import numpy as np
 import pytest
 import torch
@@ -49,3 +51,19 @@ def generator() -> torch.Generator:
     np.random.seed(0)
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def running() -> Iterator[loopback.Server]:
+    """A server on this machine in an environment without mechvlm; one for all tests of a process."""
+    with loopback.serve() as one:
+        yield one
+
+
+@pytest.fixture
+def server(running: loopback.Server) -> Iterator[loopback.Server]:
+    """The server, with nothing wrong with it until a test says so, and alive again after the test."""
+    running.fail()
+    yield running
+    if running.process is None:
+        running.start()

@@ -1,0 +1,33 @@
+"""The command line: `python -I -S -c ... --results=FOLDER --settled=FILE [--port=N]`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+try:
+    import torchvision  # noqa: F401
+except ImportError:
+    pass
+except RuntimeError:
+    SHIM = torch.library.Library("torchvision", "DEF")  # as in tests/conftest.py, and for the same reason
+    for operator in ("nms", "qnms"):
+        SHIM.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+from .faults import Faults
+from .runs import Runs
+from .wire import Wire
+
+parser = argparse.ArgumentParser()
+parser.add_argument("--results", type=Path, required=True)
+parser.add_argument("--settled", type=Path, required=True)
+parser.add_argument("--port", type=int, default=0)
+parser.add_argument("--default-dtype", default="float32")
+given = parser.parse_args()
+
+torch.set_num_threads(1)
+wire = Wire(given.port, Runs(given.results, Faults(), vars(torch)[given.default_dtype]))
+half = given.settled.with_suffix(".half")
+half.write_text(str(wire.server_address[1]))
+half.rename(given.settled)
+wire.serve_forever()
