@@ -20,7 +20,7 @@ soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activat
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
 attention_blocks, find_zone, u_shape, neglect_heads, language_prior_collapse, gradient_by_layer. Your own: sweep,
 mean_interval.
-Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot.
+Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot. Jobs elsewhere: remote.
 """
 
 from importlib import import_module
@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from mechvlm import evaluate as evaluate
     from mechvlm import methods as methods
     from mechvlm import plot as plot
+    from mechvlm import remote as remote
     from mechvlm.bridge import bridged as bridged
     from mechvlm.circuits import cache_sites as cache_sites
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
@@ -130,6 +131,7 @@ _LATER = {
     "evaluate": "mechvlm.evaluate",
     "methods": "mechvlm.methods",
     "plot": "mechvlm.plot",
+    "remote": "mechvlm.remote",
     "ablate_each_head": "mechvlm.experiments.ablation",
     "ablate_each": "mechvlm.experiments.ablations",
     "accuracy": "mechvlm.experiments.accuracy",

@@ -53,7 +53,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "run",
             "batch",
             "generating",
-            *("shipping", "jobs", "places"),
+            *("shipping", "ledger", "hosts", "failures", "jobs", "places"),
             "weights",
             "unembedding",
             "passes",
@@ -63,7 +63,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "fingerprints",
             "shared",
         ),
-        *("lens_names", "bridge", "circuits"),
+        *("lens_names", "bridge", "circuits", "remote"),
     ),
     "science": ("pairs", "references", "laws", "laws_bridge", "experiments", "evaluate", "methods"),
     "pictures": ("plot", "report", "commands", "cli"),
@@ -80,7 +80,7 @@ UPWARDS = {
 }
 # Foreign packages, and the only modules that may import them.
 ONLY_IN = {
-    "nnsight": {"walk", "vlm", "shipping", "jobs", "places", "remote"},
+    "nnsight": {"walk", "vlm", "shipping", "places", "hosts", "failures", "jobs", "remote"},
     "transformer_lens": {"lens_names", "bridge", "weights", "circuits"},
 }
 

@@ -61,7 +61,16 @@ class Runs:
         shared = {"revision": None, "task": "image-text-to-text", "trust_remote_code": False}
         running = {"deployment_level": "HOT", "application_state": "RUNNING"}
         folders = self.models if self.faults.deployed else []
-        return {str(one): {"repo_id": str(one), "model_key": key_of(one), **shared, **running} for one in folders}
+        return {
+            f"ModelActor:{key_of(one)}": {
+                "repo_id": str(one),
+                "model_key": key_of(one),
+                "config": (one / "config.json").read_text(),
+                **shared,
+                **running,
+            }
+            for one in folders
+        }
 
     def take(self, job: Job) -> ResponseModel:
         """Put a job into the queue, or refuse it."""
@@ -74,7 +83,9 @@ class Runs:
     def say(self, job: Job, status: Status, description: str, data: Any = None) -> ResponseModel:
         """Note what is to be told about a job."""
         answer = ResponseModel(id=job.id, status=status, description=description, data=data)
-        (self.results / f"{job.id}.json").write_text(answer.model_dump_json())
+        half = self.results / f"{job.id}.half"
+        half.write_text(answer.model_dump_json())
+        half.rename(half.with_suffix(".json"))  # nobody reads half of it
         with job.heard:
             job.said.append(answer)
             job.heard.notify_all()

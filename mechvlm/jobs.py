@@ -1,0 +1,320 @@
+"""A job from the client's side: written down, sent over HTTP, asked after, and its result collected.
+
+Rule this module guards: whatever happens to the connection, to the server or to this process, what was sent is on disk
+with its id, and is sent only once for one fingerprint.
+
+>>> backend = JobBackend(model.to_model_key(), host="http://127.0.0.1:5001")  # doctest: +SKIP
+>>> with model.session(backend=backend):  # doctest: +SKIP
+...     found = function(model, prompts).save()
+"""
+
+import io
+import pickle
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from nnsight.ndif import pull_env
+from nnsight.schema.config import CONFIG
+from nnsight.schema.request import RequestModel
+from nnsight.schema.response import ResponseModel
+from nnsight.tracing.backend import Backend
+from nnsight.tracing.tracer import mark
+from nnsight.tracing.util import push
+from tqdm import tqdm
+
+from mechvlm import failures, ledger
+from mechvlm.hosts import Host, Refused, Unreachable, api_key, without_key
+from mechvlm.ledger import Job, repository
+from mechvlm.sites import told
+
+CHECKED: set[tuple[str, str]] = set()
+"""The servers, and the models on them, that have been looked at in this process."""
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """How long, and how, a job is waited for; all in seconds.
+
+    Attributes:
+        timeout: how long a job is waited for; None as long as it takes. What is not waited for goes on, and is kept.
+        lost: how long a server that does not answer is asked again.
+        pause, longest: time between two questions, at first and at most; it grows by half each time.
+        check: compare versions, and see whether the model is deployed, before the first job to a server.
+
+    Raises:
+        ValueError: for times that are not above 0.
+
+    Example:
+        >>> mv.remote.Waiting(timeout=3600).lost
+        120.0
+    """
+
+    timeout: float | None = None
+    lost: float = 120.0
+    pause: float = 0.2
+    longest: float = 10.0
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("timeout", "lost", "pause", "longest"):
+            given = vars(self)[name]
+            if given is None and name == "timeout":
+                continue
+            if not isinstance(given, int | float) or not given > 0:
+                raise ValueError(f"{name}={told(given)} is no time to wait; give seconds, more than 0.")
+
+
+def plain_payload(tracer: Any) -> bytes:
+    """A block as nnsight itself would send it."""
+    pull_env()  # modules of the user's that are not installed travel by value
+    return RequestModel.serialize(tracer, CONFIG.API.COMPRESS)
+
+
+class JobBackend(Backend):
+    """Runs an nnsight block as a job on a server, over requests and questions, so that a lost connection loses nothing.
+
+    Args:
+        model_key: nnsight's name of the model, `model.to_model_key()`.
+        host: the server's address; None for the one that nnsight is configured for.
+        env: what the server sets before it runs, `model._remoteable_get_env()`.
+        fingerprint: what the job asks for. A job of the same fingerprint, model and server that was sent before, by any
+            process, and not collected, is waited for instead of sent again; "" always sends.
+        waiting: how long, and how.
+        payload: makes the bytes that are sent of a tracer.
+
+    Attributes:
+        job: what was sent or found, once the block has run.
+
+    Raises:
+        JobError: by the call, where the job is refused, fails or does not finish.
+    """
+
+    def __init__(
+        self,
+        model_key: str,
+        host: str | None = None,
+        env: dict[str, Any] | None = None,
+        fingerprint: str = "",
+        waiting: Waiting | None = None,
+        payload: Callable[[Any], bytes] = plain_payload,
+    ) -> None:
+        self.model_key, self.env, self.fingerprint = model_key, env or {}, fingerprint
+        self.host = Host(host)
+        self.waiting = waiting or Waiting()
+        self.payload = payload
+        self.job: Job | None = None
+
+    def __call__(self, tracer: Any) -> dict[str, Any]:
+        """Run a captured block there; what it saved is put where the block stands, and returned by name."""
+        self.job = ledger.open_job(self.fingerprint, self.host.url, self.model_key)
+        content = None if self.job is None else found_again(self.job, self.host, self.waiting)
+        if content is None:
+            check(self.host, self.model_key, self.waiting)
+            self.job = send(self, self.payload(tracer))
+            content = wait(self.job, self.host, self.waiting)
+        assert self.job is not None
+        saved = unpacked(self.job, content)
+        for value in saved.values():
+            mark(value)  # else a block around this one would let it go
+        push(tracer.info.frame, saved)
+        ledger.collected(self.job)
+        return saved
+
+
+def check(host: Host, model_key: str, waiting: Waiting) -> None:
+    """Look at a server before the first job is sent to it.
+
+    Raises:
+        JobError: where it takes no job without a key and there is none, does not answer, runs other versions, or does
+            not run the model.
+    """
+    if host.is_ndif and not api_key():
+        raise failures.no_key(host.url)
+    if not waiting.check or (host.url, model_key) in CHECKED:
+        return
+    try:
+        differing, hosted = host.differing(), host.deployments()
+    except Unreachable as why:
+        raise failures.silent(host.url, str(why)) from None
+    except Refused as why:
+        raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
+    if differing:
+        raise failures.versions_differ(host.url, differing)
+    if same_branch(model_key) not in {same_branch(str(one.get("model_key"))) for one in hosted}:
+        raise failures.not_deployed(host.url, repository(model_key), (str(one["repo_id"]) for one in hosted))
+    CHECKED.add((host.url, model_key))
+
+
+def same_branch(model_key: str) -> str:
+    """A key in the one form that servers give it: the branch "main" is what no branch means."""
+    return model_key.replace('"revision": "main"', '"revision": null')
+
+
+def send(backend: JobBackend, blob: bytes) -> Job:
+    """Send a job once: where the connection is lost, the server is asked whether it has it, before it is sent again.
+
+    Raises:
+        JobError: where the server refuses it, or does not answer.
+    """
+    host, waiting = backend.host, backend.waiting
+    job = Job(str(uuid.uuid4()), host.url, backend.model_key, backend.fingerprint, compress=CONFIG.API.COMPRESS)
+    request = RequestModel(model_key=job.model_key, compress=job.compress, env=backend.env)
+    ledger.write(job)
+    end, pause = time.monotonic() + waiting.lost, waiting.pause
+    while True:
+        asked = False
+        try:
+            return noted(job, host.submit(request, blob, job.id))
+        except Refused as why:
+            ledger.strike(job.id)
+            raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
+        except Unreachable as why:
+            reason = str(why)
+        try:
+            answer, asked = host.said(job.id), True
+        except (Unreachable, Refused):
+            answer = None
+        if answer is not None:
+            return noted(job, answer)
+        if time.monotonic() > end:
+            if asked:
+                ledger.strike(job.id)
+            raise failures.not_sent(job, reason, asked)
+        time.sleep(pause)
+        pause = min(1.5 * pause, waiting.longest)
+
+
+def noted(job: Job, answer: ResponseModel) -> Job:
+    """A job with what the server says of it, written down under the name that the server gave it.
+
+    Raises:
+        JobError: where that is no name for a file.
+    """
+    before, description = job.id, without_key(answer.description)
+    if not ledger.NAME.fullmatch(answer.id):
+        raise failures.refused(job.host, 200, f"it calls its job {answer.id!r}", True)
+    if (answer.id, answer.status.value, description) != (before, job.state, job.description):
+        job.id = answer.id
+        ledger.write(job, answer.status.value, description)
+    if answer.id != before:
+        ledger.strike(before)
+    return job
+
+
+def found_again(job: Job, host: Host, waiting: Waiting) -> bytes | None:
+    """The result of a job that was sent before; None where the server has lost it, so that it is to be sent anew."""
+    try:
+        return wait(job, host, waiting, forgotten=False)
+    except LookupError:
+        ledger.strike(job.id)
+        return None
+
+
+class Asking:
+    """The questions about one job: how long it has been, and how long nobody has answered."""
+
+    def __init__(self, job: Job, waiting: Waiting) -> None:
+        self.job, self.waiting = job, waiting
+        self.began = self.heard = time.monotonic()
+        self.pause = waiting.pause
+
+    def rest(self, why: str = "") -> None:
+        """Wait a little, longer each time.
+
+        Args:
+            why: what was wrong with the last answer; empty where nothing was.
+
+        Raises:
+            JobError: where the job is not waited for any longer.
+        """
+        time_now, limit = time.monotonic(), self.waiting.timeout
+        self.heard = self.heard if why else time_now
+        if time_now - self.heard > self.waiting.lost:
+            raise failures.lost(self.job, self.waiting.lost, why)
+        left = self.pause if limit is None else min(self.pause, self.began + limit - time_now)
+        if left <= 0:
+            raise failures.unfinished(self.job, float(limit or 0))
+        time.sleep(left)
+        self.pause = min(1.5 * self.pause, self.waiting.longest)
+
+
+def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> bytes:
+    """The result of a job, as the server packed it, kept on disk before it is returned.
+
+    Args:
+        forgotten: a job that the server does not know is an error; else LookupError says so.
+
+    Raises:
+        JobError: where it failed, or is not waited for any longer.
+    """
+    kept = ledger.kept(job)
+    if kept is not None:
+        return kept
+    asking = Asking(job, waiting)
+    shown = {"bar_format": "{desc} [{elapsed}]", "leave": False, "delay": 1, "disable": not CONFIG.APP.REMOTE_LOGGING}
+    with tqdm(desc=f"job {job.id} {job.state}", **shown) as bar:
+        while True:
+            why = ""
+            try:
+                content = asked_once(job, host, lambda part: bar.set_description_str(f"job {job.id} {part}"))
+            except Unreachable as trouble:
+                content, why = None, str(trouble)
+            except LookupError as trouble:
+                if not forgotten:
+                    raise
+                finished = job.state == "COMPLETED"
+                raise (failures.gone(job, str(trouble)) if finished else failures.unknown(job)) from None
+            if content is not None:
+                ledger.keep(job, content)
+                return content
+            line = f"job {job.id} {job.state} {job.description.strip()}"
+            bar.set_description_str(f"{line} ({why}; asking again)" if why else line)
+            asking.rest(why)
+
+
+def asked_once(job: Job, host: Host, seen: Callable[[str], object]) -> bytes | None:
+    """The result of a job if it is finished, and None if it is not yet.
+
+    Args:
+        seen: told how much of the result has arrived.
+
+    Raises:
+        Unreachable: where the server does not answer.
+        LookupError: where it does not know the job, or no longer has its result.
+        JobError: where the job failed.
+    """
+    try:
+        answer = host.said(job.id)
+        if answer is None:
+            raise LookupError(job.id)
+        noted(job, answer)
+        if job.state == "ERROR":
+            raise failures.failed(job)
+        if job.state != "COMPLETED":
+            return None
+        where = answer.data[0] if isinstance(answer.data, list) else answer.data
+        return host.download(str(where), seen)
+    except Refused as why:
+        if job.state == "COMPLETED":
+            raise LookupError(why.detail) from None
+        raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
+
+
+def unpacked(job: Job, content: bytes) -> dict[str, Any]:
+    """What a job saved, by name, on the CPU.
+
+    Raises:
+        JobError: where it is more than plain data: what a server sends is never run as a program here.
+    """
+    if job.compress:
+        import zstandard  # of nnsight's requirements
+
+        content = zstandard.ZstdDecompressor().decompress(content)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise failures.not_plain(job, str(error)) from None
