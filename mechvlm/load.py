@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
 from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
+from mechvlm.places import place_of
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
@@ -31,7 +32,7 @@ def load(
     name: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    remote: bool = False,
+    remote: bool | str = False,
     attention_budget: int | str = "256MiB",
     **settings: Any,
 ) -> VLM:
@@ -43,7 +44,9 @@ def load(
         device: by default CUDA where there is one. For several, or for a model that finds no room there, see
             `device_map`.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
-        remote: not in this version.
+        remote: True runs the model on NDIF, "http://..." on a server of one's own; its weights are not loaded here. Each
+            run, and each sweep, profile or generation, is then a job there (`mv.remote`). "local" loads the model, and
+            sends everything that is asked of it as it would be sent, to try that out.
         attention_budget: as in `VLM`.
         settings: handed to transformers' `from_pretrained`: attn_implementation, revision, ... `device_map="auto"`
             spreads the layers over the devices there are, as `max_memory` allows, and keeps in memory, or on disk in
@@ -58,8 +61,6 @@ def load(
     """
     from transformers import AutoProcessor  # seconds to import
 
-    if remote:
-        raise ValueError("remote runs are not part of this version of mechvlm; leave remote=True out.")
     if not isinstance(name, str | Path) or not str(name):
         raise TypeError(f"{told(name)} is no name of a model; give one on the hub, a checkpoint directory or 'demo'.")
     bytes_of(attention_budget)
@@ -73,6 +74,8 @@ def load(
     config = configuration(path, str(name), origin)
     # Before gigabytes are read, all that the configuration alone can tell.
     check_kernels(settings.get("attn_implementation"), shape_of(config))
+    if remote not in (False, "local"):
+        return elsewhere(path, str(name), {"device": device, "dtype": dtype, **settings}, remote, attention_budget)
     own = config.to_dict().get("quantization_config")
     check_placing(device, settings, own)
     kind = type_of(dtype) or (torch.float32 if place.type == "cpu" else "auto")
@@ -84,7 +87,37 @@ def load(
         processor = AutoProcessor.from_pretrained(path, **origin)
         if settings.get("device_map") is None:
             model = model.to(place)
-    return VLM(model.eval().requires_grad_(False), processor, str(name), attention_budget)
+    return VLM(model.eval().requires_grad_(False), processor, str(name), attention_budget, remote)
+
+
+def elsewhere(path: str, name: str, settings: Mapping[str, Any], remote: bool | str, attention_budget: int | str) -> VLM:
+    """A model that runs elsewhere: its processor, and its modules without weights.
+
+    Raises:
+        ValueError: for settings that are the server's to make, or a checkpoint that cannot be read.
+    """
+    from nnsight.modeling.huggingface import _ID_CACHE
+    from nnsight.modeling.transformers import TransformersModel
+    from transformers import AutoProcessor, GenerationConfig
+
+    place_of(remote)
+    fine = ("revision", "trust_remote_code", "attn_implementation", "token", "cache_dir")
+    given = {key: value for key, value in settings.items() if value is not None}
+    theirs = [key for key in given if key not in fine]
+    if theirs:
+        raise ValueError(
+            f"{theirs[0]}={told(given[theirs[0]])} is for the server to decide, which holds the weights; leave it out."
+        )
+    origin = {key: value for key, value in given.items() if key != "attn_implementation"}
+    with said_in_one_sentence(name):
+        processor = AutoProcessor.from_pretrained(path, **origin)
+        if Path(path).is_dir():
+            _ID_CACHE[path] = path  # a server of one's own may have it under the same path; the hub is not asked
+        model = TransformersModel(path, task="image-text-to-text", processor=processor, **given)
+        if Path(path).is_dir() is False or (Path(path) / "generation_config.json").is_file():
+            model._module.generation_config = GenerationConfig.from_pretrained(path, **origin)
+    model._module.eval()
+    return VLM(model, processor, name, attention_budget, remote)
 
 
 def configuration(path: str, name: str, origin: Mapping[str, Any]) -> Any:

@@ -25,6 +25,7 @@ from nnsight.tracing.backend import Backend
 from nnsight.tracing.util import push
 from torch import Tensor
 
+from mechvlm.jobs import JobBackend
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import Sees
 from mechvlm.shipping import payload, ship
@@ -199,6 +200,18 @@ def place_of(remote: Any) -> Here | There:
     ship("mechvlm")
     if remote == "local":
         return There(Simulated, "here, as if elsewhere")
-    from mechvlm.jobs import sender  # which needs packages that only remote runs need
+    host = None if remote is True else remote
+    return There(lambda model, asked: job_of(model, asked, host), host or "NDIF")
 
-    return There(sender(None if remote is True else remote), "NDIF" if remote is True else str(remote))
+
+def job_of(model: Any, asked: tuple, host: str | None) -> Backend:
+    """What sends a block to a server as one job, which is known again by what is asked for.
+
+    Args:
+        asked: the function, and what it is given.
+        host: the server's address; None for the one that nnsight is configured for.
+    """
+    from mechvlm.fingerprints import fingerprint  # which knows models, whose places these are
+
+    env = model._remoteable_get_env()
+    return JobBackend(model.to_model_key(), host, env, fingerprint(*asked, sorted(env.items())), payload=payload)

@@ -23,6 +23,8 @@ from uuid import uuid4
 import torch
 from nnsight import register
 from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPickler, reduce_block
+from nnsight.ndif import pull_env
+from nnsight.schema.config import CONFIG
 
 ALLOWED = (
     "builtins", "torch", "math", "numpy", "einops", "collections", "operator", "_operator", "typing", "enum", "time",
@@ -55,17 +57,21 @@ def ship(package: str) -> None:
     register(package)
 
 
-def payload(tracer: Any, compress: bool = True) -> bytes:
+def payload(tracer: Any, compress: bool | None = None) -> bytes:
     """A captured block with all that it refers to, as nnsight's `RequestModel.deserialize` reads it.
+
+    Args:
+        compress: by default as nnsight is configured.
 
     Raises:
         Unsendable: for a function that would not be the same there, or a module that is not there.
     """
+    pull_env()  # modules of the user's that are not installed travel by source
     frame = tracer.info.frame
     block = reduce_block(tracer.node, frame.f_globals, dict(frame.f_locals))
     held = io.BytesIO()
     Courier(held).dump((tracer, block))
-    if not compress:
+    if not (CONFIG.API.COMPRESS if compress is None else compress):
         return held.getvalue()
     from zstandard import ZstdCompressor  # which only remote runs need
 
