@@ -15,8 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
-from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
 from mechvlm.places import place_of
+from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
@@ -90,7 +90,9 @@ def load(
     return VLM(model.eval().requires_grad_(False), processor, str(name), attention_budget, remote)
 
 
-def elsewhere(path: str, name: str, settings: Mapping[str, Any], remote: bool | str, attention_budget: int | str) -> VLM:
+def elsewhere(
+    path: str, name: str, settings: Mapping[str, Any], remote: bool | str, attention_budget: int | str
+) -> VLM:
     """A model that runs elsewhere: its processor, and its modules without weights.
 
     Raises:

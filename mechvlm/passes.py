@@ -9,7 +9,7 @@ Run(1 rows; nothing read)
 """
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class Pass:
         metric: what gradients are taken of, if any.
         ends: the position of each row whose logits are wanted, counted from the end.
         value: what is wanted of these logits instead of themselves, evaluated where the model runs; `run.metric`.
+        reduce: what is wanted of the readings, and of their gradients, instead of themselves, evaluated there as well;
+            `run.reduced`.
     """
 
     plan: Plan
@@ -46,6 +48,7 @@ class Pass:
     metric: Metric | None = None
     ends: Sequence[int] = (-1,)
     value: Metric | None = None
+    reduce: Callable[[dict, dict], Any] | None = None
 
 
 def pass_of(
@@ -58,6 +61,7 @@ def pass_of(
     grad_of: Metric | None = None,
     position: int = -1,
     value: Metric | None = None,
+    reduce: Callable[[dict, dict], Any] | None = None,
 ) -> Pass:
     """What one forward pass is to do, from what `vlm.run` takes; what cannot be is refused.
 
@@ -71,10 +75,10 @@ def pass_of(
     if metric is not None:
         batches.check_gradients(vlm.attention, vlm.device)
     if not vlm.place.remote:
-        return Pass(plan, vlm.batch(prompts, plan), metric, ends, value)
+        return Pass(plan, vlm.batch(prompts, plan), metric, ends, value, reduce)
     key = (*map(id, prompts), plan.layout)
     held[key] = held[key] if key in held else vlm.batch(prompts, plan)
-    return Pass(plan, held[key], metric, ends, value)
+    return Pass(plan, held[key], metric, ends, value, reduce)
 
 
 def forward(
@@ -145,7 +149,12 @@ def passed(
     check_finite(logits)
     if what.value is not None:
         shows |= {"logits": logits[:, :0], "metric": what.value(logits)}
-    return {**shows, "saved": visit.saved, "grads": visit.grads, "fired": sorted(visit.fired)}
+    fired, saved, grads = sorted(visit.fired), visit.saved, visit.grads
+    if what.reduce is not None:
+        values = {site: steps[0][0][1] for site, steps in saved.items()}
+        shows["reduced"] = what.reduce(values, {site: kept[0][1] for site, kept in grads.items()})
+        saved, grads = {}, {}
+    return {**shows, "saved": saved, "grads": grads, "fired": fired}
 
 
 def placed(batch: Mapping[str, Tensor], embed: torch.nn.Module) -> dict[str, Tensor]:
@@ -163,6 +172,7 @@ def shown(vlm: Any, plan: Plan, shows: Mapping[str, Any]) -> Run:
         Readings(shows["grads"], plan.layout, NO_GRADIENT),
         shows.get("metric"),
         vlm,
+        shows.get("reduced"),
     )
 
 

@@ -7,7 +7,7 @@ rule of who sees whom, in pieces that fit the budget of memory (`mv.load(..., at
 torch.Size([1, 8, 1])
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,17 +100,21 @@ class Top:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A reading of `pattern`: the attention itself, not made. Made by `lazy`."""
+    """A reading of `pattern`: the attention itself, not made, or what a function makes of it. Made by `lazy`."""
+
+    function: Callable[[Attention], Any] | None = None
 
     queries = None
 
-    def of(self, attention: Attention, _kind: str) -> Attention:
+    def of(self, attention: Attention, _kind: str) -> Any:
         """The attention, with tensors of its own: a cache goes on writing into the model's."""
+        if self.function is not None:
+            return self.function(attention)
         return replace(attention, q=attention.q.clone(), k=attention.k.clone(), v=attention.v.clone())
 
-    def of_gradient(self, attention: Attention, _kind: str) -> Attention:
+    def of_gradient(self, attention: Attention, _kind: str) -> Any:
         """The attention, which knows the gradient at z."""
-        return attention
+        return attention if self.function is None else self.function(attention)
 
 
 @dataclass(frozen=True)
@@ -211,8 +215,13 @@ def top_keys(count: int, queries: Sequence[int] | None = None, keys: Sequence[in
     return Top(int(count), chosen("top_keys", queries), chosen("top_keys", keys, "key"))
 
 
-def lazy() -> Lazy:
+def lazy(function: Callable[[Attention], Any] | None = None) -> Lazy:
     """Keep a layer's attention as it is, not made, to ask it for rows, masses or products after the run.
+
+    Args:
+        function: asks it during the run, where the model runs; what it returns (tensors with the batch axis first, or a
+            tuple of them) is kept instead. In a run with `grad_of=` it is asked again once the gradient is known, for
+            `run.grad`.
 
     What is kept are queries, keys, values and the rule of who sees whom: memory grows with the length and not with its
     square. `run.grad` of a run with `grad_of=` has the same attention, which there knows its gradient.
@@ -222,7 +231,11 @@ def lazy() -> Lazy:
         >>> attention.rows([-1]).shape
         torch.Size([1, 8, 1, 49])
     """
-    return Lazy()
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"lazy({told(function)}) is given no function; write mv.lazy(), or a function of the attention."
+        )
+    return Lazy(function)
 
 
 def chosen(name: str, positions: Any, what: str = "query") -> Some:

@@ -136,6 +136,7 @@ class Run:
         values: all readings, as a mapping.
         metric: the metric of each row, where `grad_of` was given.
         origin: the VLM that was run.
+        reduced: what a function of the readings returned where the model ran; see `VLM.runs`.
     """
 
     logits: Float[Tensor, "batch vocab"]
@@ -143,6 +144,7 @@ class Run:
     grad: Readings
     metric: Float[Tensor, " batch"] | None = None
     origin: Any = None
+    reduced: Any = None
 
     def __getitem__(self, site: Site | str) -> Any:
         return self.values[site]

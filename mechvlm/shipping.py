@@ -13,6 +13,8 @@ Rule this module guards: what is sent refers to `ALLOWED` modules and to nothing
 
 import inspect
 import io
+import sys
+import sysconfig
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import partial
@@ -104,6 +106,9 @@ class Courier(CustomCloudPickler):
             return sent
         if sent is not NotImplemented and len(sent) == 2:
             return sent  # the type of None, and the like
+        if sent is NotImplemented and not allowed(str(obj.__module__)) and of_users(str(obj.__module__)):
+            register(str(obj.__module__))
+            return self.reducer_override(obj)
         if sent is NotImplemented:  # by reference
             check_module(str(obj.__module__ or "builtins"), f"{obj.__qualname__} of {obj.__module__}")
             return sent
@@ -218,13 +223,25 @@ def of_torch(function: FunctionType) -> bool:
     return function.__code__.co_filename.startswith(str(torch.__path__[0]))
 
 
+def allowed(module: str) -> bool:
+    """Whether servers have a module and let it be used."""
+    return module.split(".", maxsplit=1)[0] in (*ALLOWED, *MACHINERY)
+
+
+def of_users(module: str) -> bool:
+    """Whether a module is a file of the user's own, and no installed package."""
+    file = str(vars(sys.modules[module]).get("__file__") or "") if module in sys.modules else ""
+    own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return bool(file) and not any(place in file for place in (*own, "site-packages", "dist-packages"))
+
+
 def check_module(module: str, what: str) -> None:
     """Refuse what is of a module that servers do not have.
 
     Raises:
         Unsendable: with its name.
     """
-    if module.split(".", maxsplit=1)[0] in (*ALLOWED, *MACHINERY):
+    if allowed(module):
         return
     raise Unsendable(
         f"{what} cannot be used where the model runs, since servers have {', '.join(ALLOWED[1:6])} and little else; "

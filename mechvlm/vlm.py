@@ -128,7 +128,9 @@ class VLM:
         towers = (f"{t} {n} layers x {self.shape.heads[t]} heads" for t, n in self.shape.layers.items())
         dtype = str(self.dtype).removeprefix("torch.") + packing_of(self.hf.config)
         edited = f", {len(self.edits)} edits" if self.edits else ""
-        kind = f"{self.hf.config.model_type}, {dtype} on {self.place.name or places_of(self.hf)}, {self.attention}{edited}"
+        kind = (
+            f"{self.hf.config.model_type}, {dtype} on {self.place.name or places_of(self.hf)}, {self.attention}{edited}"
+        )
         return f"VLM({self.name}: {kind}; {'; '.join(towers)})"
 
     def with_edits(self, edits: Sequence[Edit]) -> "VLM":
@@ -233,7 +235,9 @@ class VLM:
 
         Args:
             asked: for each run what `run` takes, by name. `value`, a function of the logits `batch vocab`, is evaluated
-                where the model runs; `run.metric` is then what it returns, and `run.logits` are left there.
+                where the model runs; `run.metric` is then what it returns, and `run.logits` are left there. `reduce`, a
+                function of two mappings, from sites as tuples (kind, layer, tower) to what was read of one prompt and
+                to its gradients, is evaluated there too; `run.reduced` is what it returns, and the readings are left.
 
         Raises:
             ValueError, TypeError: as `run` does, of each when its turn comes, or of all before the job is sent.
