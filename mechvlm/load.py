@@ -44,9 +44,9 @@ def load(
         device: by default CUDA where there is one. For several, or for a model that finds no room there, see
             `device_map`.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
-        remote: True runs the model on NDIF, "http://..." on a server of one's own; its weights are not loaded here. Each
-            run, and each sweep, profile or generation, is then a job there (`mv.remote`). "local" loads the model, and
-            sends everything that is asked of it as it would be sent, to try that out.
+        remote: True runs the model on NDIF, "http://..." on a server of one's own; its weights are not loaded here.
+            Each run, and each sweep, profile or generation, is then a job there (`mv.remote`). "local" loads the model,
+            and sends everything that is asked of it as it would be sent, to try that out.
         attention_budget: as in `VLM`.
         settings: handed to transformers' `from_pretrained`: attn_implementation, revision, ... `device_map="auto"`
             spreads the layers over the devices there are, as `max_memory` allows, and keeps in memory, or on disk in

@@ -151,8 +151,8 @@ def passed(
         shows |= {"logits": logits[:, :0], "metric": what.value(logits)}
     fired, saved, grads = sorted(visit.fired), visit.saved, visit.grads
     if what.reduce is not None:
-        values = {site: steps[0][0][1] for site, steps in saved.items()}
-        shows["reduced"] = what.reduce(values, {site: kept[0][1] for site, kept in grads.items()})
+        read = {site: steps[0][0][1] for site, steps in saved.items()}
+        shows["reduced"] = what.reduce(read, {site: kept[0][1] for site, kept in grads.items()})
         saved, grads = {}, {}
     return {**shows, "saved": saved, "grads": grads, "fired": fired}
 

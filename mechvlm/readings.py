@@ -232,9 +232,7 @@ def lazy(function: Callable[[Attention], Any] | None = None) -> Lazy:
         torch.Size([1, 8, 1, 49])
     """
     if function is not None and not callable(function):
-        raise TypeError(
-            f"lazy({told(function)}) is given no function; write mv.lazy(), or a function of the attention."
-        )
+        raise TypeError(f"lazy({told(function)}) holds no function; write mv.lazy(), or a function of the attention.")
     return Lazy(function)
 
 

@@ -114,7 +114,7 @@ class Courier(CustomCloudPickler):
             return sent
         return self.of_class(obj, sent) if isinstance(obj, type) else self.of_function(obj, sent)
 
-    def of_function(self, function: FunctionType, sent: tuple) -> tuple:
+    def of_function(self, function: Any, sent: tuple) -> tuple:
         """A function that is sent by source, undecorated where that is the same, and without its annotations."""
         inner = undecorated(function)
         made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)

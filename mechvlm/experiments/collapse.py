@@ -29,7 +29,7 @@ from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site
-from mechvlm.unembedding import normed
+from mechvlm.unembedding import normed as after_norm
 from mechvlm.vlm import VLM
 
 FROM_END = ("question", "last", "text")
@@ -240,7 +240,7 @@ def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[
     ]
     states = {site: torch.cat([run[site] for run in runs]) for site in read}
     spans = ends_of(prompt, other, held)
-    reduced = Reduced(list(spans.values()), lambda x: vlm.place.ask(vlm.model, normed, vlm.arch, x))
+    reduced = Reduced(list(spans.values()), lambda x: vlm.place.ask(vlm.model, after_norm, vlm.arch, x))
     layers = []
     for layer in range(count):
         reduced.enters(states[Site("resid_pre", layer)])
@@ -266,7 +266,7 @@ def ends_of(prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> dict[s
 
 def _norm_of(vlm: VLM) -> Callable[[Tensor], Tensor]:
     """The final norm, for readings."""
-    return lambda x: normed(vlm.model, vlm.arch, x)
+    return lambda x: after_norm(vlm.model, vlm.arch, x)
 
 
 def _dataset(
