@@ -19,10 +19,11 @@ from torch import Tensor
 from mechvlm import batch as batches
 from mechvlm.batch import check_finite, check_fired, scored
 from mechvlm.devices import runs_on
-from mechvlm.generating import answered
+from mechvlm.generating import answered, check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric
 from mechvlm.plan import Plan
-from mechvlm.run import NO_GRADIENT, Readings, Run
+from mechvlm.prompt import Prompt
+from mechvlm.run import NO_GRADIENT, Generation, Readings, Run
 from mechvlm.seam import attending
 from mechvlm.shapes import Parts
 from mechvlm.visit import Visit
@@ -176,21 +177,73 @@ def shown(vlm: Any, plan: Plan, shows: Mapping[str, Any]) -> Run:
     )
 
 
-def steps(vlm: Any, plan: Plan, batch: Mapping[str, Tensor], **settings: Any) -> dict[str, Any]:
-    """The passes of a generation, the one over the prompt first: what was said and what was read of each step."""
+def said_by(
+    vlm: Any,
+    prompt: Any,
+    edits: Any,
+    max_new_tokens: int,
+    read_each_step: Any,
+    sampling: Mapping[str, Any],
+    mixer: Callable[[], Any] | None = None,
+) -> tuple[Generation, dict[str, Any]]:
+    """What a model generates, and all that the generation showed.
+
+    Args:
+        mixer: as in `steps`; the others as `vlm.generate` takes them.
+    """
+    own = vlm.hf.generation_config
+    check_sampling(max_new_tokens, sampling, own, vlm.attention)
+    prompts = batches.check_prompts(prompt, vlm.shape)
+    plan = vlm.plan(prompts, read_each_step, edits, steps=max_new_tokens)
+    check_copies(plan.pictured(), sampling, own)
+    batch = vlm.batch(prompts, plan)
+    batch.pop("position_ids", None)
+    shows = steps(vlm, plan, batch, {"max_new_tokens": max_new_tokens, **sampling}, mixer)
+    start, alone = batch["input_ids"].shape[1], isinstance(prompt, Prompt)
+    return generation_of(vlm.processor, shows, start, alone, plan.layout), shows
+
+
+def steps(
+    vlm: Any,
+    plan: Plan,
+    batch: Mapping[str, Tensor],
+    settings: Mapping[str, Any],
+    mixer: Callable[[], Any] | None = None,
+) -> dict[str, Any]:
+    """The passes of a generation, the one over the prompt first: what was said and what was read of each step.
+
+    Args:
+        settings: of transformers' `generate`.
+        mixer: makes, where the model runs, what mixes the rows' scores: `mixed(model, given, output)` is a hook on the
+            model, calling it a processor of scores, and `kept()` what is wanted of it, under "mixed".
+    """
     with warnings.catch_warnings():
         # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
-        shows = vlm.place.ask(vlm.model, generated, vlm.arch, plan, dict(batch), settings)
+        shows = vlm.place.ask(vlm.model, generated, vlm.arch, plan, dict(batch), dict(settings), mixer)
     check_fired(plan, shows["fired"])
     found: dict[str, Any] = shows
     return found
 
 
 def generated(
-    model: Any, arch: Parts, plan: Plan, batch: dict[str, Tensor], settings: dict[str, Any]
+    model: Any,
+    arch: Parts,
+    plan: Plan,
+    batch: dict[str, Tensor],
+    settings: dict[str, Any],
+    mixer: Callable[[], Any] | None = None,
 ) -> dict[str, Any]:
     """What a generation showed: plain values, under names."""
+    if mixer is not None:
+        mixing = mixer()
+        # A processor of scores comes behind those of the model's configuration, so the rows are mixed before.
+        hook = model._module.register_forward_hook(mixing.mixed)
+        try:
+            shows = generated(model, arch, plan, batch, {**settings, "logits_processor": [mixing]})
+        finally:
+            hook.remove()
+        return {**shows, "mixed": mixing.kept()}
     visit, wanted, said = Visit(plan), plan.wanted(), []
     pictures, callback = "pixel_values" in batch, attending(visit)
     given = placed(batch, at(model, str(arch.text.embed))._module)

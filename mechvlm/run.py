@@ -16,6 +16,7 @@ from torch import Tensor
 from mechvlm.layout import Group, Layout
 from mechvlm.lazy_attention import Attention
 from mechvlm.plan import key_of
+from mechvlm.shipping import SENT
 from mechvlm.sites import Site, as_site
 
 NO_GRADIENT = "has no gradient in this run; pass read=[..., {site}] and grad_of= a metric"
@@ -177,6 +178,26 @@ class Run:
     def __repr__(self) -> str:
         read = ", ".join(str(site) for site in self.values) or "nothing read"
         return f"Run({self.logits.shape[0]} rows; {read}{'; with gradients' if self.grad else ''})"
+
+
+class Sent:
+    """What a `Run` is where a model runs elsewhere: what it read and its gradients, by the name of the site."""
+
+    def __init__(self, logits: Tensor, values: dict[str, Any], grad: dict[str, Any]) -> None:
+        self.logits, self.values = logits, values
+        self.grad = Sent(logits, grad, {}) if grad else None
+
+    def __getitem__(self, site: Any) -> Any:
+        return self.values[str(site)]
+
+
+def sent(run: Run) -> tuple:
+    """A run as it is sent with a function that holds it."""
+    values, grad = ({str(site): held[site] for site in held} for held in (run.values, run.grad))
+    return Sent, (run.logits, values, grad)
+
+
+SENT[Run] = sent
 
 
 @dataclass(frozen=True, repr=False)

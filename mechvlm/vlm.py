@@ -21,9 +21,8 @@ from mechvlm import batch as batches
 from mechvlm.attention import bytes_of
 from mechvlm.devices import packing_of, places_of, runs_on
 from mechvlm.edits import Edit
-from mechvlm.generating import check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
-from mechvlm.passes import forwards, pass_of, placed, steps
+from mechvlm.passes import forwards, pass_of, placed, said_by
 from mechvlm.places import in_nnsight, place_of
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
@@ -280,15 +279,7 @@ class VLM:
         Example:
             >>> vlm.generate(real, edits=[mv.bias_attention(3, real.image, 2.0)]).text
         """
-        check_sampling(max_new_tokens, sampling, self.hf.generation_config, self.attention)
-        prompts = batches.check_prompts(prompt, self.shape)
-        plan = self.plan(prompts, read_each_step, edits, steps=max_new_tokens)
-        check_copies(plan.pictured(), sampling, self.hf.generation_config)
-        batch = self.batch(prompts, plan)
-        batch.pop("position_ids", None)
-        shows = steps(self, plan, batch, max_new_tokens=max_new_tokens, **sampling)
-        start, alone = batch["input_ids"].shape[1], isinstance(prompt, Prompt)
-        return generation_of(self.processor, shows, start, alone, plan.layout)
+        return said_by(self, prompt, edits, max_new_tokens, read_each_step, sampling)[0]
 
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""

@@ -55,7 +55,7 @@ class Weights:
 
     def heads_out(self, layer: int, tower: str = "text") -> Float[Tensor, "head d_head d_model"]:
         """`W_O` of all heads of a layer."""
-        weight = matrix_of(self.vlm.hf, self._path("o", layer, tower))
+        weight = self._matrix(self._path("o", layer, tower))
         return weight.T.unflatten(0, (self.vlm.shape.heads[tower], -1))
 
     def b_O(self, layer: int, tower: str = "text") -> Float[Tensor, " d_model"]:
@@ -85,12 +85,12 @@ class Weights:
     @property
     def W_E(self) -> Float[Tensor, "vocab d_model"]:
         """The word embeddings."""
-        return held(self.vlm.hf, f"{self.vlm.arch.text.embed}.weight")
+        return self._held(f"{self.vlm.arch.text.embed}.weight")
 
     @property
     def W_U(self) -> Float[Tensor, "d_model vocab"]:
         """The unembedding, without the final norm's gain; see `mechvlm.circuits.final_norm` for that."""
-        return matrix_of(self.vlm.hf, self.vlm.arch.unembed).T
+        return self._matrix(self.vlm.arch.unembed).T
 
     @property
     def b_U(self) -> Float[Tensor, " vocab"]:
@@ -113,16 +113,24 @@ class Weights:
         return self._head(head, tower) // group
 
     def _in(self, which: str, layer: int, head: int, tower: str) -> Tensor:
-        weight = matrix_of(self.vlm.hf, self._path(which, layer, tower))
-        if len(names_of(self.vlm.hf.get_submodule(attention_of(self.vlm, layer, tower)))) == 2:  # fused
-            weight = weight.chunk(3)["qkv".index(which)]
+        fused = len(names_of(self.vlm.hf.get_submodule(attention_of(self.vlm, layer, tower)))) == 2
+        part = "qkv".index(which) if fused else None
         count = self.vlm.shape.heads[tower] if which == "q" else self.vlm.shape.kv_heads[tower]
-        return weight.unflatten(0, (count, -1))[head].T
+        found: Tensor = self.vlm.place.ask(self.vlm.model, head_of, self._path(which, layer, tower), part, count, head)
+        return found
+
+    def _matrix(self, path: str) -> Tensor:
+        found: Tensor = self.vlm.place.ask(self.vlm.model, matrix_at, path)
+        return found
+
+    def _held(self, path: str) -> Tensor:
+        found: Tensor = self.vlm.place.ask(self.vlm.model, held_at, path)
+        return found
 
     def _bias(self, path: str) -> Tensor:
         if self.vlm.hf.get_submodule(path).bias is not None:
-            return held(self.vlm.hf, f"{path}.bias")
-        return torch.zeros_like(matrix_of(self.vlm.hf, path)[:, 0])
+            return self._held(f"{path}.bias")
+        return torch.zeros_like(self._matrix(path)[:, 0])
 
     def _path(self, which: str, layer: int, tower: str) -> str:
         count = self.vlm.shape.layers[tower]
@@ -131,6 +139,28 @@ class Weights:
         path = attention_of(self.vlm, layer, tower)
         names = names_of(self.vlm.hf.get_submodule(path))
         return f"{path}.{names[which == 'o'] if len(names) == 2 else names['qkvo'.index(which)]}"
+
+
+def matrix_at(model: Any, path: str) -> Tensor:
+    """The matrix of a linear module, where the model runs."""
+    return matrix_of(model._module, path)
+
+
+def held_at(model: Any, path: str) -> Tensor:
+    """A weight by its name, where the model runs."""
+    return held(model._module, path)
+
+
+def head_of(model: Any, path: str, part: int | None, count: int, head: int) -> Tensor:
+    """What one head projects by, `d_model d_head`, where the model runs.
+
+    Args:
+        part: which third of the matrix holds it, where one matrix projects to queries, keys and values.
+        count: how many heads there are.
+    """
+    weight = matrix_of(model._module, path)
+    own = weight if part is None else weight.chunk(3)[part]
+    return own.unflatten(0, (count, -1))[head].T
 
 
 def attention_of(vlm: Any, layer: int, tower: str) -> str:

@@ -10,6 +10,7 @@ what is plausible is decided by the real branch's own logits.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from mechvlm.experiments.record import one_prompt
 from mechvlm.fingerprints import fingerprint
 from mechvlm.methods.nulled import PixelDiffusion, null_name, null_of, nulled
 from mechvlm.methods.published import NULL
+from mechvlm.passes import said_by
 from mechvlm.prompt import Prompt
 from mechvlm.sites import number, told, whole
 from mechvlm.vlm import VLM
@@ -153,8 +155,8 @@ def vcd_generate(
     null = null_of(null, NULL if convention else PixelDiffusion())
     both = [one_prompt(prompt), nulled(vlm, prompt, null)]
     own = _same_edits(both, edits) if callable(edits) else edits
-    mixing = _Mixing(alpha, beta, temperature, torch.Generator().manual_seed(seed) if do_sample else None)
-    said = _answered(vlm, both, own, max_new_tokens, mixing)
+    mixer = partial(_mixing, alpha, beta, temperature, seed if do_sample else None)
+    said, shows = said_by(vlm, both, own, max_new_tokens, (), {"do_sample": False, "num_beams": 1}, mixer)
     settings: dict[str, str | int | float] = {
         **vlm.provenance(prompt, own),
         "null": null_name(null),
@@ -162,8 +164,13 @@ def vcd_generate(
         **{"alpha": float(alpha), "beta": float(beta), "convention": convention or "corrected"},
     }
     text = None if said.text is None else said.text[0]
-    real, other = (torch.stack([step[row] for step in mixing.branches]) for row in (0, 1))
-    return Contrasted(text, said.tokens[:1], torch.stack(mixing.mixed), real, other, settings)
+    branches, contrast = shows["mixed"]
+    return Contrasted(text, said.tokens[:1], contrast, branches[:, 0], branches[:, 1], settings)
+
+
+def _mixing(alpha: float, beta: float, temperature: float, seed: int | None) -> "_Mixing":
+    """What mixes two branches; without a seed the likeliest token is taken."""
+    return _Mixing(alpha, beta, temperature, None if seed is None else torch.Generator().manual_seed(seed))
 
 
 @dataclass
@@ -175,9 +182,13 @@ class _Mixing:
     temperature: float
     generator: torch.Generator | None
     branches: list[Tensor] = field(default_factory=list)
-    mixed: list[Tensor] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
 
-    def contrasted(self, _model: Any, _given: Any, output: Any) -> Any:
+    def kept(self) -> tuple[Tensor, Tensor]:
+        """Both branches' raw logits, `step 2 vocab`, and what each token was chosen by, `step vocab`."""
+        return torch.stack(self.branches), torch.stack(self.scores)
+
+    def mixed(self, _model: Any, _given: Any, output: Any) -> Any:
         """The model's output, both rows' last logits their contrast: a hook, before any processor of scores."""
         last = output.logits[:, -1].float()
         self.branches.append(last.detach().cpu().clone())
@@ -193,32 +204,13 @@ class _Mixing:
                 "the model's generation settings forbid every token that the cut left; give a smaller beta, or change "
                 "vlm.hf.generation_config."
             )
-        self.mixed.append(mixed.detach().cpu().clone())
+        self.scores.append(mixed.detach().cpu().clone())
         if self.generator is not None:
-            likely = (self.mixed[-1].double() / self.temperature).softmax(-1)
+            likely = (self.scores[-1].double() / self.temperature).softmax(-1)
             drawn = int(torch.multinomial(likely, 1, generator=self.generator))
             mixed = torch.full_like(mixed, -torch.inf)
             mixed[drawn] = 0.0
         return mixed[None].expand(2, -1).clone()
-
-
-def _answered(vlm: VLM, both: list[Prompt], edits: Sequence[Edit], steps: int, mixing: _Mixing) -> Any:
-    """A generation of two rows whose scores are mixed."""
-    from transformers import LogitsProcessorList  # which whoever has a model has loaded
-
-    # A processor of scores comes behind those of the model's configuration, so the branches are taken before.
-    hook = vlm.hf.register_forward_hook(mixing.contrasted)
-    try:
-        return vlm.generate(
-            both,
-            edits=edits,
-            max_new_tokens=steps,
-            do_sample=False,
-            num_beams=1,
-            logits_processor=LogitsProcessorList([mixing]),
-        )
-    finally:
-        hook.remove()
 
 
 def _same_edits(both: Sequence[Prompt], edits: Callable[[Prompt], Sequence[Edit]]) -> list[Edit]:
