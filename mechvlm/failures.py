@@ -4,6 +4,7 @@ Rule this module guards: an error inside a job names the user's own line, and no
 """
 
 import linecache
+import os
 import re
 import sys
 import sysconfig
@@ -16,7 +17,7 @@ import nnsight
 from mechvlm import ledger
 from mechvlm.ledger import Job
 
-OURS = (str(Path(__file__).parent), str(Path(str(nnsight.__file__)).parent))
+OURS = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, nnsight.__file__))
 FRAME = re.compile(r'^ *File "(?P<file>.+?)", line (?P<line>\d+), in (?P<name>.+)$', re.MULTILINE)
 SHIPPED = re.compile(r"^\[[^\]]*:\d+\] ")
 """How nnsight begins the file name of a function that came by its source."""

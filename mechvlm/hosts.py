@@ -74,10 +74,11 @@ class Host:
 
     @cached_property
     def client(self) -> Any:
-        """What sends requests, with the key in each."""
+        """What sends requests, with the key in each; no connection outlives its answer."""
         import httpx  # only what goes to a server needs it
 
-        return httpx.Client(auth=with_key, timeout=httpx.Timeout(CONNECT, read=READ, write=READ))
+        patience = httpx.Timeout(CONNECT, read=READ, write=READ)
+        return httpx.Client(auth=with_key, timeout=patience, limits=httpx.Limits(max_keepalive_connections=0))
 
     def __repr__(self) -> str:
         return f"Host({self.url!r})"
@@ -125,7 +126,7 @@ class Host:
         """What a question with the key is answered with; its text where it is not to be read."""
         with answered():
             answer = checked(ask(self.client))
-            return answer.json() if loads else answer.text
+            return answer.json() if loads else without_key(answer.text)
 
     def download(self, url: str, seen: Callable[[str], object]) -> bytes:
         """The bytes at an address that the server named, which may be another machine's and gets no key.

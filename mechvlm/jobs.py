@@ -27,7 +27,7 @@ from nnsight.tracing.util import push
 from tqdm import tqdm
 
 from mechvlm import failures, ledger
-from mechvlm.hosts import Host, Refused, Unreachable, api_key, without_key
+from mechvlm.hosts import Host, Refused, Unreachable, api_key
 from mechvlm.ledger import Job, repository
 from mechvlm.sites import told
 
@@ -166,7 +166,6 @@ def send(backend: JobBackend, blob: bytes) -> Job:
     ledger.write(job)
     end, pause = time.monotonic() + waiting.lost, waiting.pause
     while True:
-        asked = False
         try:
             return noted(job, host.submit(request, blob, job.id))
         except Refused as why:
@@ -174,16 +173,29 @@ def send(backend: JobBackend, blob: bytes) -> Job:
             raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
         except Unreachable as why:
             reason = str(why)
-        try:
-            answer, asked = host.said(job.id), True
-        except (Unreachable, Refused):
-            answer = None
+        answer = heard_of(job, host, end, waiting, reason)
         if answer is not None:
             return noted(job, answer)
         if time.monotonic() > end:
-            if asked:
-                ledger.strike(job.id)
-            raise failures.not_sent(job, reason, asked)
+            ledger.strike(job.id)
+            raise failures.not_sent(job, reason, asked=True)
+        time.sleep(pause)
+        pause = min(1.5 * pause, waiting.longest)
+
+
+def heard_of(job: Job, host: Host, end: float, waiting: Waiting, reason: str) -> ResponseModel | None:
+    """What a server says of a job that was lost on its way there; None where it does not have it.
+
+    Raises:
+        JobError: where it does not answer until the time `end`.
+    """
+    pause = waiting.pause
+    while True:
+        try:
+            return host.said(job.id)
+        except (Unreachable, Refused):
+            if time.monotonic() > end:
+                raise failures.not_sent(job, reason, asked=False) from None
         time.sleep(pause)
         pause = min(1.5 * pause, waiting.longest)
 
@@ -194,7 +206,7 @@ def noted(job: Job, answer: ResponseModel) -> Job:
     Raises:
         JobError: where that is no name for a file.
     """
-    before, description = job.id, without_key(answer.description)
+    before, description = job.id, answer.description
     if not ledger.NAME.fullmatch(answer.id):
         raise failures.refused(job.host, 200, f"it calls its job {answer.id!r}", True)
     if (answer.id, answer.status.value, description) != (before, job.state, job.description):
@@ -260,7 +272,7 @@ def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> byte
         while True:
             why = ""
             try:
-                content = asked_once(job, host, lambda part: bar.set_description_str(f"job {job.id} {part}"))
+                content = asked_once(job, host, waiting, lambda part: bar.set_description_str(f"{job.id} {part}"))
             except Unreachable as trouble:
                 content, why = None, str(trouble)
             except LookupError as trouble:
@@ -276,7 +288,7 @@ def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> byte
             asking.rest(why)
 
 
-def asked_once(job: Job, host: Host, seen: Callable[[str], object]) -> bytes | None:
+def asked_once(job: Job, host: Host, waiting: Waiting, seen: Callable[[str], object]) -> bytes | None:
     """The result of a job if it is finished, and None if it is not yet.
 
     Args:
@@ -290,7 +302,9 @@ def asked_once(job: Job, host: Host, seen: Callable[[str], object]) -> bytes | N
     try:
         answer = host.said(job.id)
         if answer is None:
-            raise LookupError(job.id)
+            if job.age > waiting.lost:
+                raise LookupError(job.id)
+            return None  # of a job that has just been sent nothing may be written down there yet
         noted(job, answer)
         if job.state == "ERROR":
             raise failures.failed(job)

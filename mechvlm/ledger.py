@@ -21,8 +21,8 @@ ENDED = ("ERROR", "COLLECTED")
 
 
 def now() -> str:
-    """The time, in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S")
+    """The time, in UTC, to the millisecond."""
+    return datetime.now(UTC).replace(tzinfo=None).isoformat(" ", "milliseconds")
 
 
 @dataclass
@@ -54,6 +54,11 @@ class Job:
     def model(self) -> str:
         """The checkpoint's name."""
         return repository(self.model_key)
+
+    @property
+    def age(self) -> float:
+        """Seconds since it was sent."""
+        return (datetime.fromisoformat(now()) - datetime.fromisoformat(self.sent)).total_seconds()
 
 
 def repository(model_key: str) -> str:

@@ -20,6 +20,7 @@ class Faults:
         lose: how many of the next submissions are neither taken nor answered.
         drop_polls: how many of the next questions about a job are not answered.
         unavailable: how many of the next submissions and questions get a 503.
+        late: how many of the next questions are answered as if nothing were known yet.
         forget: jobs are no longer known.
         description: every job ends in an error of this description.
     """
@@ -34,6 +35,7 @@ class Faults:
     lose: int = 0
     drop_polls: int = 0
     unavailable: int = 0
+    late: int = 0
     forget: bool = False
     description: str = ""
 

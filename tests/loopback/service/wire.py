@@ -122,7 +122,7 @@ class Answers(BaseHTTPRequestHandler):
             return self.hang_up()
         if faults.once("unavailable"):
             return self.give({"detail": "Service Unavailable"}, 503)
-        said = self.server.runs.last(name)
+        said = None if faults.once("late") else self.server.runs.last(name)
         if name in self.server.counts:
             self.server.counts[name]["polls"] += 1
         return self.give({"detail": "Not Found"}, 404) if said is None else self.give(said)
