@@ -82,7 +82,7 @@ def not_deployed(host: str, model: str, hosted: Iterable[str]) -> JobError:
     names = ", ".join(sorted(set(hosted))) or "no model now"
     return JobError(
         f"{model} is not deployed on {host}, which runs {names}; choose from mv.remote.status(), or send the job "
-        "all the same with waiting=mv.remote.Waiting(check=False)."
+        "all the same with remote=mv.remote.Server(check=False)."
     )
 
 
@@ -92,7 +92,7 @@ def versions_differ(host: str, differing: Mapping[str, tuple[str, str]]) -> JobE
     here = " and ".join(pair[0] for pair in differing.values())
     return JobError(
         f"{host} runs {there} where this machine has {here}; install what it runs, or send the job all the same with "
-        "waiting=mv.remote.Waiting(check=False)."
+        "remote=mv.remote.Server(check=False)."
     )
 
 

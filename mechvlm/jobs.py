@@ -3,7 +3,7 @@
 Rule this module guards: whatever happens to the connection, to the server or to this process, what was sent is on disk
 with its id, and is sent only once for one fingerprint.
 
->>> backend = JobBackend(model.to_model_key(), host="http://127.0.0.1:5001")  # doctest: +SKIP
+>>> backend = JobBackend(model.to_model_key(), "http://127.0.0.1:5001")  # doctest: +SKIP
 >>> with model.session(backend=backend):  # doctest: +SKIP
 ...     found = function(model, prompts).save()
 """
@@ -36,23 +36,25 @@ CHECKED: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """How long, and how, a job is waited for; all in seconds.
+class Server:
+    """Where jobs are sent, and how they are waited for: `mv.load(name, remote=mv.remote.Server(timeout=3600))`.
 
     Attributes:
-        timeout: how long a job is waited for; None as long as it takes. What is not waited for goes on, and is kept.
-        lost: how long a server that does not answer is asked again.
-        pause, longest: time between two questions, at first and at most; it grows by half each time.
-        check: compare versions, and see whether the model is deployed, before the first job to a server.
+        host: its address; None for the one that nnsight is configured for, which is NDIF's unless changed.
+        timeout: seconds that a job is waited for; None as long as it takes. What is not waited for goes on there.
+        lost: seconds that a server is asked again which does not answer.
+        pause, longest: seconds between two questions, at first and at most; each time half as long again.
+        check: compare versions, and see whether the model is deployed, before the first job is sent.
 
     Raises:
-        ValueError: for times that are not above 0.
+        ValueError: for what is no address, and for times that are not above 0.
 
     Example:
-        >>> mv.remote.Waiting(timeout=3600).lost
+        >>> mv.remote.Server("http://127.0.0.1:5001", timeout=3600).lost
         120.0
     """
 
+    host: str | None = None
     timeout: float | None = None
     lost: float = 120.0
     pause: float = 0.2
@@ -60,6 +62,7 @@ class Waiting:
     check: bool = True
 
     def __post_init__(self) -> None:
+        Host(self.host)
         for name in ("timeout", "lost", "pause", "longest"):
             given = vars(self)[name]
             if given is None and name == "timeout":
@@ -79,11 +82,10 @@ class JobBackend(Backend):
 
     Args:
         model_key: nnsight's name of the model, `model.to_model_key()`.
-        host: the server's address; None for the one that nnsight is configured for.
+        server: where it is sent, and how it is waited for; an address, or None for what nnsight is configured for.
         env: what the server sets before it runs, `model._remoteable_get_env()`.
         fingerprint: what the job asks for. A job of the same fingerprint, model and server that was sent before, by any
             process, and not collected, is waited for instead of sent again; "" always sends.
-        waiting: how long, and how.
         payload: makes the bytes that are sent of a tracer.
 
     Attributes:
@@ -96,26 +98,25 @@ class JobBackend(Backend):
     def __init__(
         self,
         model_key: str,
-        host: str | None = None,
+        server: Server | str | None = None,
         env: dict[str, Any] | None = None,
         fingerprint: str = "",
-        waiting: Waiting | None = None,
         payload: Callable[[Any], bytes] = plain_payload,
     ) -> None:
         self.model_key, self.env, self.fingerprint = model_key, env or {}, fingerprint
-        self.host = Host(host)
-        self.waiting = waiting or Waiting()
+        self.server = server if isinstance(server, Server) else Server(server)
+        self.host = Host(self.server.host)
         self.payload = payload
         self.job: Job | None = None
 
     def __call__(self, tracer: Any) -> dict[str, Any]:
         """Run a captured block there; what it saved is put where the block stands, and returned by name."""
         self.job = ledger.open_job(self.fingerprint, self.host.url, self.model_key)
-        content = None if self.job is None else found_again(self.job, self.host, self.waiting)
+        content = None if self.job is None else found_again(self.job, self.host, self.server)
         if content is None:
-            check(self.host, self.model_key, self.waiting)
+            check(self.host, self.model_key, self.server)
             self.job = send(self, self.payload(tracer))
-            content = wait(self.job, self.host, self.waiting)
+            content = wait(self.job, self.host, self.server)
         assert self.job is not None
         saved = unpacked(self.job, content)
         for value in saved.values():
@@ -125,7 +126,7 @@ class JobBackend(Backend):
         return saved
 
 
-def check(host: Host, model_key: str, waiting: Waiting) -> None:
+def check(host: Host, model_key: str, server: Server) -> None:
     """Look at a server before the first job is sent to it.
 
     Raises:
@@ -134,7 +135,7 @@ def check(host: Host, model_key: str, waiting: Waiting) -> None:
     """
     if host.is_ndif and not api_key():
         raise failures.no_key(host.url)
-    if not waiting.check or (host.url, model_key) in CHECKED:
+    if not server.check or (host.url, model_key) in CHECKED:
         return
     try:
         differing, hosted = host.differing(), host.deployments()
@@ -160,11 +161,11 @@ def send(backend: JobBackend, blob: bytes) -> Job:
     Raises:
         JobError: where the server refuses it, or does not answer.
     """
-    host, waiting = backend.host, backend.waiting
+    host, server = backend.host, backend.server
     job = Job(str(uuid.uuid4()), host.url, backend.model_key, backend.fingerprint, compress=CONFIG.API.COMPRESS)
     request = RequestModel(model_key=job.model_key, compress=job.compress, env=backend.env)
     ledger.write(job)
-    end, pause = time.monotonic() + waiting.lost, waiting.pause
+    end, pause = time.monotonic() + server.lost, server.pause
     while True:
         try:
             return noted(job, host.submit(request, blob, job.id))
@@ -173,23 +174,23 @@ def send(backend: JobBackend, blob: bytes) -> Job:
             raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
         except Unreachable as why:
             reason = str(why)
-        answer = heard_of(job, host, end, waiting, reason)
+        answer = heard_of(job, host, end, server, reason)
         if answer is not None:
             return noted(job, answer)
         if time.monotonic() > end:
             ledger.strike(job.id)
             raise failures.not_sent(job, reason, asked=True)
         time.sleep(pause)
-        pause = min(1.5 * pause, waiting.longest)
+        pause = min(1.5 * pause, server.longest)
 
 
-def heard_of(job: Job, host: Host, end: float, waiting: Waiting, reason: str) -> ResponseModel | None:
+def heard_of(job: Job, host: Host, end: float, server: Server, reason: str) -> ResponseModel | None:
     """What a server says of a job that was lost on its way there; None where it does not have it.
 
     Raises:
         JobError: where it does not answer until the time `end`.
     """
-    pause = waiting.pause
+    pause = server.pause
     while True:
         try:
             return host.said(job.id)
@@ -197,7 +198,7 @@ def heard_of(job: Job, host: Host, end: float, waiting: Waiting, reason: str) ->
             if time.monotonic() > end:
                 raise failures.not_sent(job, reason, asked=False) from None
         time.sleep(pause)
-        pause = min(1.5 * pause, waiting.longest)
+        pause = min(1.5 * pause, server.longest)
 
 
 def noted(job: Job, answer: ResponseModel) -> Job:
@@ -217,10 +218,10 @@ def noted(job: Job, answer: ResponseModel) -> Job:
     return job
 
 
-def found_again(job: Job, host: Host, waiting: Waiting) -> bytes | None:
+def found_again(job: Job, host: Host, server: Server) -> bytes | None:
     """The result of a job that was sent before; None where the server has lost it, so that it is to be sent anew."""
     try:
-        return wait(job, host, waiting, forgotten=False)
+        return wait(job, host, server, forgotten=False)
     except LookupError:
         ledger.strike(job.id)
         return None
@@ -229,10 +230,10 @@ def found_again(job: Job, host: Host, waiting: Waiting) -> bytes | None:
 class Asking:
     """The questions about one job: how long it has been, and how long nobody has answered."""
 
-    def __init__(self, job: Job, waiting: Waiting) -> None:
-        self.job, self.waiting = job, waiting
+    def __init__(self, job: Job, server: Server) -> None:
+        self.job, self.server = job, server
         self.began = self.heard = time.monotonic()
-        self.pause = waiting.pause
+        self.pause = server.pause
 
     def rest(self, why: str = "") -> None:
         """Wait a little, longer each time.
@@ -243,18 +244,18 @@ class Asking:
         Raises:
             JobError: where the job is not waited for any longer.
         """
-        time_now, limit = time.monotonic(), self.waiting.timeout
+        time_now, limit = time.monotonic(), self.server.timeout
         self.heard = self.heard if why else time_now
-        if time_now - self.heard > self.waiting.lost:
-            raise failures.lost(self.job, self.waiting.lost, why)
+        if time_now - self.heard > self.server.lost:
+            raise failures.lost(self.job, self.server.lost, why)
         left = self.pause if limit is None else min(self.pause, self.began + limit - time_now)
         if left <= 0:
             raise failures.unfinished(self.job, float(limit or 0))
         time.sleep(left)
-        self.pause = min(1.5 * self.pause, self.waiting.longest)
+        self.pause = min(1.5 * self.pause, self.server.longest)
 
 
-def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> bytes:
+def wait(job: Job, host: Host, server: Server, forgotten: bool = True) -> bytes:
     """The result of a job, as the server packed it, kept on disk before it is returned.
 
     Args:
@@ -266,13 +267,13 @@ def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> byte
     kept = ledger.kept(job)
     if kept is not None:
         return kept
-    asking = Asking(job, waiting)
+    asking = Asking(job, server)
     shown = {"bar_format": "{desc} [{elapsed}]", "leave": False, "delay": 1, "disable": not CONFIG.APP.REMOTE_LOGGING}
     with tqdm(desc=f"job {job.id} {job.state}", **shown) as bar:
         while True:
             why = ""
             try:
-                content = asked_once(job, host, waiting, lambda part: bar.set_description_str(f"{job.id} {part}"))
+                content = asked_once(job, host, server, lambda part: bar.set_description_str(f"{job.id} {part}"))
             except Unreachable as trouble:
                 content, why = None, str(trouble)
             except LookupError as trouble:
@@ -288,7 +289,7 @@ def wait(job: Job, host: Host, waiting: Waiting, forgotten: bool = True) -> byte
             asking.rest(why)
 
 
-def asked_once(job: Job, host: Host, waiting: Waiting, seen: Callable[[str], object]) -> bytes | None:
+def asked_once(job: Job, host: Host, server: Server, seen: Callable[[str], object]) -> bytes | None:
     """The result of a job if it is finished, and None if it is not yet.
 
     Args:
@@ -302,7 +303,7 @@ def asked_once(job: Job, host: Host, waiting: Waiting, seen: Callable[[str], obj
     try:
         answer = host.said(job.id)
         if answer is None:
-            if job.age > waiting.lost:
+            if job.age > server.lost:
                 raise LookupError(job.id)
             return None  # of a job that has just been sent nothing may be written down there yet
         noted(job, answer)
@@ -329,6 +330,7 @@ def unpacked(job: Job, content: bytes) -> dict[str, Any]:
 
         content = zstandard.ZstdDecompressor().decompress(content)
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([slice]):
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise failures.not_plain(job, str(error)) from None

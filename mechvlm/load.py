@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
+from mechvlm.jobs import Server
 from mechvlm.places import place_of
 from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
 from mechvlm.shapes import shape_of
@@ -32,7 +33,7 @@ def load(
     name: str | Path,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    remote: bool | str = False,
+    remote: bool | str | Server = False,
     attention_budget: int | str = "256MiB",
     **settings: Any,
 ) -> VLM:
@@ -45,7 +46,8 @@ def load(
             `device_map`.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
         remote: True runs the model on NDIF, "http://..." on a server of one's own; its weights are not loaded here.
-            Each run, and each sweep, profile or generation, is then a job there (`mv.remote`). "local" loads the model,
+            Each run, and each sweep, profile or generation, is then a job there (`mv.remote`). `mv.remote.Server` says
+            more, such as how long a job is waited for. "local" loads the model,
             and sends everything that is asked of it as it would be sent, to try that out.
         attention_budget: as in `VLM`.
         settings: handed to transformers' `from_pretrained`: attn_implementation, revision, ... `device_map="auto"`
@@ -91,7 +93,7 @@ def load(
 
 
 def elsewhere(
-    path: str, name: str, settings: Mapping[str, Any], remote: bool | str, attention_budget: int | str
+    path: str, name: str, settings: Mapping[str, Any], remote: bool | str | Server, attention_budget: int | str
 ) -> VLM:
     """A model that runs elsewhere: its processor, and its modules without weights.
 

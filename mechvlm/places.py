@@ -25,7 +25,7 @@ from nnsight.tracing.backend import Backend
 from nnsight.tracing.util import push
 from torch import Tensor
 
-from mechvlm.jobs import JobBackend
+from mechvlm.jobs import JobBackend, Server
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import Sees
 from mechvlm.shipping import payload, ship
@@ -125,6 +125,11 @@ def unpacked(value: Any) -> Any:
     return value
 
 
+def of_ours(saved: Mapping[str, Any]) -> bool:
+    """Whether what a job saved is an answer of `answered`."""
+    return [*saved] == ["found"] and isinstance(saved["found"], dict) and [*saved["found"]] == ["answer"]
+
+
 class Simulated(Backend):
     """Runs a captured block in this process from what would be sent, with nothing but torch and nnsight to import."""
 
@@ -186,11 +191,11 @@ def place_of(remote: Any) -> Here | There:
     """Where a model runs, from what the user said.
 
     Raises:
-        TypeError, ValueError: for anything but False, True, "local" or the address of a server.
+        TypeError, ValueError: for anything but False, True, "local", the address of a server, or a `Server`.
     """
     if remote is False or remote is None:
         return HERE
-    if not (remote is True or isinstance(remote, str)):
+    if not (remote is True or isinstance(remote, str | Server)):
         raise TypeError(f"remote={told(remote)} says no place; give True for NDIF, 'local', or a server's address.")
     if isinstance(remote, str) and remote != "local" and not remote.startswith(("http://", "https://")):
         raise ValueError(
@@ -200,18 +205,18 @@ def place_of(remote: Any) -> Here | There:
     ship("mechvlm")
     if remote == "local":
         return There(Simulated, "here, as if elsewhere")
-    host = None if remote is True else remote
-    return There(lambda model, asked: job_of(model, asked, host), host or "NDIF")
+    server = remote if isinstance(remote, Server) else Server(None if remote is True else remote)
+    return There(lambda model, asked: job_of(model, asked, server), server.host or "NDIF")
 
 
-def job_of(model: Any, asked: tuple, host: str | None) -> Backend:
+def job_of(model: Any, asked: tuple, server: Server) -> Backend:
     """What sends a block to a server as one job, which is known again by what is asked for.
 
     Args:
         asked: the function, and what it is given.
-        host: the server's address; None for the one that nnsight is configured for.
+        server: where it is sent, and how it is waited for.
     """
     from mechvlm.fingerprints import fingerprint  # which knows models, whose places these are
 
     env = model._remoteable_get_env()
-    return JobBackend(model.to_model_key(), host, env, fingerprint(*asked, sorted(env.items())), payload=payload)
+    return JobBackend(model.to_model_key(), server, env, fingerprint(*asked, sorted(env.items())), payload=payload)

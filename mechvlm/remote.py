@@ -10,27 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 from nnsight.ndif import get_local_env
 
-from mechvlm import failures, ledger
+from mechvlm import failures, ledger, places
 from mechvlm.archs import ARCHS
 from mechvlm.failures import JobError
 from mechvlm.hosts import Host, Refused, Unreachable, api_key
-from mechvlm.jobs import Waiting, unpacked, wait
+from mechvlm.jobs import Server, unpacked, wait
 from mechvlm.ledger import Job
 from mechvlm.refusals import REFUSED
 
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["JobError", "Waiting", "compare", "forget", "jobs", "resume", "status"]
+__all__ = ["JobError", "Server", "compare", "forget", "jobs", "resume", "status"]
 
 
-def resume(job_id: str, waiting: Waiting | None = None) -> Any:
-    """What a job saved, waited for if it is not finished.
+def resume(job_id: str, timeout: float | None = None) -> Any:
+    """What a job returned, waited for if it is not finished.
 
     The result stays on disk until the script that sent the job has it too, or `forget`.
 
+    Args:
+        timeout: seconds to wait; None as long as it takes.
+
     Returns:
-        Plain data: the value where the job saved one, as all of mechvlm's do, else values by name.
+        What ran there returned, as plain data. The script that sent the job makes runs and results of it, and has it at
+        once when it is started again. Of a job that mechvlm did not send, what it saved, by name.
 
     Raises:
         ValueError: for a job that is not written down.
@@ -43,8 +47,8 @@ def resume(job_id: str, waiting: Waiting | None = None) -> Any:
         raise ValueError(
             f"a script has collected job {job_id!r} ({job.changed}); run that script again to have it anew."
         )
-    saved = unpacked(job, wait(job, Host(job.host), waiting or Waiting()))
-    return next(iter(saved.values())) if len(saved) == 1 else saved
+    saved = unpacked(job, wait(job, Host(job.host), Server(job.host, timeout)))
+    return places.unpacked(saved["found"]["answer"]) if places.of_ours(saved) else saved
 
 
 def found(job_id: str) -> Job:

@@ -21,6 +21,7 @@ from mechvlm import batch as batches
 from mechvlm.attention import bytes_of
 from mechvlm.devices import packing_of, places_of, runs_on
 from mechvlm.edits import Edit
+from mechvlm.jobs import Server
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
 from mechvlm.passes import forwards, pass_of, placed, said_by
 from mechvlm.places import in_nnsight, place_of
@@ -62,7 +63,7 @@ class VLM:
         processor: Any = None,
         name: str | None = None,
         attention_budget: int | str = "256MiB",
-        remote: bool | str = False,
+        remote: bool | str | Server = False,
     ) -> None:
         self.place = place_of(remote)
         wrapped = isinstance(hf_model, nnsight.Envoy)

@@ -190,11 +190,11 @@ def test_the_default_branch_has_one_name() -> None:
 
 GONE = "there is no job 'x' in '{folder}'; mv.remote.jobs() lists those that are known, and the environment variable "
 CASES: dict[str, Callable[[], object]] = {
-    "timeout=0 is no time to wait; give seconds, more than 0.": lambda: mv.remote.Waiting(timeout=0),
-    "pause=None is no time to wait; give seconds, more than 0.": lambda: mv.remote.Waiting(pause=None),  # type: ignore[arg-type]
-    "longest='1' is no time to wait; give seconds, more than 0.": lambda: mv.remote.Waiting(longest="1"),  # type: ignore[arg-type]
+    "timeout=0 is no time to wait; give seconds, more than 0.": lambda: mv.remote.Server(timeout=0),
+    "pause=None is no time to wait; give seconds, more than 0.": lambda: mv.remote.Server(pause=None),  # type: ignore[arg-type]
+    "longest='1' is no time to wait; give seconds, more than 0.": lambda: mv.remote.Server(longest="1"),  # type: ignore[arg-type]
     "'127.0.0.1:5001' is no address of a server; give one such as 'http://127.0.0.1:5001', or True for NDIF's.": (
-        lambda: hosts.Host("127.0.0.1:5001")
+        lambda: mv.remote.Server("127.0.0.1:5001")
     ),
     GONE + "MECHVLM_JOBS names another folder.": lambda: mv.remote.resume("x"),
     "a script has collected job 'j-1' ({changed}); run that script again to have it anew.": (
@@ -204,7 +204,7 @@ CASES: dict[str, Callable[[], object]] = {
 FAILURES: dict[str, Callable[[], object]] = {
     "https://api.ndif.us takes jobs with an API key, and none is set; get one from https://login.ndif.us or who runs "
     "that server, and set the environment variable NDIF_API_KEY or call nnsight.login().": (
-        lambda: jobs.check(hosts.Host("https://api.ndif.us"), KEY, jobs.Waiting())
+        lambda: jobs.check(hosts.Host("https://api.ndif.us"), KEY, jobs.Server())
     ),
     "http://127.0.0.1:1 does not answer ([Errno 111] Connection refused), and no job was sent; look at the address and "
     "the network.": lambda: mv.remote.status(HOST),

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import mechvlm as mv
 from mechvlm import jobs, ledger
-from mechvlm.jobs import JobBackend, Waiting
+from mechvlm.jobs import JobBackend, Server
 
 pytestmark = zoo.second_environment
 HERE = Path(__file__)
@@ -44,10 +44,8 @@ class Place:
 
     def backend(self, fingerprint: str = "", **waiting: Any) -> JobBackend:
         """What runs a block there, without a pause to speak of."""
-        how = Waiting(**{"timeout": LONGEST, "lost": 0.3, "pause": 0.01, "longest": 0.05, **waiting})
-        return JobBackend(
-            self.model.to_model_key(), self.server.url, self.model._remoteable_get_env(), fingerprint, how
-        )
+        how = Server(self.server.url, **{"timeout": LONGEST, "lost": 0.3, "pause": 0.01, "longest": 0.05, **waiting})
+        return JobBackend(self.model.to_model_key(), how, self.model._remoteable_get_env(), fingerprint)
 
     def run(self, function: Callable[..., Any], fingerprint: str = "", **waiting: Any) -> Any:
         """What a function returns there."""
@@ -207,9 +205,9 @@ def test_a_job_whose_process_died_is_collected_by_the_next(place: Place) -> None
     refusal(place, fingerprint="f", timeout=0.1)
     job = only_job()
     place.server.fail()
-    assert torch.equal(mv.remote.resume(job.id, Waiting(pause=0.01)), place.logits)
+    assert torch.equal(mv.remote.resume(job.id)["found"], place.logits)
     place.server.stop()  # the result is here, and no server is needed
-    assert torch.equal(mv.remote.resume(job.id), place.logits)
+    assert torch.equal(mv.remote.resume(job.id)["found"], place.logits)
     assert torch.equal(place.run(answer, "f"), place.logits)
     assert (only_job().state, mv.remote.jobs().kept.tolist()) == ("COLLECTED", [0])
 
@@ -225,6 +223,29 @@ def test_a_server_that_dies_and_comes_back_still_has_the_result(place: Place) ->
     before = place.jobs()
     assert torch.equal(place.run(answer, "f"), place.logits)
     assert place.jobs() == before
+
+
+def test_a_script_that_is_started_again_has_the_run_that_it_did_not_wait_for(place: Place) -> None:
+    """With `mv.load`, as users do it: the second time nothing is sent, and `resume` gives the same numbers."""
+    folder, before = place.model.repo_id, place.jobs()
+    impatient = mv.remote.Server(place.server.url, timeout=1e-9, pause=0.01)
+    vlm = mv.load(folder, remote=impatient)
+    prompt = vlm.prompt(tiny.picture(), "is there a dog ?")
+    with pytest.raises(mv.remote.JobError, match="the longest it was to be waited for"):
+        vlm.run(prompt, read=["text.1.z"])
+    resumed = mv.remote.resume(only_job().id, timeout=LONGEST)
+    run = mv.load(folder, remote=mv.remote.Server(place.server.url, timeout=LONGEST)).run(prompt, read=["text.1.z"])
+    assert place.jobs() == before + 1
+    assert torch.equal(run["text.1.z"], tiny.vlm().run(prompt, read=["text.1.z"])["text.1.z"])
+    assert any(torch.equal(x, run["text.1.z"]) for x in tensors(resumed))
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return [value]
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [x for part in parts for x in tensors(part)]
 
 
 # Each row of the failure table.
@@ -282,7 +303,7 @@ def test_a_model_that_is_not_deployed(place: Place) -> None:
     name = place.model.repo_id
     assert refusal(place) == (
         f"{name} is not deployed on {place.server.url}, which runs no model now; choose from mv.remote.status(), or "
-        "send the job all the same with waiting=mv.remote.Waiting(check=False)."
+        "send the job all the same with remote=mv.remote.Server(check=False)."
     )
     assert refusal(place, check=False) == (
         f"{place.server.url} refused the request (Model is not deployed, HTTP 404); mv.remote.status() says which "
@@ -299,7 +320,7 @@ def test_versions_that_differ(place: Place) -> None:
     assert refusal(place) == (
         f"{place.server.url} runs nnsight 0.5.0 and transformers 4.40.1 where this machine has {nnsight} and "
         f"{transformers}; install what it runs, or send the job all the same with "
-        "waiting=mv.remote.Waiting(check=False)."
+        "remote=mv.remote.Server(check=False)."
     )
     assert torch.equal(place.run(answer, check=False), place.logits)
 
@@ -388,8 +409,10 @@ def test_a_job_that_the_server_has_forgotten(place: Place) -> None:
     refusal(place, fingerprint="f", timeout=1e-9)
     job = only_job()
     place.server.fail(forget=True)
+    job.sent = "2026-01-01"  # long enough ago for the server to have written something down
+    ledger.write(job)
     with pytest.raises(mv.remote.JobError) as caught:
-        mv.remote.resume(job.id, Waiting(lost=0.01, pause=0.01))
+        mv.remote.resume(job.id)
     assert str(caught.value) == (
         f"{place.server.url} does not know job {job.id}; run the script again, which sends it anew."
     )
