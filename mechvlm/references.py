@@ -141,7 +141,7 @@ def bind(keep: Callable, site: Site) -> Callable:
 
 def apart(a: Tensor, b: Tensor) -> float:
     """The largest difference, relative to the largest value."""
-    a, b = a.double(), b.double()
+    a, b = a.double(), b.double().to(a.device)
     finite = torch.isfinite(b)
     if not torch.equal(finite, torch.isfinite(a)):
         return float("inf")
@@ -161,4 +161,4 @@ def eager_rounding(vlm: Any, times: float = 64) -> float:
 
 def differs(a: Tensor, b: Tensor) -> float:
     """Zero where two tensors are the same bit for bit, else their difference."""
-    return 0.0 if torch.equal(a, b) else max(apart(a, b), torch.finfo(torch.float64).tiny)
+    return 0.0 if torch.equal(a, b.to(a.device)) else max(apart(a, b), torch.finfo(torch.float64).tiny)

@@ -189,7 +189,7 @@ class Reduced:
 
     def last(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row twice measure span"]:
         """Those of the last layer, with its output as it is and after the final norm."""
-        return torch.stack([self.leaves(x), self.leaves(self.norm(x))], 1)
+        return torch.stack([self.leaves(x), self.leaves(self.norm(x).to(x.device))], 1)
 
 
 def tabled(
