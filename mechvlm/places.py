@@ -25,6 +25,7 @@ from nnsight.tracing.backend import Backend
 from nnsight.tracing.util import push
 from torch import Tensor
 
+from mechvlm.devices import hooks_of
 from mechvlm.jobs import JobBackend, Server
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import Sees
@@ -165,13 +166,16 @@ def on_servers(module: str) -> bool:
 
 
 class Traced(NNsight):
-    """The nnsight model inside, which sends its inputs to no weights that are kept elsewhere between calls."""
+    """The nnsight model inside; what it is called with is placed by accelerate's hooks where there are any."""
 
     @property
     def device(self) -> torch.device | None:
-        """Where nnsight is to send what it is called with; None leaves that to accelerate's hooks."""
+        """Where nnsight is to send what it is called with; None for nowhere.
+
+        By itself it takes the place of the first weights, which may be kept elsewhere, and hold no numbers here.
+        """
         first = next(self._module.parameters()).device
-        return None if first.type == "meta" else first
+        return None if first.type == "meta" or any(hooks_of(self._module)) else first
 
 
 def in_nnsight(hf_model: torch.nn.Module) -> Any:

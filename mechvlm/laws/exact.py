@@ -52,6 +52,7 @@ def law_3_residuals(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
         worst = 0.0
         for layer, own in enumerate(kinds):
             at = {kind: run[Site(kind, layer, tower)] for kind in own if kind in RESIDUAL}
+            at = {kind: x.to(at["attn_out"].device) for kind, x in at.items()}  # what enters may be elsewhere
             between = at["resid_pre"] + at["attn_out"]
             if "resid_mid" in at:
                 worst = max(worst, differs(between, at["resid_mid"]))
@@ -61,7 +62,7 @@ def law_3_residuals(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
     for layer in range(vlm.shape.layers["text"] - 1):
         left = run[Site("resid_post", layer)].clone()
         if layer < vlm.shape.deepstack:
-            left[0, prompt.image] += run[Site("deepstack", layer)].flatten(0, 1)
+            left[0, prompt.image] += run[Site("deepstack", layer)].flatten(0, 1).to(left.device)
         worst = max(worst, differs(left, run[Site("resid_pre", layer + 1)]))
     yield Finding(3, "from layer to layer, text", worst, 0.0)
 
