@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 from mechvlm.laws.attending import law_4_patterns, law_6_biases
+from mechvlm.laws.elsewhere import law_12_elsewhere
 from mechvlm.laws.exact import law_1_reading, law_2_writing_back, law_3_residuals, law_5_patching
 from mechvlm.laws.finding import Finding as Finding
 from mechvlm.laws.runs import law_7_lens, law_8_batches, law_9_generation, law_10_gradients, law_13_positions
@@ -60,5 +61,6 @@ LAWS = (
     law_8_sweeps,
     law_9_generation,
     law_10_gradients,
+    law_12_elsewhere,
     law_13_positions,
 )
