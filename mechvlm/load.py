@@ -42,8 +42,8 @@ def load(
     Args:
         name: a name on the Hugging Face hub, a checkpoint directory, or "demo", the small trained model that ships with
             the package.
-        device: by default CUDA where there is one. For several, or for a model that finds no room there, see
-            `device_map`.
+        device: by default CUDA where there is one; of several processes (`accelerate launch`) each takes its own GPU.
+            For one model on several devices, or one that finds no room there, see `device_map`.
         dtype: by default float32 on a CPU, and what the checkpoint holds elsewhere.
         remote: True runs the model on NDIF, "http://..." on a server of one's own; its weights are not loaded here.
             Each run, and each sweep, profile or generation, is then a job there (`mv.remote`). `mv.remote.Server` says

@@ -14,6 +14,7 @@ import torch
 
 from mechvlm.batch import check_kernel
 from mechvlm.devices import method_of
+from mechvlm.processes import here
 from mechvlm.shapes import Shape
 from mechvlm.sites import told
 
@@ -74,7 +75,7 @@ def check_map(model: Any, plan: Any) -> None:
 
 
 def place_of(device: Any) -> torch.device:
-    """A device of this machine by its name; by default CUDA where there is one.
+    """A device of this machine by its name; by default CUDA where there is one, of several processes each its own.
 
     Raises:
         ValueError: for what is no device, or none of this machine.
@@ -84,7 +85,8 @@ def place_of(device: Any) -> torch.device:
         device(type='cpu')
     """
     try:
-        asked = "cuda" if torch.cuda.is_available() else "cpu"
+        own = f"cuda:{here().local % max(1, torch.cuda.device_count())}" if here().count > 1 else "cuda"
+        asked = own if torch.cuda.is_available() else "cpu"
         place = torch.device("cuda", device) if type(device) is int else torch.device(device or asked)
     except (RuntimeError, TypeError):
         raise ValueError(f"there is no device {told(device)}; give 'cpu', 'cuda' or 'cuda:0'.") from None

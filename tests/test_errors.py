@@ -857,7 +857,7 @@ LATER: list[Case] = [
         ),
     ),
     (
-        f"out={__file__!r} is a file; give a folder, in which each finished batch is a file.",
+        f"out={__file__!r} is a file; give a folder, in which what is finished is kept.",
         lambda: mv.sweep(vlm(), real(), lambda layer: [mv.ablate_heads(layer, [0])], YES, out=__file__, layer=range(2)),
     ),
     (

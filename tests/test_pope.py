@@ -635,8 +635,8 @@ def test_a_broken_file_of_answers_is_named_as_an_evaluations(tmp_path: Path) -> 
     with pytest.raises(ValueError) as refused:
         asked(out=tmp_path)
     assert str(refused.value) == (
-        f"'{tmp_path / 'answers-000000-x.nc'}' holds no finished answers of an evaluation; take it out of the folder, "
-        "and they are asked again."
+        f"'{tmp_path / 'answers-000000-x.nc'}' is no finished part of an evaluation; take it out of the folder, and "
+        "it is made again."
     )
 
 
@@ -751,7 +751,7 @@ def test_a_model_without_a_processor_and_a_folder_that_is_a_file(tmp_path: Path)
         "this model was given no processor, so no question can be put to it; give mv.VLM one."
     )
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match="is a file; give a folder, in which each picture's answers are a file.$"):
+    with pytest.raises(ValueError, match="is a file; give a folder, in which what is finished is kept.$"):
         asked(out=tmp_path / "file")
 
 

@@ -460,7 +460,9 @@ def test_weights_that_changed_are_another_sweep(tmp_path: Path) -> None:
 def test_a_file_that_is_no_batch_is_refused(tmp_path: Path) -> None:
     vlm, real, _ = model()
     (tmp_path / "points-x.nc").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"points-x.nc' is no finished batch of a sweep; take it out of the folder\."):
+    with pytest.raises(
+        ValueError, match=r"points-x.nc' is no finished part of a sweep; take it out of the folder, and"
+    ):
         mv.sweep(vlm, real, lambda head: [mv.ablate_heads(0, [head])], METRIC, out=tmp_path, head=range(4))
 
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from tqdm import tqdm
 
 from mechvlm.edits import Edit, name_of
 from mechvlm.evaluate.edit_texts import EditTexts, no_texts
@@ -32,6 +31,7 @@ from mechvlm.experiments.record import record
 from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.plan import listed_edits
 from mechvlm.sites import told
+from mechvlm.units import check_shared, progress, taken
 from mechvlm.vlm import VLM
 
 IDLE = (
@@ -128,29 +128,40 @@ def pope(
 
 
 def answered(task: Task, kept: Finished | None) -> tuple[dict[int, Answer], dict[str, Any]]:
-    """Every item's answer by its number: what was finished before, and what runs now; and how that was run."""
+    """Every item's answer by its number: what is finished, here or elsewhere, and what runs now; and how it was run."""
+    units = units_of(task)
+    check_shared(kept, len(units))
     found = {} if kept is None else kept.answers()
-    before = len(found)
-    engines: Counter[str] = Counter()
-    asked = [item for item in task.items if item.duplicate_of == item.number]
-    about: dict[str, list[Item]] = {}
-    for item in asked:
-        if item.number not in found:
-            about.setdefault(item.image, []).append(item)
-    with tqdm(total=len(asked), initial=len(found), unit="question", desc="pope", leave=False, delay=1) as bar:
-        for items in about.values():
-            size = task.size or len(items)
-            for start in range(0, len(items), size):
-                some = items[start : start + size]
-                answers, engine = task.answers(some)
+    engines, computed = Counter[str]() if kept is None else kept.engines, 0
+
+    def left() -> list[int]:
+        bar.update(len(found if kept is None else kept.answers()) - bar.n)
+        return [at for at, items in enumerate(units) if any(item.number not in found for item in items)]
+
+    with progress(sum(map(len, units)), "question", len(found), "pope") as bar:
+        for number in taken(kept, len(units), left):
+            some = [item for item in units[number] if item.number not in found]
+            answers, engine = task.answers(some)
+            new = dict(zip([item.number for item in some], answers, strict=True))
+            computed += len(new)
+            if kept is None:
                 engines[engine] += 1
-                new = dict(zip([item.number for item in some], answers, strict=True))
-                if kept is not None:
-                    kept.add(new)
                 found |= new
                 bar.update(len(new))
-    said = {"answers_computed": len(found) - before, "answers_kept": before}
+            else:
+                kept.add(new, engine)
+    said = {"answers_computed": computed, "answers_kept": len(found) - computed}
     return found, {"engine": engines_text(engines), **said}
+
+
+def units_of(task: Task) -> list[list[Item]]:
+    """What runs together: the questions about one picture that are not asked twice, or so many of them."""
+    about: dict[str, list[Item]] = {}
+    for item in task.items:
+        if item.duplicate_of == item.number:
+            about.setdefault(item.image, []).append(item)
+    sizes = [(items, task.size or len(items)) for items in about.values()]
+    return [items[start : start + size] for items, size in sizes for start in range(0, len(items), size)]
 
 
 def engines_text(engines: Mapping[str, int]) -> str:

@@ -8,8 +8,9 @@ transformers' `hidden_states[-1]` is after the final norm, and an "update" taken
 ('prompt', 'null', 'layer', 'span')
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.knockout import clusters_of
@@ -30,6 +30,7 @@ from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site
 from mechvlm.unembedding import normed as after_norm
+from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
 
 FROM_END = ("question", "last", "text")
@@ -54,6 +55,7 @@ def language_prior_collapse(
     clusters: Sequence[Any] | None = None,
     spans: Sequence[str] = ("bos", "prefix", "image", "question", "last", "text"),
     convention: str | None = None,
+    out: str | Path | None = None,
 ) -> xr.Dataset:
     """How alike a model's layers work with the real picture and with a null one, layer by layer and span by span.
 
@@ -77,6 +79,7 @@ def language_prior_collapse(
             image tokens, all behind them text; the last layer's state is the one after the final norm; the first
             layer's update is not a number, and that of a layer that adds nothing at any position is 1. The null is
             black.
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         Over axes prompt, null, layer and span: `update_cosine`, the mean over the span's positions of the cosine of
@@ -113,16 +116,31 @@ def language_prior_collapse(
             )
     groups, held = clusters_of(asked, clusters), [spans_of(prompt, names, convention) for prompt in asked]
     others = null_prompts(vlm, asked, nulls)
+
+    def work(group: Sequence[int]) -> xr.Dataset:
+        (number,) = group
+        tables = _tables(vlm, asked[number], {null: others[null][number] for null in others}, held[number], old)
+        return arrays(**{f"{at} {name}": x for at, null in enumerate(others) for name, x in tables[null].items()})
+
     found: dict[str, list[Table]] = {null: [] for null in others}
-    for number, prompt in enumerate(tqdm(asked, unit="prompt", leave=False, delay=1)):
-        whole = [null for null in others if len(others[null][number]) == len(prompt)]
-        tables = _together(vlm, prompt, [others[null][number] for null in whole], list(held[number].values()), old)
-        for null, table in zip(whole, tables, strict=True):
-            found[null].append(table)
-        for null in others.keys() - set(whole):
-            found[null].append(_from_the_end(vlm, prompt, others[null][number], held[number]))
+    shown = [other for null in others for other in others[null]]
+    what = ["language_prior_collapse", [one.encoding for one in shown], list(others), names, convention]
+    for one in worked(vlm, asked, [[number] for number in range(len(asked))], work, out, what):
+        for number, tables in enumerate(found.values()):
+            named = [str(name).split(" ", 1) for name in one]
+            tables.append({name: one[f"{at} {name}"].values for at, name in named if at == str(number)})
     how = convention or "outputs before the final norm, positions computed"
     return _dataset(asked, found, names, groups, record(vlm, asked, nulls=described(nulls), convention=how))
+
+
+def _tables(
+    vlm: VLM, prompt: Prompt, others: Mapping[str, Prompt], held: dict[str, list[int]], old: bool
+) -> dict[str, Table]:
+    """The measures of one prompt with each of its null prompts."""
+    whole = [null for null in others if len(others[null]) == len(prompt)]
+    made = _together(vlm, prompt, [others[null] for null in whole], list(held.values()), old)
+    found = dict(zip(whole, made, strict=True))
+    return found | {null: _from_the_end(vlm, prompt, others[null], held) for null in others if null not in found}
 
 
 def compared(

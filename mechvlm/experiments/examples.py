@@ -22,6 +22,7 @@ from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, places, told
+from mechvlm.units import each
 from mechvlm.vlm import VLM
 
 PositionsOf = Sequence[int] | Callable[[Prompt], Sequence[int]] | None
@@ -100,10 +101,12 @@ def swept(
         >>> swept(vlm, [real, null], cut, [yes, yes], layer=[0, 1]).dims
         ('prompt', 'layer')
     """
-    found: list[xr.DataArray] = []
-    for number, (prompt, metric) in enumerate(zip(prompts, metrics, strict=True)):
-        kept: dict[str, Any] = {} if out is None else {"out": Path(out) / f"prompt-{number}"}
-        found.append(sweep(vlm, prompt, points(prompt), metric, batch_size, **kept, **axes))
+
+    def one(number: int) -> xr.DataArray:
+        kept = None if out is None else Path(out) / f"prompt-{number}"
+        return sweep(vlm, prompts[number], points(prompts[number]), metrics[number], batch_size, kept, **axes)
+
+    found = each(vlm, prompts, one, out, ["swept"])
     along = prompt_coordinates(prompts)
     joined = xr.concat(found, xr.Variable("prompt", along["prompt"]), combine_attrs="drop")
     engines = "; ".join(dict.fromkeys(str(one.attrs["engine"]) for one in found))

@@ -150,7 +150,8 @@ def find_heads(
     score = xr.DataArray(np.stack(scores), dims=["round", "candidate"], coords={"round": rounds, **_names(pool)})
     values = {"metric": by_prompt, "score": score}
     if len(held_out):
-        values["held_out"] = _held_out(vlm, held_out, held_out_metric or metric, done, taken, batch_size)
+        kept = None if out is None else Path(out) / "held-out"
+        values["held_out"] = _held_out(vlm, held_out, held_out_metric or metric, done, taken, batch_size, kept)
     how = {"perturbed": _told(perturb), "heads": said(taken), "engine": tried.attrs["engine"]}
     attrs = about(vlm, asked, metrics, None, objective=objective, **how)
     return xr.Dataset({**labelled(values, attrs["metric"], unit_of(metrics)), **_taken(taken)}, attrs=attrs)
@@ -201,6 +202,7 @@ def _held_out(
     perturb: Perturb,
     taken: Sequence[Part],
     batch_size: int | None,
+    out: Path | None,
 ) -> xr.DataArray:
     """The metric of other prompts after each round."""
     asked = check_prompts(prompts, vlm.shape)
@@ -209,7 +211,7 @@ def _held_out(
         return lambda round: perturbed(_of(perturb, prompt), taken[:round])  # the axis is named so
 
     metrics = metric_of_each(metric, asked)
-    found = swept(vlm, asked, first, metrics, batch_size, round=range(len(taken) + 1))
+    found = swept(vlm, asked, first, metrics, batch_size, out, round=range(len(taken) + 1))
     return found.drop_vars("question").rename(prompt="held_out_prompt")
 
 

@@ -23,6 +23,7 @@ from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric, WordMetric, probability
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told, whole
+from mechvlm.units import each
 from mechvlm.vlm import VLM
 
 
@@ -105,14 +106,17 @@ def information_flow(
     drawn = [with_random(prompt, own, controls, draw) for prompt, own in zip(asked, ways, strict=True)]
     places = [out if out is None or len(asked) == 1 else Path(out) / f"prompt-{at}" for at in range(len(asked))]
     values = np.full((len(asked), controls + 1, len(ways[0]), len(windows)), np.nan)
-    for at in np.flatnonzero(right):
-        swept = _swept(vlm, asked[at], drawn[at], windows, measures[at], batch_size, places[at])
+
+    def one(number: int) -> xr.DataArray:
+        at = rows[number]
+        return _swept(vlm, asked[at], drawn[at], windows, measures[at], batch_size, places[at])
+
+    rows = np.flatnonzero(right)
+    for at, swept in zip(rows, each(vlm, [asked[at] for at in rows], one, out, ["information_flow"]), strict=True):
         values[at], engine = swept.values.reshape(values.shape[1:]), swept.attrs["engine"]
     named = "as given" if isinstance(windows[0].name, str) else window
-    about = record(
-        vlm, asked, metric, cut="all heads, in each layer of the window", window=named, seed=seed, level=level
-    )
-    about["engine"] = engine
+    cut = "all heads, in each layer of the window"
+    about = record(vlm, asked, metric, cut=cut, window=named, seed=seed, level=level, engine=engine)
     if metric is None:
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
     found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))

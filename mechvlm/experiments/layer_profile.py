@@ -9,6 +9,7 @@ which positions have these names (`mechvlm.experiments.conventions`), and never 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.conventions import Called, called, check_convention
@@ -31,6 +31,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Entropy, Mass, lazy
 from mechvlm.sites import Site
+from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
 
 ROWS = ("text", "image", "all")
@@ -52,6 +53,7 @@ def layer_profile(
     clusters: Sequence[Any] | np.ndarray | None = None,
     convention: str | None = None,
     level: float = 0.95,
+    out: str | Path | None = None,
 ) -> xr.Dataset:
     """How much text rows look at the picture in each layer and head, for each prompt and on average.
 
@@ -66,6 +68,7 @@ def layer_profile(
             and rows before them are text, too). The spans are then `image` and `text`, even attention is N / T
             whatever a row sees, and a row that pays nothing has an entropy of 0.
         level: of the intervals.
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         Over prompt, layer and head: `mass`, `density` and `lift` (also over span), `density_share` and `vas`, as in
@@ -108,11 +111,21 @@ def layer_profile(
     looks = [called(prompt, convention) for prompt in asked]
     own = tuple(name for name in SPANS if any(name in look.really for look in looks))
     names = own if convention is None else ("image", "text")
-    table: Found = {}
-    for number, layer, found in _read(vlm, asked, looks, names, own):
+
+    def work(group: Sequence[int]) -> xr.Dataset:
+        table: Found = {}
+        for row, layer, found in _read(vlm, [asked[at] for at in group], looks[group[0]], names, own):
+            for name, values in found.items():
+                shape = (len(group), vlm.shape.layers["text"], *values.shape)
+                table.setdefault(name, np.full(shape, np.nan))[row, layer] = values
+        return arrays(**table)
+
+    together, table = _groups(asked, looks), dict[str, np.ndarray]()
+    for group, found in zip(
+        together, worked(vlm, asked, together, work, out, ["layer_profile", convention]), strict=True
+    ):
         for name, values in found.items():
-            shape = (len(asked), vlm.shape.layers["text"], *values.shape)
-            table.setdefault(name, np.full(shape, np.nan))[number, layer] = values
+            table.setdefault(str(name), np.empty((len(asked), *values.shape[1:])))[group] = values
     about = record(vlm, asked, convention=convention or "none: positions as they are", level=level)
     result = _dataset(table, looks, names, own).assign_coords(prompt_coordinates(asked))
     result = result.assign(cluster=("prompt", np.array([str(group) for group in groups])))
@@ -178,33 +191,33 @@ def attention_blocks(profile: xr.Dataset) -> xr.Dataset:
     return xr.Dataset(found).drop_vars(["span", "rows"], errors="ignore").assign_attrs(profile.attrs)
 
 
-def _read(
-    vlm: VLM, prompts: Sequence[Prompt], looks: Sequence[Called], names: Sequence[str], own: Sequence[str]
-) -> Iterator[tuple[int, int, Found]]:
-    """Number of the prompt, layer, and the numbers; prompts that are divided alike run together."""
+def _groups(prompts: Sequence[Prompt], looks: Sequence[Called]) -> list[list[int]]:
+    """Prompts that are divided alike, as many of them as run together."""
     alike: dict[tuple, list[int]] = {}
     for number, (prompt, look) in enumerate(zip(prompts, looks, strict=True)):
         images = tuple(image.positions for image in prompt.images)
         alike.setdefault((tuple(look.really.items()), images), []).append(number)
+    sizes = [(members, max(1, AT_ONCE // len(prompts[members[0]]))) for members in alike.values()]
+    return [members[start : start + size] for members, size in sizes for start in range(0, len(members), size)]
+
+
+def _read(
+    vlm: VLM, prompts: Sequence[Prompt], look: Called, names: Sequence[str], own: Sequence[str]
+) -> Iterator[tuple[int, int, Found]]:
+    """Row, layer, and the numbers, of prompts that are divided alike and run together."""
     layers = own_layers(vlm)
-    with tqdm(total=len(prompts), unit="prompt", leave=False, delay=1) as bar:
-        for members in alike.values():
-            look, size = looks[members[0]], max(1, AT_ONCE // len(prompts[members[0]]))
-            for start in range(0, len(members), size):
-                group = members[start : start + size]
-                run = vlm.run([prompts[at] for at in group], read={Site("pattern", at): lazy() for at in layers})
-                for layer in layers:
-                    attention = run[Site("pattern", layer)]
+    run = vlm.run(prompts, read={Site("pattern", at): lazy() for at in layers})
+    for layer in layers:
+        attention = run[Site("pattern", layer)]
 
-                    def seen(mass: Mass, attention: Any = attention) -> np.ndarray:
-                        return visible(attention, mass.columns(attention.k.shape[2]), None)
+        def seen(mass: Mass, attention: Any = attention) -> np.ndarray:
+            return visible(attention, mass.columns(attention.k.shape[2]), None)
 
-                    def read(reading: Mass | Entropy, attention: Any = attention) -> Tensor:
-                        return reading.of(attention, "pattern")
+        def read(reading: Mass | Entropy, attention: Any = attention) -> Tensor:
+            return reading.of(attention, "pattern")
 
-                    for number, found in zip(group, _measured(read, seen, look, names, own), strict=True):
-                        yield number, layer, found
-                bar.update(len(group))
+        for row, found in enumerate(_measured(read, seen, look, names, own)):
+            yield row, layer, found
 
 
 def _measured(

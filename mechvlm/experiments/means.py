@@ -9,11 +9,13 @@ the model runs, and never kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
-from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
 from mechvlm.edits import Edit, patch
@@ -21,19 +23,27 @@ from mechvlm.experiments.examples import PositionsOf, positions_of
 from mechvlm.experiments.inputs import input_sites
 from mechvlm.experiments.sight import check_layers_run, head_site
 from mechvlm.experiments.sight import named as layers_named
+from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, places, told
+from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
 
 KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 HEADED = ("q", "k", "v", "z", "cross_z")
 """Kinds with an axis of heads before the last."""
+SUMMED = 16
+"""Prompts whose activations are summed together, which are kept and shared as one."""
 To = None | Prompt | Callable[[Prompt], Prompt] | Sequence[Tensor] | Mapping[str, Sequence[Tensor]]
 """What takes the place; see `ablate_each`."""
 
 
 def mean_activations(
-    vlm: VLM, prompts: Prompt | Sequence[Prompt], kind: str = "z", positions: PositionsOf | str = None
+    vlm: VLM,
+    prompts: Prompt | Sequence[Prompt],
+    kind: str = "z",
+    positions: PositionsOf | str = None,
+    out: str | Path | None = None,
 ) -> list[Tensor]:
     """The mean of an activation over a dataset, in every layer of the language model.
 
@@ -42,6 +52,7 @@ def mean_activations(
         positions: over which positions of each prompt the mean is taken as well: None means all of them; a list; a
             function from a prompt to positions, such as `lambda prompt: prompt.image`. "each" takes none: every
             position has its own mean, over prompts of one length.
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         One tensor a layer, in float32 or better, without the axis of the batch: `head d_head` for z, q, k and v,
@@ -73,12 +84,15 @@ def mean_activations(
     for prompt in asked:
         check_layers_run(vlm, prompt, range(len(sites)))
     own = None if isinstance(positions, str) else positions
-    found = _means(vlm, asked, sites, lambda prompt: positions_of(own, prompt), each)
+    found = _means(vlm, asked, sites, lambda prompt: positions_of(own, prompt), each, out)
     return [found[site] for site in sites]
 
 
-def mean_features(vlm: VLM, prompts: Prompt | Sequence[Prompt]) -> dict[Site, Tensor]:
+def mean_features(vlm: VLM, prompts: Prompt | Sequence[Prompt], out: str | Path | None = None) -> dict[Site, Tensor]:
     """The mean image token of a dataset: of the image features, and of what deep-stack adds of them.
+
+    Args:
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         By site one vector, `d_model`, for `ablate_image_tokens(to=)`.
@@ -96,7 +110,7 @@ def mean_features(vlm: VLM, prompts: Prompt | Sequence[Prompt]) -> dict[Site, Te
     asked = check_prompts(prompts, vlm.shape)
     if not all(prompt.images for prompt in asked):
         raise ValueError("a prompt holds no image, so it has no image features; make it with vlm.prompt(image, text).")
-    return _means(vlm, asked, input_sites(vlm, "image_features"), lambda _: None, False)
+    return _means(vlm, asked, input_sites(vlm, "image_features"), lambda _: None, False, out)
 
 
 def _means(
@@ -105,11 +119,35 @@ def _means(
     sites: Sequence[Site],
     chosen: Callable[[Prompt], tuple[int, ...] | None],
     each: bool,
+    out: str | Path | None,
 ) -> dict[Site, Tensor]:
-    """Sums of all prompts over how many were summed."""
+    """Sums of all prompts over how many were summed: first within groups of prompts, then over groups."""
+
+    def work(group: Sequence[int]) -> xr.Dataset:
+        totals, count = _sums(vlm, [prompts[at] for at in group], sites, chosen, each)
+        return arrays(count=count, **{str(site): numbers(total) for site, total in totals.items()})
+
+    groups = [range(at, min(at + SUMMED, len(prompts))) for at in range(0, len(prompts), SUMMED)]
+    what = ["means", *map(str, sites), [chosen(prompt) for prompt in prompts], each]
+    sums, count = dict[Site, np.ndarray](), 0
+    for found in worked(vlm, prompts, groups, work, out, what):
+        sums = {site: sums.get(site, 0.0) + found[str(site)].values for site in sites}
+        count += int(found["count"])
+    wide = torch.promote_types(vlm.dtype, torch.float32)
+    return {site: torch.as_tensor(total / count).to(vlm.device, wide) for site, total in sums.items()}
+
+
+def _sums(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    sites: Sequence[Site],
+    chosen: Callable[[Prompt], tuple[int, ...] | None],
+    each: bool,
+) -> tuple[dict[Site, Tensor], int]:
+    """The sums of some prompts, and how many were summed."""
     sums: dict[Site, Tensor] = {}
     count = 0
-    for prompt in tqdm(prompts, unit="prompt", leave=False, delay=1):
+    for prompt in prompts:
         at = chosen(prompt)
 
         def summed(x: Tensor, at: tuple[int, ...] | None = at) -> tuple[Tensor, Tensor]:  # batch pos ...
@@ -122,8 +160,7 @@ def _means(
             total, number = run[site]
             sums[site] = sums[site] + total[0] if site in sums else total[0]
         count += int(number)
-    wide = torch.promote_types(vlm.dtype, torch.float32)
-    return {site: (total / count).to(wide) for site, total in sums.items()}
+    return sums, count
 
 
 def sites_of(vlm: VLM, kind: str) -> list[Site]:

@@ -22,6 +22,7 @@ from mechvlm.metrics import Metric
 from mechvlm.pairs import MinimalPair
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told, whole
+from mechvlm.units import each
 from mechvlm.vlm import VLM
 
 WHAT: dict[str, Callable[..., xr.Dataset]] = {
@@ -103,14 +104,17 @@ def patch_pairs(
         raise ValueError(
             f"the model gives both right answers to none of {len(given)} pairs; only_right=False patches them all."
         )
-    found = []
-    for at in kept:
+
+    def one(number: int) -> xr.Dataset:
+        at = kept[number]
         more = {**settings, "direction": direction} | ({} if out is None else {"out": Path(out) / f"pair {at}"})
         sets = _sets(what, prompts[at][1], settings) if what in SETS else {}
         if sets:
             more[TAKEN[what]] = {**sets, **_random(sets, controls, np.random.default_rng([seed, at]))}
-        one = WHAT[what](vlm, *prompts[at], given[at].metric if metric is None else metric, **more)
-        found.append(_split(one, SETS[what], sets, controls) if sets and controls else one)
+        found = WHAT[what](vlm, *prompts[at], given[at].metric if metric is None else metric, **more)
+        return _split(found, SETS[what], sets, controls) if sets and controls else found
+
+    found = each(vlm, [prompts[at][1] for at in kept], one, out, ["patch_pairs", what])
     return _together(found, what, kept, given, right, controls, level, seed)
 
 

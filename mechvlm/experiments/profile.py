@@ -6,28 +6,27 @@ them needs a map of all queries by all keys, and none is made.
 >>> attention_profile(vlm, real).mass.sel(span="image").mean(["example", "head"])
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
-from mechvlm.experiments.ratios import MEANING, averaged, ratios, visible
+from mechvlm.experiments.looks import Asking, Look, alike, groups_of
+from mechvlm.experiments.ratios import MEANING, averaged, ratios
 from mechvlm.experiments.record import one_prompt, record
-from mechvlm.experiments.selection import Without, kept, keys_out, queries_of
-from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
-from mechvlm.experiments.sweep import numbers, rows_for
+from mechvlm.experiments.selection import Without, keys_out, queries_of
+from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named
+from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
-from mechvlm.readings import VISIBLE, lazy, mass, rows
-from mechvlm.sites import Site, whole, whole_numbers
+from mechvlm.readings import rows
+from mechvlm.sites import whole, whole_numbers
+from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
 
 SPANS = ("bos", "prefix", "image", "separators", "question", "last")
-Look = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""For the queries of one layer: masses `head query span`, visible keys and all keys, `query span`."""
 
 
 def attention_profile(
@@ -37,6 +36,7 @@ def attention_profile(
     without: Without = None,
     even: str = "visible",
     max_new_tokens: int = 20,
+    out: str | Path | None = None,
 ) -> xr.Dataset:
     """How the attention of some positions divides over the spans of a prompt, in every layer and head.
 
@@ -55,6 +55,7 @@ def attention_profile(
             the last sees fewer than T positions, and the whole image if it stands behind it, so that even attention
             has a published lift above 1, and one from before the image below.
         max_new_tokens: at most so many are generated, for queries="generated".
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         Five numbers that papers call visual attention, over axes example, layer and head, and span where it says so:
@@ -85,7 +86,7 @@ def attention_profile(
     """
     asked = check_prompts(prompts, vlm.shape)
     chosen = [queries_of(prompt, queries) for prompt in asked]
-    out = keys_out(asked, without)
+    gone = keys_out(asked, without)
     if even not in ("visible", "length"):
         raise ValueError(f"even={even!r} is not known; choose 'visible' or 'length'.")
     generated = isinstance(queries, str) and queries == "generated"
@@ -95,10 +96,19 @@ def attention_profile(
             "2 or more."
         )
     names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)] + ["generated"] * generated
-    looks = _generated(vlm, asked, out, names, max_new_tokens) if generated else _asked(vlm, asked, chosen, out, names)
-    averages, n_keys, n_queries = _table(vlm, looks, names, out, even)
+    firsts = {} if generated else alike(asked, chosen, gone, names)
+    groups = [[at] for at in range(len(asked))] if generated else groups_of(asked, firsts)
+    asking = Asking(vlm, asked, chosen, gone, names, firsts)
+
+    def work(group: Sequence[int]) -> xr.Dataset:
+        looks = asking.generated(group, max_new_tokens) if generated else asking.looks(group)
+        return _averages(vlm, looks, group, names, gone, even)
+
+    what = ["attention_profile", generated, chosen, gone, even, max_new_tokens if generated else 0]
+    found = zip(groups, worked(vlm, asked, groups, work, out, what), strict=True)
+    averages, n_keys, n_queries = _table(found, gone)
     where = queries if isinstance(queries, str) else ", ".join(map(str, queries))
-    about = record(vlm, asked, queries=where, even=even, **_said(vlm, without, out))
+    about = record(vlm, asked, queries=where, even=even, **_said(vlm, without, gone))
     return _dataset(asked, names, ratios(averages, names, n_keys), n_keys, n_queries, about)
 
 
@@ -147,91 +157,50 @@ def attention_map(
     return maps.isel(query=0) if alone else maps
 
 
-def _asked(
+def _averages(
     vlm: VLM,
-    prompts: Sequence[Prompt],
-    queries: Sequence[tuple[int, ...] | None],
-    out: Sequence[tuple[int, ...]],
+    looks: Iterator[tuple[int, int, Look]],
+    group: Sequence[int],
     names: Sequence[str],
-) -> Iterator[tuple[int, int, Look]]:
-    """What queries of the prompts pay to spans: number of the prompt, layer, and the numbers.
-
-    Prompts that are divided alike run together, after the first of them, of which it is also asked what it may see.
-    """
-    alike: dict[tuple, list[int]] = {}
-    for number, (prompt, chosen) in enumerate(zip(prompts, queries, strict=True)):
-        images = tuple(image.positions for image in prompt.images)
-        spans = tuple(kept(prompt, names, out[number]).items())
-        alike.setdefault((spans, chosen, len(prompt), images), []).append(number)
-    layers = own_layers(vlm)
-    with tqdm(total=len(prompts), unit="prompt", leave=False, delay=1) as bar:
-        for (spans, chosen, length, _), members in alike.items():
-            reading, size = mass(dict(spans), queries=chosen), rows_for(prompts[members[0]])
-            keys = np.array([[len(held) for _, held in spans]] * (length if chosen is None else len(chosen)), float)
-            first, seen = vlm.run(prompts[members[0]], read={Site("pattern", at): lazy() for at in layers}), {}
-            for layer in layers:
-                attention = first[Site("pattern", layer)]
-                seen[layer] = visible(attention, reading.columns(length), chosen)
-                yield members[0], layer, (numbers(reading.of(attention, "pattern")[0]), seen[layer], keys)
-            del first  # holds queries and keys of every layer
-            bar.update(1)
-            for start in range(1, len(members), size):
-                group = members[start : start + size]
-                run = vlm.run([prompts[at] for at in group], read={Site("pattern", at): reading for at in layers})
-                for layer in layers:
-                    masses = numbers(run[Site("pattern", layer)])
-                    yield from ((number, layer, (masses[at], seen[layer], keys)) for at, number in enumerate(group))
-                bar.update(len(group))
-
-
-def _generated(
-    vlm: VLM, prompts: Sequence[Prompt], out: Sequence[tuple[int, ...]], names: Sequence[str], most: int
-) -> Iterator[tuple[int, int, Look]]:
-    """The same for the tokens of a greedy answer, each in the decode step that looks from it."""
-    layers = own_layers(vlm)
-    read: dict[Site, Any] = {Site("pattern", layer): rows([-1]) for layer in layers}
-    read |= {Site("scores", layer): VISIBLE for layer in layers}
-    for number, prompt in enumerate(tqdm(prompts, unit="prompt", leave=False, delay=1)):
-        steps = vlm.generate(prompt, max_new_tokens=most, read_each_step=read, do_sample=False, num_beams=1).steps[1:]
-        left = kept(prompt, names, out[number])
-        for layer in layers if steps else ():
-            looks = []
-            for count, step in enumerate(steps, 1):
-                weights = step[Site("pattern", layer)][0, :, 0].double()
-                there = step[Site("scores", layer)][0, 0].double()
-                spans = {**left, "generated": tuple(range(len(prompt), len(prompt) + count))}
-                columns = mass({name: spans[name] for name in names}).columns(weights.shape[-1]).to(weights)
-                looks.append((weights @ columns, there[0] @ columns, columns.sum(0)))
-            masses, seen, keys = (torch.stack(part) for part in zip(*looks, strict=True))
-            yield number, layer, (numbers(masses.transpose(0, 1)), numbers(seen), numbers(keys))
-
-
-def _table(
-    vlm: VLM, looks: Iterator[tuple[int, int, Look]], names: Sequence[str], out: Sequence[tuple[int, ...]], even: str
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-    """What `averaged` makes of all prompts and layers, how many keys each prompt has, and how many queries counted.
-
-    Raises:
-        ValueError: where the keys that are taken out leave nothing to any query of a prompt.
-    """
-    sizes = (len(out), vlm.shape.layers["text"], vlm.shape.heads["text"])
+    gone: Sequence[tuple[int, ...]],
+    even: str,
+) -> xr.Dataset:
+    """What `averaged` makes of some prompts and all layers, how many keys each has, and how many queries it was of."""
+    sizes = (len(group), vlm.shape.layers["text"], vlm.shape.heads["text"])
     spans, image = (len(names),), [name == "image" for name in names]
     shapes: dict[str, tuple[int, ...]] = {"mass": sizes + spans, "density": sizes + spans}
     shapes |= {"even": sizes[:2] + spans, "rest": sizes}
     table = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
-    table["queries"] = np.zeros(sizes, dtype=int)
-    n_keys, asked = np.zeros((len(out), len(names)), dtype=int), {}
+    table["queries"], table["asked"] = np.zeros(sizes, dtype=int), np.zeros(len(group), dtype=int)
+    table["n_keys"] = np.zeros((len(group), len(names)), dtype=int)
     for number, layer, (masses, seen, keys) in looks:
-        n_keys[number], asked[number] = keys[-1], len(keys)
+        row = group.index(number)
+        table["n_keys"][row], table["asked"][row] = keys[-1], len(keys)
         base = seen if even == "visible" else keys
-        for name, values in averaged(masses, base, keys, image, part=bool(out[number])).items():
-            table[name][number, layer] = values
-    n_queries = table.pop("queries")
-    for number, count in asked.items():
+        for name, values in averaged(masses, base, keys, image, part=bool(gone[number])).items():
+            table[name][row, layer] = values
+    return arrays(**table)
+
+
+def _table(
+    found: Iterable[tuple[Sequence[int], xr.Dataset]], gone: Sequence[tuple[int, ...]]
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """The averages of all prompts, how many keys each prompt has, and how many queries counted.
+
+    Raises:
+        ValueError: where the keys that are taken out leave nothing to any query of a prompt.
+    """
+    table: dict[str, np.ndarray] = {}
+    for group, one in found:
+        for name, values in one.items():
+            shape = (len(gone), *values.shape[1:])
+            table.setdefault(str(name), np.zeros(shape, values.dtype))[list(group)] = values
+    n_queries, asked, n_keys = (table.pop(name) for name in ("queries", "asked", "n_keys"))
+    for number in np.flatnonzero(asked):
         if not n_queries[number].any():
             raise ValueError(
-                f"without takes out all that the queries of prompt {number} look at (queries: {count}); take out fewer "
-                "keys, or ask positions that see others."
+                f"without takes out all that the queries of prompt {number} look at (queries: {asked[number]}); take "
+                "out fewer keys, or ask positions that see others."
             )
     return table, n_keys, n_queries
 

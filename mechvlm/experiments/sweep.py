@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
-from tqdm import tqdm
 
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
@@ -29,6 +28,7 @@ from mechvlm.points import answers, rows_for, way_of
 from mechvlm.prompt import Prompt
 from mechvlm.run import Run
 from mechvlm.sites import Site, listed, told, whole
+from mechvlm.units import progress, stretches, taken
 from mechvlm.vlm import VLM
 
 
@@ -110,20 +110,26 @@ def measured(
     """
     measure, values = vlm.metric(metric), np.full(len(variants), np.nan)
     shards = None if out is None else Shards(out, sweep_print(vlm, prompt, variants, measure))
-    if shards is not None:
-        for point, value in shards.values().items():
-            values[point] = value
-    left = np.flatnonzero(np.isnan(values)).tolist()
-    if not left:
-        return values, f"read from {Path(str(out)).name}"
-    with tqdm(total=len(variants), initial=len(variants) - len(left), unit="point", leave=False, delay=1) as bar:
-        way = way_of(vlm, prompt, variants, batch_size, fast, left)
-        for points, found in answers(way, partial(metric_values, measure)):
-            values[list(points)] = numbers(found)
-            if shards is not None:
-                shards.add(points, found)
-            bar.update(len(points))
-    return values, way.how
+    parts = stretches(len(variants)) if shards is not None else [range(len(variants))]
+    done, how = np.zeros(len(variants), bool), [] if out is None else [f"read from {Path(str(out)).name}"]
+
+    def left() -> list[int]:
+        for point, value in (shards.values() if shards is not None else {}).items():
+            values[point], done[point] = value, True
+        bar.update(int(done.sum()) - bar.n)
+        return [at for at, points in enumerate(parts) if not done[points].all()]
+
+    with progress(len(variants), "point") as bar:
+        for part in taken(shards, len(parts), left):
+            way = way_of(vlm, prompt, variants, batch_size, fast, [at for at in parts[part] if not done[at]])
+            how = [way.how]
+            for points, found in answers(way, partial(metric_values, measure)):
+                if shards is None:
+                    values[list(points)] = numbers(found)
+                else:
+                    shards.add(points, found)
+                bar.update(len(points))
+    return values, how[0]
 
 
 def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:
@@ -151,7 +157,7 @@ def runs_of(
     size = rows_for(prompt) if batch_size is None else whole("batch_size", batch_size)
     if size < 1:
         raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
-    with tqdm(total=len(variants), unit="run", leave=False, delay=1) as bar:
+    with progress(len(variants), "run") as bar:
         for start in range(0, len(variants), size):
             rows = variants[start : start + size]
             yield vlm.run(prompt, read=read or (), variants=rows, grad_of=grad_of)

@@ -101,10 +101,11 @@ def ablate_image_tokens(
     asked, checked = check_prompts(prompts, vlm.shape), checked_objective(objective)
     metrics, sites = metric_of_each(metric, asked), input_sites(vlm, "image_features")
     drawn = _drawn(asked, [_places(prompt, checked_mapping("sets", sets, prompt)) for prompt in asked], controls, seed)
-    source, counted = _source(vlm, asked, to, sites), iter(drawn)
+    source = _source(vlm, asked, to, sites, None if out is None else Path(out) / "means")
+    sets_of = {id(prompt): own for prompt, own in zip(asked, drawn, strict=True)}
 
     def points(prompt: Prompt) -> Points:
-        own, given = next(counted), source(prompt)  # prompts come in their order
+        own, given = sets_of[id(prompt)], source(prompt)
 
         def away(set: str, sample: int) -> list[Edit]:  # the axis is named so
             return without(sites, given, np.array(own[set][sample + 1]))
@@ -242,10 +243,12 @@ def _others(name: str, places: Sequence[int], total: int, controls: int, draw: n
     return [sorted(draw.permutation(others)[: len(places)].tolist()) for _ in range(controls)]
 
 
-def _source(vlm: VLM, prompts: Sequence[Prompt], to: Any, sites: Sequence[Site]) -> Callable[[Prompt], Any]:
+def _source(
+    vlm: VLM, prompts: Sequence[Prompt], to: Any, sites: Sequence[Site], out: Path | None
+) -> Callable[[Prompt], Any]:
     """What takes the place of a prompt's features, by site."""
     if isinstance(to, str) and to == "mean":
-        to = mean_features(vlm, prompts)
+        to = mean_features(vlm, prompts, out)
     if isinstance(to, Prompt) or callable(to):
         return lambda prompt: _of_another(vlm, prompt, to(prompt) if callable(to) else to, sites)
     width = vlm.shape.d_model["text"]

@@ -13,6 +13,7 @@ model does; that is marked. The last layer is in no fit, not even the last posit
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ import torch
 import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
-from tqdm import tqdm
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.knockout import clusters_of
@@ -34,6 +34,7 @@ from mechvlm.metrics import Metric
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, listed, told, whole_numbers
+from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
 
 MEANING = {
@@ -58,6 +59,7 @@ def gradient_by_layer(
     spans: Sequence[str] = ("bos", "prefix", "image", "question", "last"),
     between: Sequence[int] | None = None,
     convention: str | None = None,
+    out: str | Path | None = None,
 ) -> xr.Dataset:
     """The length of a metric's gradient at each layer's output, by span, and how fast it falls from layer to layer.
 
@@ -72,6 +74,7 @@ def gradient_by_layer(
             32.
         convention: "viar-2026" computes what was published: the gradient of the logit of the token "yes" in small
             letters, at positions 0 to N - 1, where N counts the image tokens; the picture is the real one only.
+        out: a folder in which what is finished is kept, and which several processes can share; see `mechvlm.workers`.
 
     Returns:
         Over axes prompt, picture ("real" and the nulls), layer and span: `gradient_norm`, the mean over the span's
@@ -126,7 +129,8 @@ def gradient_by_layer(
         raise ValueError(f"{NO_IMAGE!r} leaves no image tokens to take a gradient at; choose another null.")
     ends = _between(between, vlm.shape.layers["text"])
     pictures = {"real": asked, **others}
-    norms = {name: _norms(vlm, prompts, held, measure) for name, prompts in pictures.items()}
+    places = {name: None if out is None else Path(out) / f"picture {at}" for at, name in enumerate(pictures)}
+    norms = {name: _norms(vlm, shown, held, measure, places[name]) for name, shown in pictures.items()}
     how = convention or "positions computed"
     said = described(nulls) if others else "none"
     about = record(vlm, asked, measure, nulls=said, convention=how, between=f"{ends[0]}, {ends[1]}")
@@ -183,25 +187,27 @@ def _between(between: Sequence[int] | None, layers: int) -> tuple[int, int]:
 
 
 def _norms(
-    vlm: VLM, prompts: Sequence[Prompt], held: Sequence[dict[str, list[int]]], metric: Metric
+    vlm: VLM, prompts: Sequence[Prompt], held: Sequence[dict[str, list[int]]], metric: Metric, out: Path | None
 ) -> Float[np.ndarray, "prompt measure layer span"]:
     """Gradient norm, state norm and their product, averaged over spans, of each prompt and layer."""
     sites = [Site("resid_post", layer) for layer in range(vlm.shape.layers["text"])]
-    found: dict[int, np.ndarray] = {}
     alike: dict[int, list[int]] = {}
     for number, prompt in enumerate(prompts):
         alike.setdefault(len(prompt), []).append(number)
-    with tqdm(total=len(prompts), unit="prompt", leave=False, delay=1) as bar:
-        for members in alike.values():
-            size = max(1, rows_for(prompts[members[0]]) // 4)
-            for start in range(0, len(members), size):
-                group = members[start : start + size]
-                run = vlm.run([prompts[at] for at in group], read=dict.fromkeys(sites, lengths), grad_of=metric)
-                gradient, state = (np.stack([numbers(of[site]) for site in sites]) for of in (run.grad, run))
-                for row, number in enumerate(group):
-                    three = np.stack([one[:, row] for one in (gradient, state, gradient * state)])
-                    found[number] = averaged(three, list(held[number].values()))
-                bar.update(len(group))
+    sizes = [(members, max(1, rows_for(prompts[members[0]]) // 4)) for members in alike.values()]
+    groups = [members[start : start + size] for members, size in sizes for start in range(0, len(members), size)]
+
+    def work(group: Sequence[int]) -> xr.Dataset:
+        run = vlm.run([prompts[at] for at in group], read=dict.fromkeys(sites, lengths), grad_of=metric)
+        gradient, state = (np.stack([numbers(of[site]) for site in sites]) for of in (run.grad, run))
+        three = np.stack([gradient, state, gradient * state])  # measure layer row pos
+        rows = [averaged(three[:, :, row], list(held[number].values())) for row, number in enumerate(group)]
+        return arrays(norms=np.stack(rows))
+
+    found: dict[int, np.ndarray] = {}
+    what = ["gradient_by_layer", held, metric]
+    for group, one in zip(groups, worked(vlm, prompts, groups, work, out, what), strict=True):
+        found |= dict(zip(group, one.norms.values, strict=True))
     return np.stack([found[number] for number in range(len(prompts))])
 
 

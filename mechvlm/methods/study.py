@@ -23,8 +23,8 @@ from mechvlm.evaluate.files import Item
 from mechvlm.evaluate.pictures import looked_at
 from mechvlm.experiments.published import published
 from mechvlm.experiments.record import chosen_layers
-from mechvlm.experiments.shards import SUFFIX, opened
 from mechvlm.fingerprints import fingerprint, weights_print
+from mechvlm.finished import SUFFIX, opened
 from mechvlm.methods.dose import AMOUNTS
 from mechvlm.methods.parts import PARTS, Made, Plan
 from mechvlm.methods.sentences import finding
@@ -263,7 +263,7 @@ def _part(name: str, plan: Plan, made: Made, print_of: str, folder: Path | None)
 
 def _kept(path: Path, print_of: str) -> xr.Dataset:
     """A finished part from its file."""
-    with opened(path) as kept:
+    with opened(path, "a study") as kept:
         if kept.attrs.get("study") != print_of:
             raise OtherStudy(f"out={str(path.parent)!r} {ANOTHER}")
         return kept.load()
