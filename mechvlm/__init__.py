@@ -20,7 +20,8 @@ soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activat
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
 attention_blocks, find_zone, u_shape, neglect_heads, language_prior_collapse, gradient_by_layer. Your own: sweep,
 mean_interval.
-Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot. Jobs elsewhere: remote.
+Benchmarks and statistics: evaluate. Published methods: methods. Figures: plot. Jobs elsewhere: remote. Several
+processes: workers.
 """
 
 from importlib import import_module
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from mechvlm import methods as methods
     from mechvlm import plot as plot
     from mechvlm import remote as remote
+    from mechvlm import workers as workers
     from mechvlm.bridge import bridged as bridged
     from mechvlm.circuits import cache_sites as cache_sites
     from mechvlm.experiments.ablation import ablate_each_head as ablate_each_head
@@ -132,6 +134,7 @@ _LATER = {
     "methods": "mechvlm.methods",
     "plot": "mechvlm.plot",
     "remote": "mechvlm.remote",
+    "workers": "mechvlm.workers",
     "ablate_each_head": "mechvlm.experiments.ablation",
     "ablate_each": "mechvlm.experiments.ablations",
     "accuracy": "mechvlm.experiments.accuracy",

@@ -134,8 +134,10 @@ def installed(thing: Any) -> bool:
 def comes_along(module: str) -> bool:
     """Whether a module comes with a package, ours included."""
     package = module.split(".", maxsplit=1)[0]
+    if package == "__main__":  # a user's, though Ray's workers have a file of Ray's there
+        return False
     path = vars(sys.modules[package]).get("__file__") if package in sys.modules else None
-    return package in {"mechvlm", *sys.stdlib_module_names} - {"__main__"} or "site-packages" in str(path)
+    return package in {"mechvlm", *sys.stdlib_module_names} or "site-packages" in str(path)
 
 
 def names_in(code: CodeType) -> set[str]:

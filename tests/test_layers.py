@@ -43,6 +43,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine": (
         *(
+            "processes",
             "layout",
             "plan",
             "visit",
@@ -59,7 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "passes",
             *("start", "reach", "schedule", "handed", "between", "rerun", "points"),
             "vlm",
-            *("processes", "load", "fingerprints", "finished", "units", "shared"),
+            *("load", "fingerprints", "finished", "units", "workers", "shared"),
         ),
         *("lens_names", "bridge", "circuits", "remote"),
     ),
@@ -79,6 +80,7 @@ UPWARDS = {
 # Foreign packages, and the only modules that may import them.
 ONLY_IN = {
     "nnsight": {"walk", "vlm", "shipping", "places", "hosts", "failures", "jobs", "remote"},
+    "ray": {"workers"},
     "transformer_lens": {"lens_names", "bridge", "weights", "circuits"},
 }
 
