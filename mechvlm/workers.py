@@ -1,13 +1,13 @@
 """One model in each of several processes that Ray starts, on one machine or many: `mechvlm[ray]`.
 
 A job is a function of a model, and every worker runs all of it. What it does with `out=` they divide by that folder,
-unit by unit (`mechvlm.units`); so any experiment that takes `out=` is a job, and so is a function of yours with several.
-`accelerate launch script.py` does the same with a whole script, and needs nothing of this module.
+unit by unit (`mechvlm.units`); so any experiment that takes `out=` is a job, and so is a function of yours with some of
+them. `accelerate launch script.py` does the same with a whole script, and needs nothing of this module.
 
-Rule this module guards: a worker that dies costs the unit that it was at. Another worker takes that, a new process takes
-the worker's place, and what comes back is what one process would have found.
+Rule this module guards: a worker that dies costs the unit that it was at. Another worker takes that, a new process
+takes the worker's place, and what comes back is what one process would have found.
 
->>> with mv.workers.Pool("demo", workers=2) as pool:
+>>> with mv.workers.Pool("demo", workers=2) as pool:  # doctest: +SKIP
 ...     found = pool.run(mv.evaluate.pope, "demo", out="answers")
 """
 
@@ -68,9 +68,9 @@ class Pool:
         ModuleNotFoundError: where Ray is not installed.
 
     Example:
-        >>> pool = mv.workers.Pool("llava-hf/llava-1.5-7b-hf", workers=8)  # one for each GPU
-        >>> found = pool.run(mv.evaluate.pope, "coco_pope_adversarial.json", "val2014", out="answers")
-        >>> pool.close()
+        >>> pool = mv.workers.Pool("llava-hf/llava-1.5-7b-hf", workers=8)  # doctest: +SKIP
+        >>> found = pool.run(mv.evaluate.pope, "pope.json", "val2014", out="answers")  # doctest: +SKIP
+        >>> pool.close()  # doctest: +SKIP
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class Pool:
             >>> def profile(vlm):
             ...     prompts = [vlm.prompt(one.image, "Is there a 7 in the image?") for one in mv.demo.scenes()[:20]]
             ...     return mv.attention_profile(vlm, prompts, out="profile")
-            >>> found = pool.run(profile)
+            >>> found = pool.run(profile)  # doctest: +SKIP
         """
         import ray
 

@@ -1562,6 +1562,9 @@ ELSEWHERE = {
     "bridge.py": "test_bridge.py",
     "circuits.py": "test_circuits.py",
     "weights.py": "test_circuits.py",
+    "finished.py": "test_units.py",
+    "units.py": "test_units.py",
+    "workers.py": "test_workers.py",
 }
 """Modules whose messages have tests of their own, where they are."""
 

@@ -166,7 +166,7 @@ def units_of(task: Task) -> list[list[Item]]:
 
 def engines_text(engines: Mapping[str, int]) -> str:
     """How batches were run, the most frequent ways first."""
-    said = [f"{times} x {engine}" for engine, times in sorted(engines.items(), key=lambda pair: -pair[1])]
+    said = [f"{times} x {engine}" for engine, times in sorted(engines.items(), key=lambda pair: (-pair[1], pair[0]))]
     return "; ".join(said[:5]) + (f"; {len(said) - 5} more ways" if len(said) > 5 else "") or "kept from before"
 
 
