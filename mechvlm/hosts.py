@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from json import JSONDecodeError
@@ -19,6 +20,8 @@ from nnsight.schema.config import CONFIG
 from nnsight.schema.request import RequestModel
 from nnsight.schema.response import ResponseModel
 from packaging.version import InvalidVersion, Version
+
+from mechvlm.sites import told
 
 CONNECT, READ = 10.0, 600.0
 """Seconds until a connection, or an answer, is given up."""
@@ -206,3 +209,39 @@ def checked(answer: Any) -> Any:
     if answer.status_code >= 500:
         raise Unreachable(f"HTTP {answer.status_code}: {detail}")
     raise Refused(answer.status_code, detail)
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where jobs are sent, and how they are waited for: `mv.load(name, remote=mv.remote.Server(timeout=3600))`.
+
+    Attributes:
+        host: its address; None for the one that nnsight is configured for, which is NDIF's unless changed.
+        timeout: seconds that a job is waited for; None as long as it takes. What is not waited for goes on there.
+        lost: seconds that a server is asked again which does not answer.
+        pause, longest: seconds between two questions, at first and at most; each time half as long again.
+        check: compare versions, and see whether the model is deployed, before the first job is sent.
+
+    Raises:
+        ValueError: for what is no address, and for times that are not above 0.
+
+    Example:
+        >>> mv.remote.Server("http://127.0.0.1:5001", timeout=3600).lost
+        120.0
+    """
+
+    host: str | None = None
+    timeout: float | None = None
+    lost: float = 120.0
+    pause: float = 0.2
+    longest: float = 10.0
+    check: bool = True
+
+    def __post_init__(self) -> None:
+        Host(self.host)
+        for name in ("timeout", "lost", "pause", "longest"):
+            given = vars(self)[name]
+            if given is None and name == "timeout":
+                continue
+            if not isinstance(given, int | float) or not given > 0:
+                raise ValueError(f"{name}={told(given)} is no time to wait; give seconds, more than 0.")

@@ -13,7 +13,6 @@ import pickle
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,48 +26,11 @@ from nnsight.tracing.util import push
 from tqdm import tqdm
 
 from mechvlm import failures, ledger
-from mechvlm.hosts import Host, Refused, Unreachable, api_key
+from mechvlm.hosts import Host, Refused, Server, Unreachable, api_key
 from mechvlm.ledger import Job, repository
-from mechvlm.sites import told
 
 CHECKED: set[tuple[str, str]] = set()
 """The servers, and the models on them, that have been looked at in this process."""
-
-
-@dataclass(frozen=True)
-class Server:
-    """Where jobs are sent, and how they are waited for: `mv.load(name, remote=mv.remote.Server(timeout=3600))`.
-
-    Attributes:
-        host: its address; None for the one that nnsight is configured for, which is NDIF's unless changed.
-        timeout: seconds that a job is waited for; None as long as it takes. What is not waited for goes on there.
-        lost: seconds that a server is asked again which does not answer.
-        pause, longest: seconds between two questions, at first and at most; each time half as long again.
-        check: compare versions, and see whether the model is deployed, before the first job is sent.
-
-    Raises:
-        ValueError: for what is no address, and for times that are not above 0.
-
-    Example:
-        >>> mv.remote.Server("http://127.0.0.1:5001", timeout=3600).lost
-        120.0
-    """
-
-    host: str | None = None
-    timeout: float | None = None
-    lost: float = 120.0
-    pause: float = 0.2
-    longest: float = 10.0
-    check: bool = True
-
-    def __post_init__(self) -> None:
-        Host(self.host)
-        for name in ("timeout", "lost", "pause", "longest"):
-            given = vars(self)[name]
-            if given is None and name == "timeout":
-                continue
-            if not isinstance(given, int | float) or not given > 0:
-                raise ValueError(f"{name}={told(given)} is no time to wait; give seconds, more than 0.")
 
 
 def plain_payload(tracer: Any) -> bytes:

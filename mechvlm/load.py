@@ -15,12 +15,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from mechvlm.attention import bytes_of
-from mechvlm.jobs import Server
+from mechvlm.hosts import Server
 from mechvlm.places import place_of
 from mechvlm.placing import check_kernels, check_map, check_placing, computes_on
 from mechvlm.shapes import shape_of
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
+from mechvlm.wrapped import without_weights
 
 DEMO = Path(__file__).parent / "demo" / "model"
 
@@ -100,8 +101,6 @@ def elsewhere(
     Raises:
         ValueError: for settings that are the server's to make, or a checkpoint that cannot be read.
     """
-    from nnsight.modeling.huggingface import _ID_CACHE
-    from nnsight.modeling.transformers import TransformersModel
     from transformers import AutoProcessor, GenerationConfig
 
     place_of(remote)
@@ -115,12 +114,9 @@ def elsewhere(
     origin = {key: value for key, value in given.items() if key != "attn_implementation"}
     with said_in_one_sentence(name):
         processor = AutoProcessor.from_pretrained(path, **origin)
-        if Path(path).is_dir():
-            _ID_CACHE[path] = path  # a server of one's own may have it under the same path; the hub is not asked
-        model = TransformersModel(path, task="image-text-to-text", processor=processor, **given)
-        if Path(path).is_dir() is False or (Path(path) / "generation_config.json").is_file():
+        model = without_weights(path, processor, **given)
+        if not Path(path).is_dir() or (Path(path) / "generation_config.json").is_file():
             model._module.generation_config = GenerationConfig.from_pretrained(path, **origin)
-    model._module.eval()
     return VLM(model, processor, name, attention_budget, remote)
 
 

@@ -13,20 +13,19 @@ and mappings of them.
 
 import linecache
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from nnsight import NNsight, save
+from nnsight import save
 from nnsight.schema.request import RequestModel
 from nnsight.tracing.backend import Backend
 from nnsight.tracing.util import push
 from torch import Tensor
 
-from mechvlm.devices import hooks_of
-from mechvlm.jobs import JobBackend, Server
+from mechvlm.hosts import Server
+from mechvlm.jobs import JobBackend
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import Sees
 from mechvlm.shipping import payload, ship
@@ -163,27 +162,6 @@ def on_servers(module: str) -> bool:
     root = module.split(".", maxsplit=1)[0]
     there = ("torch", "numpy", "transformers", "einops", "nnsight", "cloudpickle", "greenlet", "torchvision")
     return root in there or root in sys.stdlib_module_names or root == "__main__"
-
-
-class Traced(NNsight):
-    """The nnsight model inside; what it is called with is placed by accelerate's hooks where there are any."""
-
-    @property
-    def device(self) -> torch.device | None:
-        """Where nnsight is to send what it is called with; None for nowhere.
-
-        By itself it takes the place of the first weights, which may be kept elsewhere, and hold no numbers here.
-        """
-        first = next(self._module.parameters()).device
-        return None if first.type == "meta" or any(hooks_of(self._module)) else first
-
-
-def in_nnsight(hf_model: torch.nn.Module) -> Any:
-    """A model inside nnsight."""
-    with warnings.catch_warnings():
-        # Q-Formers have submodules called `output`; mechvlm never asks for those.
-        warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
-        return Traced(hf_model)
 
 
 def persistent(model: Any) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from nnsight.ndif import get_local_env
 from mechvlm import failures, ledger, places
 from mechvlm.archs import ARCHS
 from mechvlm.failures import JobError
-from mechvlm.hosts import Host, Refused, Unreachable, api_key
-from mechvlm.jobs import Server, unpacked, wait
+from mechvlm.hosts import Host, Refused, Server, Unreachable, api_key
+from mechvlm.jobs import unpacked, wait
 from mechvlm.ledger import Job
 from mechvlm.refusals import REFUSED
 

@@ -21,10 +21,10 @@ from mechvlm import batch as batches
 from mechvlm.attention import bytes_of
 from mechvlm.devices import packing_of, places_of, runs_on
 from mechvlm.edits import Edit
-from mechvlm.jobs import Server
+from mechvlm.hosts import Server
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
 from mechvlm.passes import forwards, pass_of, placed, said_by
-from mechvlm.places import in_nnsight, place_of
+from mechvlm.places import place_of
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
 from mechvlm.run import Generation, Run
@@ -34,6 +34,7 @@ from mechvlm.sites import Site
 from mechvlm.unembedding import Readout, unembedded
 from mechvlm.walk import at
 from mechvlm.weights import Weights
+from mechvlm.wrapped import in_nnsight
 
 Read = Iterable[Site | str] | Mapping[Site | str, Callable[[Tensor], Any] | None]
 

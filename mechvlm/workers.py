@@ -21,7 +21,6 @@ from typing import Any
 
 from mechvlm.load import load
 from mechvlm.processes import Process, seated
-from mechvlm.processes import here as here
 from mechvlm.sites import number, whole
 from mechvlm.vlm import VLM
 

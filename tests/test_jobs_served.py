@@ -25,7 +25,8 @@ from torch import Tensor
 
 import mechvlm as mv
 from mechvlm import jobs, ledger
-from mechvlm.jobs import JobBackend, Server
+from mechvlm.hosts import Server
+from mechvlm.jobs import JobBackend
 
 pytestmark = zoo.second_environment
 HERE = Path(__file__)

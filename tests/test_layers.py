@@ -22,6 +22,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "lazy_attention",
             "readings",
             "biases",
+            "devices",
             "towers",
             "archs",
             "refusals",
@@ -43,7 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine": (
         *(
-            "processes",
+            *("processes", "shipping"),
             "layout",
             "plan",
             "visit",
@@ -54,13 +55,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "run",
             "batch",
             "generating",
-            *("shipping", "ledger", "hosts", "failures", "jobs", "places"),
+            *("ledger", "hosts", "failures", "jobs", "places", "wrapped"),
             "weights",
             "unembedding",
             "passes",
             *("start", "reach", "schedule", "handed", "between", "rerun", "points"),
             "vlm",
-            *("load", "fingerprints", "finished", "units", "workers", "shared"),
+            *("placing", "load", "fingerprints", "finished", "units", "workers", "shared"),
         ),
         *("lens_names", "bridge", "circuits", "remote"),
     ),
@@ -75,11 +76,12 @@ FORBIDDEN_PAIRS = {("plot", "vlm"): "a figure is made from results, never from a
 # Written reasons for an import that the table would refuse; it stands inside a function, so that no circle arises.
 UPWARDS = {
     ("vlm", "laws"): "vlm.check() runs the laws, which use what every user can",
+    ("places", "fingerprints"): "a job is known again by what it asks for, which may be anything that users hand over",
     ("run", "circuits"): "run.to_activation_cache() hands a run to TransformerLens, whose circuits take it apart",
 }
 # Foreign packages, and the only modules that may import them.
 ONLY_IN = {
-    "nnsight": {"walk", "vlm", "shipping", "places", "hosts", "failures", "jobs", "remote"},
+    "nnsight": {"walk", "vlm", "shipping", "places", "wrapped", "hosts", "failures", "jobs", "remote"},
     "ray": {"workers"},
     "transformer_lens": {"lens_names", "bridge", "weights", "circuits"},
 }

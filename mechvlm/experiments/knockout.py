@@ -114,8 +114,7 @@ def information_flow(
     rows = np.flatnonzero(right)
     for at, swept in zip(rows, each(vlm, [asked[at] for at in rows], one, out, ["information_flow"]), strict=True):
         values[at], engine = swept.values.reshape(values.shape[1:]), swept.attrs["engine"]
-    named = "as given" if isinstance(windows[0].name, str) else window
-    cut = "all heads, in each layer of the window"
+    named, cut = "as given" if isinstance(windows[0].name, str) else window, "all heads, in each layer of the window"
     about = record(vlm, asked, metric, cut=cut, window=named, seed=seed, level=level, engine=engine)
     if metric is None:
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
