@@ -64,7 +64,7 @@ def no_key(host: str) -> JobError:
 
 def refused(host: str, status: int, detail: str, with_key: bool) -> JobError:
     """The server refused a request."""
-    if status in {401, 403}:
+    if status in {401, 403} or (status == 400 and "api key" in detail.lower()):
         if not with_key:
             return no_key(host)
         return JobError(
@@ -81,8 +81,8 @@ def not_deployed(host: str, model: str, hosted: Iterable[str]) -> JobError:
     """The server does not run the model."""
     names = ", ".join(sorted(set(hosted))) or "no model now"
     return JobError(
-        f"{model} is not deployed on {host}, which runs {names}; choose from mv.remote.status(), or send the job "
-        "all the same with remote=mv.remote.Server(check=False)."
+        f"{model} is not deployed on {host}, which runs {names}; choose from mv.remote.status(), or have it "
+        "loaded there with remote=mv.remote.Server(deploy=True), which can take long."
     )
 
 

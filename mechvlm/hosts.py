@@ -220,7 +220,8 @@ class Server:
         timeout: seconds that a job is waited for; None as long as it takes. What is not waited for goes on there.
         lost: seconds that a server is asked again which does not answer.
         pause, longest: seconds between two questions, at first and at most; each time half as long again.
-        check: compare versions, and see whether the model is deployed, before the first job is sent.
+        check: compare versions before the first job is sent.
+        deploy: whether a model that is not there may be loaded there, which can take long; else it is refused here.
 
     Raises:
         ValueError: for what is no address, and for times that are not above 0.
@@ -236,6 +237,7 @@ class Server:
     pause: float = 0.2
     longest: float = 10.0
     check: bool = True
+    deploy: bool = False
 
     def __post_init__(self) -> None:
         Host(self.host)

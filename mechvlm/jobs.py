@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from nnsight.ndif import pull_env
@@ -97,17 +98,18 @@ def check(host: Host, model_key: str, server: Server) -> None:
     """
     if host.is_ndif and not api_key():
         raise failures.no_key(host.url)
-    if not server.check or (host.url, model_key) in CHECKED:
+    if (host.url, model_key) in CHECKED:
         return
     try:
-        differing, hosted = host.differing(), host.deployments()
+        differing = host.differing() if server.check else {}
+        hosted = None if server.deploy else host.deployments()
     except Unreachable as why:
         raise failures.silent(host.url, str(why)) from None
     except Refused as why:
         raise failures.refused(host.url, why.status, why.detail, bool(api_key())) from None
     if differing:
         raise failures.versions_differ(host.url, differing)
-    if same_branch(model_key) not in {same_branch(str(one.get("model_key"))) for one in hosted}:
+    if hosted is not None and same_branch(model_key) not in {same_branch(str(one.get("model_key"))) for one in hosted}:
         raise failures.not_deployed(host.url, repository(model_key), (str(one["repo_id"]) for one in hosted))
     CHECKED.add((host.url, model_key))
 
@@ -273,8 +275,11 @@ def asked_once(job: Job, host: Host, server: Server, seen: Callable[[str], objec
             raise failures.failed(job)
         if job.state != "COMPLETED":
             return None
-        where = answer.data[0] if isinstance(answer.data, list) else answer.data
-        return host.download(str(where), seen)
+        where = str(answer.data[0] if isinstance(answer.data, list) else answer.data)
+        try:
+            return host.download(where, seen)
+        except Unreachable as why:
+            raise Unreachable(f"its result at {urlsplit(where).netloc!r}: {why}") from None
     except Refused as why:
         if job.state == "COMPLETED":
             raise LookupError(why.detail) from None

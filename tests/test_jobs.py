@@ -204,7 +204,7 @@ CASES: dict[str, Callable[[], object]] = {
 FAILURES: dict[str, Callable[[], object]] = {
     "https://api.ndif.us takes jobs with an API key, and none is set; get one from https://login.ndif.us or who runs "
     "that server, and set the environment variable NDIF_API_KEY or call nnsight.login().": (
-        lambda: jobs.check(hosts.Host("https://api.ndif.us"), KEY, jobs.Server())
+        lambda: jobs.check(hosts.Host("https://api.ndif.us"), KEY, hosts.Server())
     ),
     "http://127.0.0.1:1 does not answer ([Errno 111] Connection refused), and no job was sent; look at the address and "
     "the network.": lambda: mv.remote.status(HOST),

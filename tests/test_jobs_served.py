@@ -261,11 +261,19 @@ def test_a_server_that_wants_a_key_says_so_where_none_is_set(place: Place) -> No
     assert not ledger.listed(), "nothing was sent"
 
 
-def test_a_refused_key(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "status, detail, told",
+    [
+        (401, "Missing or invalid API key.", "Missing or invalid API key"),
+        (403, "Invalid API key.", "Invalid API key"),
+        (400, "Invalid API key format: '{key}'.", "Invalid API key format: '[key]'"),
+    ],
+)
+def test_a_refused_key(place: Place, monkeypatch: pytest.MonkeyPatch, status: int, detail: str, told: str) -> None:
     monkeypatch.setenv("NDIF_API_KEY", "another")
-    place.server.fail(key=KEY, detail="Missing or invalid API key.")
+    place.server.fail(key=KEY, refuses=status, detail=detail)
     assert refusal(place) == (
-        f"{place.server.url} refused the API key (Missing or invalid API key); get a new one from "
+        f"{place.server.url} refused the API key ({told}); get a new one from "
         "https://login.ndif.us or who runs that server, and set the environment variable NDIF_API_KEY or call "
         "nnsight.login()."
     )
@@ -304,9 +312,9 @@ def test_a_model_that_is_not_deployed(place: Place) -> None:
     name = place.model.repo_id
     assert refusal(place) == (
         f"{name} is not deployed on {place.server.url}, which runs no model now; choose from mv.remote.status(), or "
-        "send the job all the same with remote=mv.remote.Server(check=False)."
+        "have it loaded there with remote=mv.remote.Server(deploy=True), which can take long."
     )
-    assert refusal(place, check=False) == (
+    assert refusal(place, deploy=True) == (
         f"{place.server.url} refused the request (Model is not deployed, HTTP 404); mv.remote.status() says which "
         "models it runs, and mv.remote.compare() on which versions."
     )
@@ -349,11 +357,14 @@ def test_a_job_that_takes_too_long(place: Place) -> None:
     )
 
 
-def test_a_connection_lost_behind_the_request_sends_it_once(place: Place) -> None:
+@pytest.mark.parametrize("named, sent", [(True, 1), (False, 2)])
+def test_a_connection_lost_behind_the_request(place: Place, named: bool, sent: int) -> None:
+    """It is sent once to a server that calls jobs as it is asked to; another cannot be asked for what is lost."""
     before = place.jobs()
-    place.server.fail(drop=1)
+    place.server.fail(drop=1, named=named)
     assert torch.equal(place.run(answer), place.logits)
-    assert place.jobs() == before + 1
+    assert place.jobs() == before + sent
+    assert len(ledger.listed()) == 1
 
 
 @pytest.mark.parametrize("fault", ["lose", "unavailable"])

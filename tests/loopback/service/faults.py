@@ -12,6 +12,8 @@ class Faults:
     Attributes:
         key: the only key that is taken; None takes any, and none.
         detail: what a refused key is answered with; "{key}" in it becomes the key that was sent.
+        refuses: HTTP's number for a key that is not taken.
+        named: whether a job is called as its sender asks, as it was up to February 2026; it is named anew today.
         deployed: whether the models are.
         packages: versions that `/env` gives instead of the true ones.
         queue: seconds that a job stays queued.
@@ -27,6 +29,8 @@ class Faults:
 
     key: str | None = None
     detail: str = "Missing or invalid API key. Please visit https://login.ndif.us/ to create a new one."
+    refuses: int = 401
+    named: bool = True
     deployed: bool = True
     packages: dict[str, str] = field(default_factory=dict)
     queue: float = 0.0

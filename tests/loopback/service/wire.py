@@ -99,14 +99,14 @@ class Answers(BaseHTTPRequestHandler):
         if faults.once("lose"):
             return self.hang_up()
         if faults.key is not None and key != faults.key:
-            return self.give({"detail": faults.detail.replace("{key}", str(key))}, 401)
+            return self.give({"detail": faults.detail.replace("{key}", str(key))}, faults.refuses)
         if faults.once("unavailable"):
             return self.give({"detail": "Service Unavailable"}, 503)
         parts = multipart(body, self.headers["Content-Type"])
         request = RequestModel.model_validate_json(parts["data"])
         if request.model_key not in {one["model_key"] for one in self.server.runs.deployed().values()}:
             return self.give({"detail": "Model is not deployed."}, 404)
-        given = self.headers.get("ndif-request_id", "")
+        given = self.headers.get("ndif-request_id", "") if faults.named else ""
         job = Job(given if SAFE_ID.fullmatch(given) else str(uuid.uuid4()), request, parts["blob"])
         self.server.counts[job.id] = {"blob": len(job.blob), "in": len(body), "out": 0, "polls": 0}
         with self.server.subscribed:
