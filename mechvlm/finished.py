@@ -6,7 +6,7 @@ Each says by a fingerprint of what work it is.
 Rule this module guards: nothing is taken for another work's, and nothing rests on a claim. A claim keeps two processes
 from doing one unit twice; where it fails to, both do the same, and either file is right.
 
->>> folder = Folder("answers", fingerprint("a question"), "answers")
+>>> folder = Folder("answers", "a fingerprint", "answers")
 >>> with folder.claim("0") as mine:
 ...     folder.keep(0, xr.Dataset({"margin": ("item", [0.5])}))
 >>> [float(one.margin[0]) for one in folder.new()]

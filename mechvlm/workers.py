@@ -20,9 +20,11 @@ from types import TracebackType
 from typing import Any
 
 from mechvlm.load import load
-from mechvlm.processes import Process, seated
+from mechvlm.processes import Process, here, seated
 from mechvlm.sites import number, whole
 from mechvlm.vlm import VLM
+
+__all__ = ("Pool", "here")
 
 Model = str | Path | Callable[[], VLM]
 """What a worker loads: as `mv.load` takes it, or a function that makes a model."""

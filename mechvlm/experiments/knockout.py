@@ -7,6 +7,7 @@
 
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -120,8 +121,7 @@ def information_flow(
         about["metric"] = metric_name(measures[0]) if len(asked) == 1 else "probability of the answer"
     found = _dataset(asked, ways, windows, drawn, values, base, _change(metric, about["metric"]))
     found = found.assign_coords(answered_right=("prompt", right))
-    shared = clusters_of(asked, clusters)
-    mean = interval(found.change[right], [one for one, used in zip(shared, right, strict=True) if used], level)
+    mean = interval(found.change[right], list(compress(clusters_of(asked, clusters), right)), level)
     return found.assign(mean.data_vars).assign_attrs(about)
 
 
