@@ -90,7 +90,10 @@ def place_of(device: Any) -> torch.device:
         place = torch.device("cuda", device) if type(device) is int else torch.device(device or asked)
     except (RuntimeError, TypeError):
         raise ValueError(f"there is no device {told(device)}; give 'cpu', 'cuda' or 'cuda:0'.") from None
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    there = {
+        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
+        "mps": int(torch.backends.mps.is_available()),
+    }
     count = there.get(place.type)
     if count == 0:
         raise ValueError(

@@ -12,7 +12,7 @@ import mechvlm as mv
 from mechvlm import bridge, circuits
 from mechvlm.references import apart, eager_rounding
 from mechvlm.sites import Site
-from mechvlm.weights import Weights
+from mechvlm.weights import Weights, attention_of
 
 needs_transformer_lens = [
     pytest.mark.transformer_lens,
@@ -204,7 +204,7 @@ def test_projections_of_heads_are_the_models_own(name: str, tower: str) -> None:
     vlm, prompt = asked(name)
     weights, shape = Weights(vlm), vlm.shape
     caught: dict[str, Any] = {}
-    module = weights._attention(0, tower)
+    module = vlm.hf.get_submodule(attention_of(vlm, 0, tower))
 
     def entered(_: Any, given: tuple, named: dict[str, Any]) -> None:
         caught["x"] = named.get("hidden_states", given[0] if given else None)
@@ -214,7 +214,7 @@ def test_projections_of_heads_are_the_models_own(name: str, tower: str) -> None:
 
     handles = [
         module.register_forward_pre_hook(entered, with_kwargs=True),
-        weights._module("o", 0, tower).register_forward_hook(left),
+        vlm.hf.get_submodule(weights._path("o", 0, tower)).register_forward_hook(left),
     ]
     run = vlm.run(prompt, read=[Site("z", 0, tower), Site("v", 0, tower)])
     for handle in handles:
@@ -223,7 +223,7 @@ def test_projections_of_heads_are_the_models_own(name: str, tower: str) -> None:
     whole = sum(z[:, :, head] @ weights.W_O(0, head, tower) for head in range(shape.heads[tower]))
     assert apart((whole + weights.b_O(0, tower)).flatten(0, 1), caught["out"].flatten(0, -2)) < 1e-13
     x = caught["x"].reshape(*v.shape[:2], -1)
-    zeros = weights._module("v", 0, tower).bias
+    zeros = vlm.hf.get_submodule(weights._path("v", 0, tower)).bias
     for head in range(shape.heads[tower]):
         bias = 0 if zeros is None else zeros[-v.shape[2] * v.shape[3] :].unflatten(0, (v.shape[2], -1))[head // group]
         assert apart(x @ weights.W_V(0, head, tower) + bias, v[:, :, head // group]) < 1e-13

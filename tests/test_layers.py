@@ -54,6 +54,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "walk",
             "run",
             "batch",
+            "placing",
             "generating",
             *("ledger", "hosts", "failures", "jobs", "places", "wrapped"),
             "weights",
