@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mechvlm.devices import packing_of, places_of
+from mechvlm.devices import check_kept, packing_of, places_of
 from mechvlm.edits import Edit
 from mechvlm.encode import encode
 from mechvlm.grids import grids_of
@@ -248,6 +248,7 @@ def check_state(hf_model: Any) -> None:
     """Refuse a model in training, or with an attention implementation that mechvlm does not read right."""
     if hf_model.training:
         raise ValueError("the model is in training mode, where dropout makes runs differ; call model.eval() first.")
+    check_kept(hf_model)
     shape = shape_of(hf_model.config)
     for tower, kernel in kernels_of(hf_model.config).items():
         check_kernel(kernel, *(shape.ahead, shape.score_cap) if tower == "text" else ())

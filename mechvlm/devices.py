@@ -102,7 +102,7 @@ def matrix_of(model: Any, path: str) -> Tensor:
     """
     module = model.get_submodule(path)
     if type(module).__module__.startswith("bitsandbytes."):
-        return unpacked(module, path)
+        return asked(model, module)
     if type(module).forward is not torch.nn.Linear.forward:
         raise ValueError(
             f"the weights of {path} are those of a {type(module).__name__}, which mechvlm does not take apart; load "
@@ -127,19 +127,13 @@ def plain(weight: Tensor) -> bool:
     return type(weight) in (Tensor, torch.nn.Parameter) and weight.dtype in PLAIN
 
 
-def unpacked(module: Any, path: str) -> Tensor:
-    """The matrix that bitsandbytes has packed into 4 or 8 bits.
-
-    Raises:
-        ValueError: where it is kept in memory or on disk between calls.
-    """
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-    if module.weight.is_meta:
-        raise ValueError(
-            f"the weights of {path} are packed, and kept elsewhere between calls; give device_map a place for it."
-        )
-    return dequantize_bnb_weight(module.weight, vars(module).get("state"))
+def asked(model: Any, module: Any) -> Tensor:
+    """The matrix of a linear module, asked by vectors that are one in one place, since its packing changes."""
+    dtype = model.dtype  # another would change the type that packed modules compute in from then on
+    ones = torch.eye(module.in_features, dtype=dtype, device=runs_on(module))
+    with torch.no_grad():
+        columns = module(ones)
+        return (columns - module(torch.zeros_like(ones[:1]))).T
 
 
 def places_of(model: Any) -> str:
@@ -179,3 +173,40 @@ def packing_of(config: Any) -> str:
     own = config.to_dict().get("quantization_config") or {}
     bits = [f" in {bits} bits" for bits in (4, 8) if own.get(f"load_in_{bits}bit")]
     return f", weights packed by {method_of(own)}{''.join(bits)}" if own else ""
+
+
+ASKED_WHERE = {
+    "mllama": "model.vision_model.patch_embedding",
+    "idefics3": "model.vision_model.embeddings.patch_embedding",
+    "glm4v": "model.visual.embeddings",
+}
+"""Parts that transformers asks where they are, or takes the weights of, outside of their calls, by type of model."""
+
+
+def check_kept(model: Any) -> None:
+    """Refuse a part that is kept elsewhere between calls where transformers does not wait for its call.
+
+    Raises:
+        ValueError: for such a part.
+    """
+    path = ASKED_WHERE.get(model.config.model_type)
+    part = None if path is None else model.get_submodule(path)
+    if part is not None and any(hooks_of(part)) and any(weight.is_meta for weight in part.parameters()):
+        raise ValueError(
+            f"transformers reads the weights of {path} outside of its call in a {model.config.model_type} model, so "
+            "they cannot be kept in memory or on disk; give that part a device of its own in device_map."
+        )
+
+
+def check_differentiable(model: Any) -> None:
+    """Refuse gradients where packed weights have none.
+
+    Raises:
+        ValueError: for weights of 4 bits on a CPU, which bitsandbytes repacks, once it has run, for a kernel that
+            gradients do not pass.
+    """
+    own = model.config.to_dict().get("quantization_config") or {}
+    if own.get("load_in_4bit") and runs_on(model).type == "cpu":
+        raise ValueError(
+            "bitsandbytes computes no gradients of weights of 4 bits on a CPU; load them in 8 bits, or onto a GPU."
+        )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mechvlm import batch as batches
 from mechvlm.batch import check_finite, check_fired, scored
-from mechvlm.devices import runs_on
+from mechvlm.devices import check_differentiable, runs_on
 from mechvlm.generating import answered, check_copies, check_sampling, generation_of
 from mechvlm.metrics import Metric
 from mechvlm.plan import Plan
@@ -75,6 +75,7 @@ def pass_of(
     metric = None if grad_of is None else vlm.metric(grad_of)
     if metric is not None:
         batches.check_gradients(vlm.attention, vlm.device)
+        check_differentiable(vlm.hf)
     if not vlm.place.remote:
         return Pass(plan, vlm.batch(prompts, plan), metric, ends, value, reduce)
     key = (*map(id, prompts), plan.layout)

@@ -22,7 +22,7 @@ import zoo
 from torch import Tensor
 
 import mechvlm as mv
-from mechvlm.devices import held, matrix_of, runs_on, unpacked
+from mechvlm.devices import ASKED_WHERE, held, matrix_of, runs_on
 from mechvlm.fingerprints import weights_print
 from mechvlm.placing import check_map, check_placing, computes_on, place_of
 from mechvlm.shared import shared_logits
@@ -73,7 +73,11 @@ def on_disk(name: str, folder: Path, seed: int = 0, only: tuple[str, ...] = ("",
     variant = zoo.VARIANTS[name]
     hf = variant.model("sdpa", torch.float32, seed)
     stack = mv.VLM(variant.model("sdpa", torch.float32, seed), None).arch.stacks["text"].layers[0][0]
-    plan = {part: "disk" if part.endswith(only) else "cpu" for part in parts_of(hf, stack)}
+    stay = ASKED_WHERE.get(hf.config.model_type, "none")
+    parts = parts_of(hf, stack)
+    plan = {part: "disk" if part.endswith(only) and not stay.startswith(part) else "cpu" for part in parts}
+    tensors = (*hf.named_parameters(), *hf.named_buffers())
+    plan |= {name: "cpu" for name, _ in tensors if not any(name.startswith(f"{part}.") for part in parts)}
     return mv.VLM(dispatched(hf, plan, folder), zoo.build(name).processor, name=name)
 
 
@@ -191,6 +195,7 @@ def test_records_say_where_layers_were(pair: tuple[mv.VLM, mv.VLM, mv.Prompt]) -
 
 @with_accelerate
 @zoo.second_environment
+@pytest.mark.filterwarnings("ignore:The following device_map keys")  # weights that are no module's
 @pytest.mark.parametrize("name", ["mllama", "qwen3_vl", "internvl", "gemma3", "instructblip", "idefics3"])
 def test_models_of_each_kind_are_read_and_swept_as_in_memory(name: str, tmp_path: Path) -> None:
     """Gates and factors that are weights of layers (Mllama, InternVL), packed towers, DeepStack, Q-Formers, tiles."""
@@ -296,12 +301,14 @@ def test_packed_weights_are_read_unpacked_and_swept_exactly(how: dict[str, Any])
     real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
     module = vlm.hf.model.language_model.layers[2].self_attn.o_proj
     with torch.no_grad():
-        columns = module(torch.eye(module.in_features)) - (0 if module.bias is None else module.bias)
         own = vlm.hf(**vlm.batch([real], vlm.plan([real]))).logits[:, -1]
-    torch.testing.assert_close(vlm.weights.heads_out(2).flatten(0, 1).float(), columns, rtol=2e-2, atol=2e-3)
+        x = torch.randn(5, module.in_features)
+        torch.testing.assert_close(x @ vlm.weights.heads_out(2).flatten(0, 1), module(x), rtol=2e-2, atol=3e-2)
     assert float((vlm.run(real).logits - own).abs().max()) < 1e-4
-    assert bool(vlm.run(real, read=["text.2.z"], grad_of=YES).grad["text.2.z"].abs().max() > 0)
-    swept, whole = (mv.ablate_each_head(vlm, real, YES, fast=fast) for fast in (True, False))
+    if "load_in_8bit" in how:
+        assert bool(vlm.run(real, read=["text.2.z"], grad_of=YES).grad["text.2.z"].abs().max() > 0)
+    points = [[mv.ablate_heads(layer, [0])] for layer in range(8)]
+    swept, whole = (mv.sweep(vlm, real, lambda n: points[n], YES, n=range(8), fast=fast) for fast in (True, False))
     assert abs(swept - whole).max() < 1e-3 and "rerun" in swept.attrs["engine"]
     assert vlm.provenance(real)["dtype"].startswith("float32, weights packed by bitsandbytes in")
     assert len(weights_print(vlm.hf)) == len(list(vlm.hf.parameters()))
@@ -353,6 +360,22 @@ def coded() -> Any:
     return made
 
 
+class Hook:
+    """As accelerate's, of a module whose weights are elsewhere between calls."""
+
+
+def elsewhere(hf: Any) -> Any:
+    part = hf.model.vision_model.patch_embedding.to("meta")
+    vars(part)["_hf_hook"] = Hook()
+    return hf
+
+
+def of_four_bits() -> mv.VLM:
+    made = tiny.vlm()
+    made.hf.config.quantization_config = BITS
+    return made
+
+
 BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 CASES: list[Case] = [
     (
@@ -389,6 +412,10 @@ CASES: list[Case] = [
         "it.",
         without("bitsandbytes", lambda: mv.load("demo", quantization_config=BITS)),
     ),
+    (
+        "bitsandbytes computes no gradients of weights of 4 bits on a CPU; load them in 8 bits, or onto a GPU.",
+        lambda: of_four_bits().run(of_four_bits().prompt(tiny.picture(), QUESTION), grad_of=YES),
+    ),
     ("ReLU has no weights, so it is on no device; ask a module that has some.", lambda: runs_on(torch.nn.ReLU())),
     (
         "the weight head.weight holds no numbers (it is on the meta device); load the model with its weights.",
@@ -405,18 +432,12 @@ CASES: list[Case] = [
         lambda: matrix_of(coded(), "head"),
     ),
     (
-        "the weights of head are packed, and kept elsewhere between calls; give device_map a place for it.",
-        lambda: unpacked(torch.nn.Linear(2, 2, device="meta"), "head"),
+        "transformers reads the weights of model.vision_model.patch_embedding outside of its call in a mllama model, "
+        "so they cannot be kept in memory or on disk; give that part a device of its own in device_map.",
+        lambda: mv.VLM(elsewhere(zoo.VARIANTS["mllama"].model("sdpa", torch.float32, 0))),
     ),
 ]
 """Sentences, and what they are said of; tests/test_errors.py knows by them that every raise is reached."""
-
-
-@pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])
-def test_message(message: str, wrong: Callable[[], object]) -> None:
-    with pytest.raises((ValueError, ModuleNotFoundError)) as caught:
-        wrong()
-    assert str(caught.value) == message
 
 
 def test_what_computes_is_what_the_map_names_first() -> None:

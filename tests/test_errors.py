@@ -19,6 +19,7 @@ import tiny
 import torch
 import xarray as xr
 import zoo
+from test_devices import CASES as DEVICE_CASES
 from test_load import CASES as LOAD_CASES
 from test_stats_errors import CASES as STATS_CASES
 from test_stats_errors import MODULES as STATS_MODULES
@@ -1464,6 +1465,7 @@ CASES = (
     + LATER
     + GRIDS
     + REGIONS
+    + DEVICE_CASES
     + LOAD_CASES
     + STATS_CASES
 )
@@ -1471,7 +1473,7 @@ CASES = (
 
 @pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])
 def test_message(message: str, wrong: Callable[[], object]) -> None:
-    with pytest.raises((ValueError, TypeError)) as caught:
+    with pytest.raises((ValueError, TypeError, ModuleNotFoundError)) as caught:
         wrong()
     assert str(caught.value) == message
     assert message.endswith(".") and "\n" not in message
@@ -1529,7 +1531,7 @@ def reach_cases() -> None:
     for _, wrong in CASES:
         try:
             wrong()
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, ModuleNotFoundError) as error:
             REACHED.add(_where(error))
 
 
