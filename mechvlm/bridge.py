@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mechvlm.devices import hooks_of, places_of
 from mechvlm.edits import Edit
 from mechvlm.lens_names import MISSING, names_of, recorded
 from mechvlm.prompt import Prompt
@@ -200,9 +201,15 @@ def bridged(vlm: Any) -> Bridge:
     """A copy of a VLM's model inside TransformerLens. The VLM itself is left as it is.
 
     Raises:
-        ValueError: for a class of models, or a vision tower, that TransformerLens does not know.
+        ValueError: for a class of models, or a vision tower, that TransformerLens does not know, or layers on several
+            devices.
         ModuleNotFoundError: where TransformerLens is not installed.
     """
+    if any(hooks_of(vlm.hf)):
+        raise ValueError(
+            f"TransformerLens takes a model on one device, and this one's layers are on {places_of(vlm.hf)}; load it "
+            "without device_map."
+        )
     if not installed():
         raise ModuleNotFoundError(
             'TransformerLens is not installed; pip install "mechvlm[transformer-lens]" brings it.'

@@ -188,6 +188,11 @@ def test_a_plain_trace_runs_where_its_first_weights_hold_no_numbers(pair: tuple[
     assert same(found, own)
 
 
+def test_transformer_lens_is_not_given_layers_on_several_devices(pair: tuple[mv.VLM, mv.VLM, mv.Prompt]) -> None:
+    with pytest.raises(ValueError, match="takes a model on one device, and this one's layers are on disk"):
+        mv.bridged(pair[0])
+
+
 def test_records_say_where_layers_were(pair: tuple[mv.VLM, mv.VLM, mv.Prompt]) -> None:
     vlm, _, real = pair
     assert "disk" in vlm.provenance(real)["device"] and "disk" in repr(vlm)
