@@ -4,6 +4,7 @@ What is found here has to be what docs/architectures.md says, so that its matrix
 """
 
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -23,6 +24,9 @@ FOUND = json.loads(architectures.FILE.read_text())["models"]
 EXACT = (laws.law_1_reading, laws.law_2_writing_back, laws.law_3_residuals, laws.law_5_patching)
 """The laws that hold bit for bit, and so in bfloat16 too."""
 
+SENT = ("qwen3_vl", "mllama")
+"""Models that law 12 is always tried on, beside those of tests/test_laws.py; on others in the second environment."""
+
 every = pytest.mark.parametrize("name", zoo.VARIANTS)
 each = pytest.mark.parametrize("name", zoo.each_kind(zoo.VARIANTS))
 
@@ -40,9 +44,10 @@ def model(name: str, attention: str, dtype: torch.dtype) -> Any:
 def test_every_law_holds(name: str, attention: str) -> None:
     vlm = model(name, attention, torch.float32)
     prompt = zoo.ask(vlm, tiny.picture(width=48, height=48))
-    found = [finding for law in laws.LAWS for finding in law(vlm, prompt)]
+    left_out = {laws.law_12_elsewhere} if name not in SENT and find_spec("torchvision") is None else set()
+    found = [finding for law in laws.LAWS if law not in left_out for finding in law(vlm, prompt)]
     assert [finding for finding in found if not finding.holds] == []
-    shown = FOUND[name][attention]["float32"]
+    shown = [row for row in FOUND[name][attention]["float32"] if row[0] != 12 or not left_out]
     assert [[law, tower, count, verdict] for law, tower, count, _, verdict in architectures.summary(found)] == [
         [law, tower, count, verdict] for law, tower, count, _, verdict in shown
     ], "docs/architectures.json is stale: python scripts/architectures.py"
