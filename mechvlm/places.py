@@ -90,7 +90,9 @@ def packed(value: Any) -> Any:
         own = None if value.own is None else written_out(value.own, value.q)
         return {MARK: packed({**held, "sees": written_out(value.sees, value.q), "own": own})}
     if isinstance(value, Tensor):
-        return value.detach()
+        # A part of a larger tensor would be sent with all of it.
+        part = value.numel() * value.element_size() < value.untyped_storage().nbytes()
+        return value.detach().clone() if part else value.detach()
     if isinstance(value, Mapping):
         return {name: packed(one) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -22,7 +22,7 @@ from zoo.boxes import noise
 
 import mechvlm as mv
 from mechvlm.experiments.relevance import gradient_attention, relevancy, span_flow
-from mechvlm.experiments.rollout import attention_flow, attention_rollout, carried, kept, unit
+from mechvlm.experiments.rollout import attention_flow, attention_rollout, carried, unit
 from mechvlm.experiments.sight import own_layers
 from mechvlm.lazy_attention import Attention
 from mechvlm.references import apart, attention_at, eager_rounding, eagerly, own_gradients, own_patterns, placed
@@ -198,7 +198,7 @@ def test_the_row_that_mattered_is_the_one_that_predicts_and_not_the_next(vlm: mv
 
 
 def test_some_layers_are_multiplied_in_the_models_order(vlm: mv.VLM, real: mv.Prompt) -> None:
-    maps = [map_.rows()[0].mean(0) for map_ in kept(vlm, real, [0, 2])]
+    maps = [vlm.run(real, read=[f"text.{layer}.pattern"])[f"text.{layer}.pattern"][0].mean(0) for layer in (0, 2)]
     one = torch.eye(len(real), dtype=torch.float64)
     expected = (0.25 * one + 0.75 * maps[1]) @ (0.25 * one + 0.75 * maps[0])
     found = attention_rollout(vlm, real, residual=0.25, layers=[2, 0], position=-3)
@@ -235,7 +235,7 @@ def test_a_row_that_has_nothing_but_bos_keeps_to_itself(vlm: mv.VLM, real: mv.Pr
 
 
 def test_a_product_of_many_layers_overflows_no_type(real: mv.Prompt) -> None:
-    (attention,) = kept(tiny.vlm(), real, [0])
+    attention = tiny.vlm().run(real, read={"text.0.pattern": mv.lazy()})["text.0.pattern"]
     assert attention.q.dtype == torch.float32
     large = carried(unit(5, len(real)) * 1e60, attention)
     np.testing.assert_allclose(large / 1e60, carried(unit(5, len(real)), attention), rtol=1e-6)

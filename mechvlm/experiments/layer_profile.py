@@ -9,6 +9,7 @@ which positions have these names (`mechvlm.experiments.conventions`), and never 
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from mechvlm.experiments.ratios import MEANING, averaged, ratios, visible
 from mechvlm.experiments.record import record
 from mechvlm.experiments.sight import cross_layers, own_layers
 from mechvlm.experiments.sweep import numbers
+from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Entropy, Mass, lazy
 from mechvlm.sites import Site
@@ -45,6 +47,8 @@ QUANTITIES = {
 AT_ONCE = 2048
 """Positions whose queries and keys are held at once, in all layers."""
 Found = dict[str, np.ndarray]
+MEASURED = ("mass", "density", "even", "rest", "paid", "really", "first", "h_image", "h_rest", "entropy")
+"""What is worked out of each layer's attention, where the model runs."""
 
 
 def layer_profile(
@@ -206,18 +210,22 @@ def _read(
 ) -> Iterator[tuple[int, int, Found]]:
     """Row, layer, and the numbers, of prompts that are divided alike and run together."""
     layers = own_layers(vlm)
-    run = vlm.run(prompts, read={Site("pattern", at): lazy() for at in layers})
+    reading = lazy(partial(_of_attention, look, tuple(names), tuple(own)))
+    run = vlm.run(prompts, read={Site("pattern", at): reading for at in layers})
     for layer in layers:
-        attention = run[Site("pattern", layer)]
+        found = dict(zip(MEASURED, map(numbers, run[Site("pattern", layer)]), strict=True))
+        for row in range(len(prompts)):
+            yield row, layer, {name: values[row] for name, values in found.items()}
 
-        def seen(mass: Mass, attention: Any = attention) -> np.ndarray:
-            return visible(attention, mass.columns(attention.k.shape[2]), None)
 
-        def read(reading: Mass | Entropy, attention: Any = attention) -> Tensor:
-            return reading.of(attention, "pattern")
+def _of_attention(look: Called, names: Sequence[str], own: Sequence[str], attention: Attention) -> tuple[Tensor, ...]:
+    """The numbers of one layer, in the order of `MEASURED`, with the batch in front."""
 
-        for row, found in enumerate(_measured(read, seen, look, names, own)):
-            yield row, layer, found
+    def seen(mass: Mass) -> np.ndarray:
+        return visible(attention, mass.columns(attention.k.shape[2]), None)
+
+    rows = list(_measured(lambda reading: reading.of(attention, "pattern"), seen, look, names, own))
+    return tuple(torch.from_numpy(np.stack([row[name] for row in rows])) for name in MEASURED)
 
 
 def _measured(

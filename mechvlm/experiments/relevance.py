@@ -8,6 +8,7 @@ have mattered to that prediction, and its gradient is exactly zero.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,15 +17,15 @@ from torch import Tensor
 
 from mechvlm.attention import Piece, saliency
 from mechvlm.experiments.record import chosen_layers, metric_unit, one_prompt, record
-from mechvlm.experiments.rollout import among_words, carried, place_of, row_of_product, unit
+from mechvlm.experiments.rollout import Row, among_words, carried, folded, place_of, row_of_product, unit
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named, own_layers
 from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import indicator
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
-from mechvlm.readings import lazy, rows
-from mechvlm.sites import Site, told, whole, whole_numbers
+from mechvlm.readings import rows
+from mechvlm.sites import told, whole, whole_numbers
 from mechvlm.vlm import VLM
 
 
@@ -133,10 +134,7 @@ def relevancy(
         Transformers", section 3, equations 5 and 6, the rule for self-attention.
     """
     chosen, at = among_words(vlm, prompt, layers), place_of(prompt, position)
-    row = unit(at, len(prompt))
-    maps, value = _with_gradients(vlm, prompt, metric, chosen, position)
-    for attention in reversed(maps):
-        row = row + carried(row, attention, _positive)
+    row, value = folded(vlm, prompt, chosen, partial(_relevant, unit(at, len(prompt))), metric, position)
     about = {**record(vlm, [prompt], metric), "value": value}
     return row_of_product(vlm, prompt, "relevancy", row, chosen, at, about, {"long_name": "relevancy"})
 
@@ -180,8 +178,8 @@ def span_flow(
     """
     named_spans = _spans(one_prompt(prompt), spans)
     chosen = own_layers(vlm) if layers is None else _attending(vlm, chosen_layers(vlm, layers))
-    maps, value = _with_gradients(vlm, prompt, metric, chosen, position)
-    sums, pairs = (np.stack(part) for part in zip(*(_between(one, named_spans) for one in maps), strict=True))
+    found, value = folded(vlm, prompt, chosen, partial(_flows, named_spans), metric, position)
+    sums, pairs = map(numbers, found)
     unit_of = metric_unit(metric)
     with np.errstate(invalid="ignore"):
         flow = np.where(pairs[:, None] > 0, sums / pairs[:, None], np.nan)
@@ -204,19 +202,22 @@ def span_flow(
 # -- parts -----------------------------------------------------------------------------------------------------------
 
 
-def _with_gradients(
-    vlm: VLM, prompt: Prompt, metric: Metric, layers: Sequence[int], position: int
-) -> tuple[list[Attention], float]:
-    """The attention of some layers, not made, which knows the gradient of a metric; and the metric."""
-    sites = [Site("pattern", layer) for layer in layers]
-    run = vlm.run(prompt, read=dict.fromkeys(sites, lazy()), grad_of=metric, position=position)
-    value = float("nan") if run.metric is None else float(run.metric[0])
-    return [run.grad[site] for site in sites], value
+def _relevant(row: Row, maps: Sequence[Attention]) -> Row:
+    """A row of the relevancy of all positions for each other, which begins as itself."""
+    for attention in reversed(maps):
+        row = row + carried(row, attention, _positive)
+    return row
 
 
 def _positive(piece: Piece) -> Tensor:
     """The same where it speaks for the metric."""
     return saliency(piece).clamp_(min=0)
+
+
+def _flows(spans: Mapping[str, Sequence[int]], maps: Sequence[Attention]) -> tuple[Tensor, Tensor]:
+    """Both numbers of `_between`, for each layer."""
+    sums, pairs = zip(*(_between(one, spans) for one in maps), strict=True)
+    return torch.from_numpy(np.stack(sums)), torch.from_numpy(np.stack(pairs))
 
 
 def _between(attention: Attention, spans: Mapping[str, Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,8 @@ ever held, so memory grows with the length of the prompt and not with its square
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +26,7 @@ from mechvlm.experiments.sight import cross_layers, image_coordinates, named
 from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.masks import indicator
+from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.readings import lazy
 from mechvlm.sites import Site, number
@@ -79,9 +82,15 @@ def attention_rollout(
     if not 0 <= share <= 1:
         raise ValueError(f"residual={residual} is no share; give 0 to 1, and 0.5 for the paper's.")
     dropped = _dropped(prompt, without_bos, discard)
-    row = unit(at, len(prompt))
-    for attention in reversed(kept(vlm, prompt, chosen)):
-        row = share * row + (1 - share) * _rolled(row, attention, dropped)
+    start = unit(at, len(prompt))
+
+    def rolled(maps: Sequence[Attention]) -> Row:
+        row = start
+        for attention in reversed(maps):
+            row = share * row + (1 - share) * _rolled(row, attention, dropped)
+        return row
+
+    row, _ = folded(vlm, prompt, chosen, rolled)
     about: dict[str, str | float] = {"residual": share, "discarded": ", ".join(map(str, dropped)) or "none"}
     long = {"long_name": "attention rollout", "units": "fraction"}
     return row_of_product(vlm, prompt, "rollout", row, chosen, at, about, long)
@@ -128,13 +137,8 @@ def attention_flow(
         section 3, head aggregation and attention flow. The row is all that is computed of F.
     """
     chosen, at = among_words(vlm, prompt, layers), place_of(prompt, position)
-    row, heads = unit(at, len(prompt)), np.ones((len(chosen), vlm.shape.heads["text"]))
-    flow = torch.zeros_like(row)
-    maps = kept(vlm, prompt, chosen)
-    for index in reversed(range(len(chosen))):
-        weights = _focus(maps[index]) if head_weights else torch.ones(heads.shape[1], dtype=torch.float64)
-        row = row + carried(row, maps[index], weights=weights)
-        flow, heads[index] = flow + row, numbers(weights)
+    (flow, focus), _ = folded(vlm, prompt, chosen, partial(_flowing, unit(at, len(prompt)), head_weights))
+    heads = numbers(focus)
     about = {"head_weights": "mean of rows' maxima" if head_weights else "1"}
     found = row_of_product(vlm, prompt, "flow", flow, chosen, at, about, {"long_name": "attention flow"})
     weight = (["layer", "head"], heads, {"long_name": "weight of the head in the flow"})
@@ -182,11 +186,32 @@ def unit(at: int, length: int) -> Row:
     return torch.zeros(length, dtype=torch.float64).index_fill(0, torch.tensor([at]), 1.0)
 
 
-def kept(vlm: VLM, prompt: Prompt, layers: Sequence[int]) -> list[Attention]:
-    """The attention of some layers, not made."""
-    sites = [Site("pattern", layer) for layer in layers]
-    run = vlm.run(prompt, read=dict.fromkeys(sites, lazy()))
-    return [run[site] for site in sites]
+def folded(
+    vlm: VLM,
+    prompt: Prompt,
+    layers: Sequence[int],
+    function: Callable[[list[Attention]], Any],
+    metric: Metric | None = None,
+    position: int = -1,
+) -> tuple[Any, float]:
+    """What a function makes of several layers' attention, where the model runs; and the metric, if one was given.
+
+    Args:
+        function: of the layers' attention in their order, not made; with a metric it knows the metric's gradient.
+        metric, position: what gradients are taken of, and at which position's logits.
+
+    Example:
+        >>> folded(vlm, real, [0, 2], lambda maps: [len(one.rows([-1])) for one in maps])
+        ([1, 1], nan)
+    """
+    sites, graded = [("pattern", layer, "text") for layer in layers], metric is not None
+
+    def reduced(read: dict, gradients: dict) -> Any:
+        return function([(gradients if graded else read)[site] for site in sites])
+
+    asked = {"read": dict.fromkeys((Site(*site) for site in sites), lazy()), "grad_of": metric, "position": position}
+    run = next(vlm.runs([{"prompt": prompt, **asked, "reduce": reduced}]))
+    return run.reduced, float("nan") if run.metric is None else float(run.metric[0])
 
 
 def among_words(vlm: VLM, prompt: Prompt, layers: Sequence[int] | None) -> list[int]:
@@ -268,6 +293,17 @@ def _rolled(row: Row, attention: Attention, dropped: Sequence[int]) -> Row:
     scaled[reached] = torch.where(mass > 0, row[reached] / mass.where(mass > 0, 1.0), 0.0)
     stays[reached] = torch.where(mass > 0, 0.0, row[reached])
     return carried(scaled, attention) * left + stays
+
+
+def _flowing(row: Row, head_weights: bool, maps: Sequence[Attention]) -> tuple[Row, Float[Tensor, "layer head"]]:
+    """The flow that reaches a row, and by how much each layer's heads counted."""
+    flow, heads = torch.zeros_like(row), torch.ones(len(maps), maps[0].q.shape[1], dtype=torch.float64)
+    for index in reversed(range(len(maps))):
+        if head_weights:
+            heads[index] = _focus(maps[index])
+        row = row + carried(row, maps[index], weights=heads[index])
+        flow = flow + row
+    return flow, heads
 
 
 def _focus(attention: Attention) -> Float[Tensor, " head"]:

@@ -92,11 +92,11 @@ def sinks(
     own = [layer for layer in chosen if layer in own_layers(vlm)]
     state = states(massive, first)
     read: dict[Any, Any] = {Site("resid_pre", layer): state for layer in chosen}
-    run = vlm.run(prompt, read={**read, **{Site("pattern", layer): lazy() for layer in own}})
+    run = vlm.run(prompt, read={**read, **{Site("pattern", layer): lazy(column_mass) for layer in own}})
     seen = np.stack([numbers(run[Site("resid_pre", layer)][0]) for layer in chosen])  # layer position 2
     columns = np.full((len(chosen), vlm.shape.heads["text"], len(prompt)), np.nan)
     for layer in own:
-        columns[chosen.index(layer)] = numbers(column_mass(run[Site("pattern", layer)])[0])
+        columns[chosen.index(layer)] = numbers(run[Site("pattern", layer)][0])
     about = record(
         vlm,
         [prompt],

@@ -11,11 +11,15 @@ Rule this module guards: a limit on a ratio of entropies is never told without t
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.attention_edits import bias_attention
 from mechvlm.edits import Edit, name_of
@@ -111,13 +115,10 @@ def entropy_ratios(vlm: VLM, prompt: Prompt, convention: str | None = None) -> l
     if not old:
         return layer_profile(vlm, prompt).h_ratio.values[0].tolist()
     look, own = called(prompt, VIAR), own_layers(vlm)
-    run = vlm.run(prompt, read={Site("pattern", layer): lazy() for layer in own})
+    run = vlm.run(prompt, read={Site("pattern", layer): lazy(partial(_spread, dict(look.spans))) for layer in own})
     found = [math.nan] * vlm.shape.layers["text"]
     for layer in own:
-        each = (
-            Entropy(None, look.spans[name]).of(run[Site("pattern", layer)], "pattern") for name in ("image", "text")
-        )
-        image, rest = (float(np.nan_to_num(numbers(one)).mean()) for one in each)
+        image, rest = numbers(run[Site("pattern", layer)][0]).tolist()
         found[layer] = image / rest if rest >= LEAST else math.inf
     return found
 
@@ -255,12 +256,9 @@ def grey_divergence(vlm: VLM, prompt: Prompt, null: Callable | None = None, temp
     if not 0 < number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature={temperature} divides nothing; give a number above 0.")
     null, own = null or NULL, own_layers(vlm)
-    read = {Site("pattern", layer): lazy() for layer in own}
-    real, grey = (vlm.run(one, read=read) for one in (prompt, prompt.with_image(null)))
-    apart = np.stack([_apart(real[site], grey[site]) for site in read])
+    apart, answer = _from_null(vlm, prompt, prompt.with_image(null), own)
     axes, units = ("layer", "head"), {"long_name": "KL of attention rows", "units": "nats"}
     found = {"divergence": (axes, apart, units), "importance": (axes, _shares(apart, temperature))}
-    answer = float(kl_divergence(real)(grey.logits)[0])
     about = record(vlm, [prompt], null=name_of(null), temperature=float(temperature))
     return xr.Dataset({**found, "answer": answer}, {"layer": own, "head": range(apart.shape[1])}, about)
 
@@ -276,6 +274,36 @@ def _even(profile: xr.Dataset) -> xr.DataArray:
         if count:
             found[at] = np.log(keys) / np.log(np.arange(length - keys - count, length - keys) + 1).mean()
     return xr.DataArray(found, dims="prompt")
+
+
+def _spread(spans: Mapping[str, tuple[int, ...]], attention: Attention) -> Float[Tensor, "1 span"]:
+    """The published entropy over the image's columns and over the others, the mean over heads and rows."""
+    each = (numbers(Entropy(None, spans[name]).of(attention, "pattern")) for name in ("image", "text"))
+    return torch.tensor([[float(np.nan_to_num(one).mean()) for one in each]], dtype=torch.float64)
+
+
+def _from_null(vlm: VLM, prompt: Prompt, null: Prompt, layers: Sequence[int]) -> tuple[np.ndarray, float]:
+    """How far attention, by layer and head, and the answer are from another prompt's: what is compared stays there."""
+    sites, held = [("pattern", layer, "text") for layer in layers], dict[str, Any]()
+
+    def said(logits: Tensor) -> Tensor:
+        held["logits"] = logits
+        return logits.new_zeros(len(logits))
+
+    def seen(read: dict, _gradients: dict) -> None:
+        held["maps"] = read
+
+    def changed(logits: Tensor) -> Tensor:
+        return kl_divergence(held["logits"])(logits)
+
+    def moved(read: dict, _gradients: dict) -> Tensor:
+        return torch.from_numpy(np.stack([_apart(held["maps"][site], read[site]) for site in sites]))
+
+    reads = dict.fromkeys((Site(*site) for site in sites), lazy())
+    first = {"prompt": prompt, "read": reads, "value": said, "reduce": seen}
+    _, run = vlm.runs([first, {"prompt": null, "read": reads, "value": changed, "reduce": moved}])
+    answer: Any = run.metric
+    return numbers(run.reduced), float(answer[0])
 
 
 def _apart(real: Attention, null: Attention) -> np.ndarray:
