@@ -101,8 +101,8 @@ def packed(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float | bool | bytes | slice | torch.dtype | torch.device):
         return value
     raise TypeError(
-        f"what was read is {type(value).__name__}, which cannot be sent from where the model runs; return tensors, "
-        "numbers, texts, or lists, tuples and mappings of them."
+        f"what was read is {type(value).__module__}.{type(value).__qualname__}, which cannot be sent from where the "
+        "model runs; return tensors, numbers, texts, or lists, tuples and mappings of them."
     )
 
 
@@ -163,7 +163,7 @@ def on_servers(module: str) -> bool:
     """Whether a module can be there when what was sent is read."""
     root = module.split(".", maxsplit=1)[0]
     there = ("torch", "numpy", "transformers", "einops", "nnsight", "cloudpickle", "greenlet", "torchvision")
-    return root in there or root in sys.stdlib_module_names or root == "__main__"
+    return root in there or (root in sys.stdlib_module_names and root != "__main__")
 
 
 def persistent(model: Any) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Rule this module guards: what is sent refers to `ALLOWED` modules and to nothing
 ('builtins', 'torch', 'math')
 """
 
+import dis
 import inspect
 import io
 import sys
@@ -18,7 +19,7 @@ import sysconfig
 from collections.abc import Callable
 from dataclasses import MISSING, fields, is_dataclass, replace
 from functools import partial
-from types import BuiltinFunctionType, FunctionType, ModuleType, UnionType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, UnionType
 from typing import Any
 from uuid import uuid4
 
@@ -42,6 +43,17 @@ MADE = (
 """Functions that `dataclasses` makes, without source."""
 KEPT_OUT = ("__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__doc__")
 """What else a class has in its dictionary that is not needed where it arrives."""
+
+ABSENT = ("open", "exec", "compile", "locals", "bin", "breakpoint", "exit", "quit", "help", "license")
+"""Python's own functions that servers take away from shipped code."""
+INSTEAD_OF = {
+    "mechvlm.run.Run": "the tensor that is wanted, x = run[site]",
+    "mechvlm.imagemap.ImageMap": "the positions that are wanted",
+    "xarray.core.dataset.Dataset": "its numbers, torch.as_tensor(x.values)",
+    "xarray.core.dataarray.DataArray": "its numbers, torch.as_tensor(x.values)",
+    "PIL.Image.Image": "its numbers, torch.as_tensor(numpy.array(picture))",
+}
+"""What users' functions like to hold and is not sent, and what they may hold instead."""
 
 
 REMEMBERED: dict[FunctionType, tuple] = {}
@@ -91,6 +103,9 @@ class Courier(CustomCloudPickler):
         """How an object is sent; NotImplemented for the ordinary way."""
         if type(obj) in SENT:
             return SENT[type(obj)](obj)
+        check_held(type(obj))
+        if "__wrapped__" in dir(obj) and type(obj).__name__ == "_lru_cache_wrapper":
+            return self.reducer_override(obj.__wrapped__)  # the same results, found anew
         if type(obj) is partial:
             return bound, (obj.func, obj.args, obj.keywords)
         if isinstance(obj, UnionType):
@@ -117,6 +132,8 @@ class Courier(CustomCloudPickler):
     def of_function(self, function: Any, sent: tuple) -> tuple:
         """A function that is sent by source, undecorated where that is the same, and without its annotations."""
         inner = undecorated(function)
+        if not ours(inner):
+            check_code(inner.__code__, inner)
         made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)
         found = (made, (*given[:4], None, *given[5:]) if len(given) == 7 else given, *rest)
         if ours(function) and inner.__closure__ is None:
@@ -247,3 +264,41 @@ def check_module(module: str, what: str) -> None:
         f"{what} cannot be used where the model runs, since servers have {', '.join(ALLOWED[1:6])} and little else; "
         "use torch, or work out before the run what the function needs, and let it hold the result."
     )
+
+
+def check_held(kind: type) -> None:
+    """Refuse a value that is not sent, and that another can stand for.
+
+    Raises:
+        Unsendable: with what that is.
+    """
+    name = next((one for one in map(named, kind.__mro__) if one in INSTEAD_OF), None)
+    if name is not None:
+        raise Unsendable(
+            f"{name.rpartition('.')[2]} is not sent to where the model runs, and a function that is to run there holds "
+            f"one; let it hold {INSTEAD_OF[name]}."
+        )
+
+
+def named(kind: type) -> str:
+    """A class's module and name."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_code(code: CodeType, function: FunctionType) -> None:
+    """Refuse what the lines of a user's function import or call, where servers do not give it.
+
+    Raises:
+        Unsendable: with its name.
+    """
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            check_module(step.argval, f"the module {step.argval}")
+        if step.opname == "LOAD_GLOBAL" and step.argval in ABSENT and step.argval not in function.__globals__:
+            raise Unsendable(
+                f"the function {function.__qualname__} calls {step.argval}(), which servers do not let it; do that "
+                "here, with what the function returns."
+            )
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            check_code(inner, function)

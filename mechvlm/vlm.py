@@ -28,6 +28,7 @@ from mechvlm.places import place_of
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
 from mechvlm.run import Generation, Run
+from mechvlm.sent import sent_prompt
 from mechvlm.shapes import kernels_of, parts_of, shape_of
 from mechvlm.shipping import SENT
 from mechvlm.sites import Site
@@ -306,3 +307,4 @@ class VLM:
 
 
 SENT[VLM] = lambda vlm: (Readout, (vlm.model, vlm.arch, vlm.shape, vlm.attention_budget))
+SENT[Prompt] = sent_prompt

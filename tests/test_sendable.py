@@ -1,0 +1,116 @@
+"""What users' functions may name and hold where they run elsewhere; the rest is refused in words, before it is sent."""
+
+import functools
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import xarray as xr
+from torch import Tensor
+
+import mechvlm as mv
+
+STREAM = mv.Site("resid_post", 1)
+PATTERN = mv.Site("pattern", 1)
+
+
+@cache
+def local() -> mv.VLM:
+    return mv.VLM(tiny.model(), tiny.processor(), "tiny", remote="local")
+
+
+def question() -> mv.Prompt:
+    return local().prompt(tiny.picture(), "is there")
+
+
+def read(function: Callable[[Tensor], Any]) -> Any:
+    return local().run(question(), read={STREAM: function})[STREAM]
+
+
+def imports(x: Tensor) -> Tensor:
+    import scipy.stats
+
+    return x * scipy.stats.norm.cdf(0)
+
+
+def opens(x: Tensor) -> Tensor:
+    open("kept")  # noqa: PTH123, SIM115
+    return x
+
+
+def holding(thing: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x: x if thing is None else x + 0
+
+
+CASES = [
+    (
+        "the module scipy.stats cannot be used where the model runs, since servers have torch, math, numpy, einops, "
+        "collections and little else; use torch, or work out before the run what the function needs, and let it hold "
+        "the result.",
+        lambda: read(imports),
+    ),
+    (
+        "the function opens calls open(), which servers do not let it; do that here, with what the function returns.",
+        lambda: read(opens),
+    ),
+    (
+        "Run is not sent to where the model runs, and a function that is to run there holds one; let it hold the "
+        "tensor that is wanted, x = run[site].",
+        lambda: read(holding(local().run(question()))),
+    ),
+    (
+        "DataArray is not sent to where the model runs, and a function that is to run there holds one; let it hold "
+        "its numbers, torch.as_tensor(x.values).",
+        lambda: read(holding(xr.DataArray([1.0]))),
+    ),
+    (
+        "ImageMap is not sent to where the model runs, and a function that is to run there holds one; let it hold "
+        "the positions that are wanted.",
+        lambda: read(holding(question().images[0])),
+    ),
+    (
+        "what was read is numpy.float32, which cannot be sent from where the model runs; return tensors, numbers, "
+        "texts, or lists, tuples and mappings of them.",
+        lambda: read(lambda x: np.float32(x.sum())),
+    ),
+]
+
+
+@pytest.mark.parametrize("message, wrong", CASES, ids=[message[:40] for message, _ in CASES])
+def test_what_cannot_be_sent_is_said(message: str, wrong: Callable[[], object]) -> None:
+    with pytest.raises((ValueError, TypeError)) as caught:
+        wrong()
+    assert str(caught.value) == message
+
+
+def test_a_prompt_goes_along_as_its_words_and_positions() -> None:
+    """And not as its picture: the payload does not grow by what the picture takes."""
+    real = question()
+    here = mv.VLM(local().hf, local().processor, "tiny")
+
+    def blind(pattern: Tensor) -> Tensor:
+        pattern[..., real.image] = 0
+        return pattern * len(real) / len(real.tokens) + 0 * len(real.spans["image"])
+
+    edits = [mv.Edit(PATTERN, blind)]
+    assert local().run(real, edits=edits).logits.equal(here.run(real, edits=edits).logits)
+    assert not here.run(real, edits=edits).logits.equal(here.run(real).logits)
+
+
+def test_a_cached_function_is_sent_without_its_cache() -> None:
+    @functools.lru_cache
+    def half(number: int) -> float:
+        return number / 2
+
+    assert read(lambda x: x[0, 0, 0] * 0 + half(3)) == 1.5
+
+
+def test_a_probe_goes_along_with_its_weights() -> None:
+    probe = torch.nn.Linear(local().shape.d_model["text"], 2)
+    here = mv.VLM(local().hf, local().processor, "tiny").run(question(), read=[STREAM])[STREAM]
+    with torch.no_grad():
+        assert read(probe).equal(probe(here))
