@@ -53,6 +53,7 @@ class JobBackend(Backend):
 
     Attributes:
         job: what was sent or found, once the block has run.
+        traffic: bytes sent, 0 for a job that was found, and bytes brought back.
 
     Raises:
         JobError: by the call, where the job is refused, fails or does not finish.
@@ -71,6 +72,7 @@ class JobBackend(Backend):
         self.host = Host(self.server.host)
         self.payload = payload
         self.job: Job | None = None
+        self.traffic = (0, 0)
 
     def __call__(self, tracer: Any) -> dict[str, Any]:
         """Run a captured block there; what it saved is put where the block stands, and returned by name."""
@@ -81,6 +83,7 @@ class JobBackend(Backend):
             self.job = send(self, self.payload(tracer))
             content = wait(self.job, self.host, self.server)
         assert self.job is not None
+        self.traffic = (self.traffic[0], len(content))
         saved = unpacked(self.job, content)
         for value in saved.values():
             mark(value)  # else a block around this one would let it go

@@ -11,10 +11,11 @@ and mappings of them.
 2
 """
 
+import io
 import linecache
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -54,10 +55,12 @@ class There:
     Attributes:
         backend: makes what sends a captured block and brings its results, from a model and from what is asked of it.
         name: what it is called, for records.
+        traffic: bytes sent and bytes brought back, compressed as they travel, of each job so far.
     """
 
-    backend: Callable[[Any, tuple], Backend]
+    backend: Callable[[Any, tuple], Any]
     name: str
+    traffic: list[tuple[int, int]] = field(default_factory=list, compare=False)
 
     remote = True
 
@@ -65,8 +68,10 @@ class There:
         """What a function makes of the model and of plain values, as one job."""
         answer: Callable[..., Any] = answered
         found: Any = None
-        with model.session(backend=self.backend(model, (function, arguments))):
+        backend = self.backend(model, (function, arguments))
+        with model.session(backend=backend):
             found = answer(function, model, arguments).save()
+        self.traffic.append(backend.traffic)
         return unpacked(found["answer"])
 
 
@@ -90,9 +95,8 @@ def packed(value: Any) -> Any:
         own = None if value.own is None else written_out(value.own, value.q)
         return {MARK: packed({**held, "sees": written_out(value.sees, value.q), "own": own})}
     if isinstance(value, Tensor):
-        # A part of a larger tensor would be sent with all of it.
-        part = value.numel() * value.element_size() < value.untyped_storage().nbytes()
-        return value.detach().clone() if part else value.detach()
+        # What is part of a larger tensor would travel with all of it.
+        return value.detach().clone() if value.untyped_storage().nbytes() > value.nbytes else value.detach()
     if isinstance(value, Mapping):
         return {name: packed(one) for name, one in value.items()}
     if isinstance(value, list | tuple):
@@ -137,6 +141,7 @@ class Simulated(Backend):
 
     def __init__(self, model: Any, _asked: tuple = ()) -> None:
         self.model = model
+        self.traffic = (0, 0)
 
     def __call__(self, tracer: Any) -> None:
         """Send, receive and run a block, and write what it saved into the frame that it stands in."""
@@ -154,9 +159,19 @@ class Simulated(Backend):
                 linecache.cache[name] = lines
         received.execute(received.info.code)
         found = received.info.frame.f_locals
-        for value in found.values():
-            save(value)
-        push(frame, {"found": found["found"]})
+        back = io.BytesIO()
+        torch.save(found["found"], back)
+        self.traffic = (packed_size(sent), packed_size(back.getvalue()))
+        arrived = torch.load(io.BytesIO(back.getvalue()), weights_only=True)
+        save(arrived)
+        push(frame, {"found": arrived})
+
+
+def packed_size(content: bytes) -> int:
+    """How many bytes travel for these."""
+    from zstandard import ZstdCompressor  # which only remote runs need
+
+    return len(ZstdCompressor(level=6).compress(content))
 
 
 def on_servers(module: str) -> bool:

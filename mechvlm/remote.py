@@ -87,6 +87,24 @@ def jobs() -> "pd.DataFrame":
     return pd.DataFrame(rows, columns=columns)
 
 
+def traffic(vlm: Any) -> "pd.DataFrame":
+    """The bytes of each job that a model has had so far: what was sent, and what was brought back.
+
+    Both compressed, as they travel; of a model loaded with remote="local", as they would. A job that an earlier process
+    sent has 0 bytes sent.
+
+    Example:
+        >>> mv.remote.traffic(vlm).sum()
+        sent    0
+        back    0
+        dtype: int64
+    """
+    import pandas as pd
+
+    jobs = vlm.place.traffic if vlm.place.remote else ()
+    return pd.DataFrame([*jobs], columns=["sent", "back"]).rename_axis("job").astype(int)
+
+
 def forget(job_id: str) -> None:
     """Remove what is written down of a job, and its result; on the server it goes on.
 

@@ -114,3 +114,13 @@ def test_a_probe_goes_along_with_its_weights() -> None:
     here = mv.VLM(local().hf, local().processor, "tiny").run(question(), read=[STREAM])[STREAM]
     with torch.no_grad():
         assert read(probe).equal(probe(here))
+
+
+def test_a_row_of_an_activation_comes_back_without_the_rest_of_it() -> None:
+    """And what is sent and brought back is counted, a row a job."""
+    vlm = mv.VLM(local().hf, local().processor, "tiny", remote="local")
+    for function in (lambda x: x, lambda x: x[:, -1]):
+        vlm.run(question(), read={STREAM: function})
+    whole, row = mv.remote.traffic(vlm).back
+    assert whole - row > 2 * (len(question()) - 1) * vlm.shape.d_model["text"]  # random floats are not made smaller
+    assert mv.remote.traffic(mv.VLM(local().hf)).empty
