@@ -21,7 +21,7 @@ from mechvlm.refusals import REFUSED
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["JobError", "Server", "compare", "forget", "jobs", "resume", "status"]
+__all__ = ["JobError", "Server", "compare", "forget", "jobs", "resume", "status", "traffic"]
 
 
 def resume(job_id: str, timeout: float | None = None) -> Any:

@@ -47,7 +47,6 @@ KEPT_OUT = ("__annotations__", "__dataclass_fields__", "__dataclass_params__", "
 ABSENT = ("open", "exec", "compile", "locals", "bin", "breakpoint", "exit", "quit", "help", "license")
 """Python's own functions that servers take away from shipped code."""
 INSTEAD_OF = {
-    "mechvlm.run.Run": "the tensor that is wanted, x = run[site]",
     "mechvlm.imagemap.ImageMap": "the positions that are wanted",
     "xarray.core.dataset.Dataset": "its numbers, torch.as_tensor(x.values)",
     "xarray.core.dataarray.DataArray": "its numbers, torch.as_tensor(x.values)",

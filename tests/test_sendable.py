@@ -58,11 +58,6 @@ CASES = [
         lambda: read(opens),
     ),
     (
-        "Run is not sent to where the model runs, and a function that is to run there holds one; let it hold the "
-        "tensor that is wanted, x = run[site].",
-        lambda: read(holding(local().run(question()))),
-    ),
-    (
         "DataArray is not sent to where the model runs, and a function that is to run there holds one; let it hold "
         "its numbers, torch.as_tensor(x.values).",
         lambda: read(holding(xr.DataArray([1.0]))),
