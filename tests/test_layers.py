@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "batch",
             "placing",
             "generating",
-*("sent", "ledger", "hosts", "failures", "jobs", "places", "wrapped"),
+            *("sent", "ledger", "hosts", "failures", "jobs", "places", "wrapped"),
             "weights",
             "unembedding",
             "passes",
