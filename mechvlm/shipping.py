@@ -103,7 +103,7 @@ class Courier(CustomCloudPickler):
         if type(obj) in SENT:
             return SENT[type(obj)](obj)
         check_held(type(obj))
-        if "__wrapped__" in dir(obj) and type(obj).__name__ == "_lru_cache_wrapper":
+        if type(obj).__name__ == "_lru_cache_wrapper":
             return self.reducer_override(obj.__wrapped__)  # the same results, found anew
         if type(obj) is partial:
             return bound, (obj.func, obj.args, obj.keywords)
