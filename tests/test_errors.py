@@ -21,6 +21,7 @@ import xarray as xr
 import zoo
 from test_devices import CASES as DEVICE_CASES
 from test_load import CASES as LOAD_CASES
+from test_sendable import CASES as SENT_CASES
 from test_stats_errors import CASES as STATS_CASES
 from test_stats_errors import MODULES as STATS_MODULES
 from torch import Tensor, ones, zeros
@@ -280,10 +281,6 @@ MODELS: list[Case] = [
     (
         "PyTorch computes no gradients of flex_attention on a CPU; set vlm.attention = 'sdpa' for this run.",
         lambda: check_gradients("flex_attention", torch.device("cpu")),
-    ),
-    (
-        "remote runs are not part of this version of mechvlm; leave remote=True out.",
-        lambda: mv.load("demo", remote=True),
     ),
     ("None is no name of a model; give one on the hub, a checkpoint directory or 'demo'.", lambda: mv.load(None)),  # type: ignore[arg-type]
     ("'' is no name of a model; give one on the hub, a checkpoint directory or 'demo'.", lambda: mv.load("")),
@@ -1467,6 +1464,7 @@ CASES = (
     + REGIONS
     + DEVICE_CASES
     + LOAD_CASES
+    + SENT_CASES
     + STATS_CASES
 )
 
@@ -1567,6 +1565,10 @@ ELSEWHERE = {
     "finished.py": "test_units.py",
     "units.py": "test_units.py",
     "workers.py": "test_workers.py",
+    "hosts.py": "test_jobs.py and test_jobs_served.py",
+    "jobs.py": "test_jobs.py and test_jobs_served.py",
+    "ledger.py": "test_jobs.py and test_jobs_served.py",
+    "remote.py": "test_jobs.py and test_jobs_served.py",
 }
 """Modules whose messages have tests of their own, where they are."""
 
