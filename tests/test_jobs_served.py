@@ -161,6 +161,30 @@ def test_shipped_code_may_do_only_what_ndif_has_published(
     assert error in refusal(place, function)
 
 
+def looks(model: Any, inputs: dict[str, Tensor]) -> list:
+    norm = model.model.language_model.norm
+    with model.trace(**inputs):
+        states = model.model.language_model.layers[-1].output
+        asked = norm(states)[:, -1].clone().save()
+        own = norm.output[:, -1].clone().save()
+    return [asked, own, tuple(norm.weight.shape), str(norm.weight.device)]
+
+
+def calls(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    return model.model.language_model.norm._module(inputs["pixel_values"])
+
+
+def test_a_server_can_keep_weights_from_shipped_code(place: Place) -> None:
+    """As NDIF does with keys that are not trusted: traces and calls inside them, shapes, and no numbers."""
+    with loopback.serve(["--weightless"]) as apart:
+        elsewhere = Place(
+            apart, loopback.client(apart.deploy(tiny.model(), tiny.processor())), place.inputs, place.logits
+        )
+        asked, own, shape, device = elsewhere.run(looks)
+        assert torch.equal(asked, own) and shape == (32,) and device == "meta"
+        assert "the weights are not where this code runs" in refusal(elsewhere, calls)
+
+
 @pytest.mark.parametrize("blocking", [True, False])
 def test_nnsight_s_own_client_runs_on_the_server(place: Place, blocking: bool) -> None:
     model, inputs = place.model, place.inputs

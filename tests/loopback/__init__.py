@@ -99,7 +99,8 @@ def serve(options: Sequence[str] = ()) -> Iterator[Server]:
     """A running server, which is gone when the block ends.
 
     Args:
-        options: of its command line: `--default-dtype=bfloat16` is what NDIF's published code runs jobs under.
+        options: of its command line: `--default-dtype=bfloat16` is what the code that NDIF published in February 2026
+            ran jobs under; `--weightless` keeps weights from shipped code (`service.runner`).
     """
     with TemporaryDirectory() as folder:
         furnish(Path(folder) / "site-packages")

@@ -15,6 +15,7 @@ except RuntimeError:
         SHIM.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
 from .faults import Faults
+from .runner import stand_apart
 from .runs import Runs
 from .wire import Wire
 
@@ -23,9 +24,12 @@ parser.add_argument("--results", type=Path, required=True)
 parser.add_argument("--settled", type=Path, required=True)
 parser.add_argument("--port", type=int, default=0)
 parser.add_argument("--default-dtype", default="float32")
+parser.add_argument("--weightless", action="store_true")
 given = parser.parse_args()
 
 torch.set_num_threads(1)
+if given.weightless:
+    stand_apart()
 wire = Wire(given.port, Runs(given.results, Faults(), vars(torch)[given.default_dtype]))
 half = given.settled.with_suffix(".half")
 half.write_text(str(wire.server_address[1]))
