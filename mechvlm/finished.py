@@ -13,6 +13,7 @@ from doing one unit twice; where it fails to, both do the same, and either file 
 [0.5]
 """
 
+import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,22 +57,23 @@ class Folder:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"out={str(out)!r} is a file; give a folder, in which what is finished is kept.")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.seen: set[Path] = set()
+        self.seen: set[str] = set()
 
-    def files(self) -> list[Path]:
-        """The finished files that are there."""
-        return sorted(self.folder.glob(f"{self.units}-*{SUFFIX}"))
+    def fresh(self) -> list[Path]:
+        """The finished files that have come since this was asked last, whoever put them there."""
+        with os.scandir(self.folder) as there:  # before each unit, so without a Path for each file
+            names = [entry.name for entry in there if entry.name not in self.seen]
+        own = sorted(name for name in names if name.startswith(f"{self.units}-") and name.endswith(SUFFIX))
+        self.seen.update(own)
+        return [self.folder / name for name in own]
 
     def new(self) -> Iterator[xr.Dataset]:
-        """What has been finished since this was asked last, by whatever process.
+        """What is in those files.
 
         Raises:
             ValueError: where the folder holds another work's files, or what is none.
         """
-        for path in self.files():
-            if path not in self.seen:
-                self.seen.add(path)
-                yield self.read(path)
+        return map(self.read, self.fresh())
 
     def read(self, path: Path) -> xr.Dataset:
         """One finished file.

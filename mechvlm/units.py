@@ -119,22 +119,21 @@ def worked(
                 yield found
         return
     folder = Folder(out, print_of(vlm, prompts, about), "part")
-    for _ in folder.new():  # another's are refused before anything runs
-        pass
-
-    def places() -> dict[int, Path]:
-        return {int(path.name.split("-")[1]): path for path in folder.files()}
+    kept: dict[int, Path] = {}
 
     def left() -> list[int]:
-        done = places()
-        bar.update(sum(len(groups[number]) for number in done) - bar.n)
-        return [number for number in range(len(groups)) if number not in done]
+        for path in folder.fresh():
+            number = int(path.name.split("-")[1])
+            if not kept:
+                folder.read(path)  # another's is refused before anything runs
+            bar.update(0 if number in kept else len(groups[number]))
+            kept[number] = path
+        return [number for number in range(len(groups)) if number not in kept]
 
     with bar:
         for number in taken(folder, len(groups), left):
             with alone():
                 folder.keep(number, work(groups[number]))
-    kept = places()
     yield from (folder.read(kept[number]) for number in range(len(groups)))
 
 

@@ -16,7 +16,7 @@ import zoo
 import mechvlm as mv
 from mechvlm import evaluate, units
 from mechvlm.finished import Folder
-from mechvlm.load import place_of
+from mechvlm.placing import place_of
 from mechvlm.processes import Process, alone, here, launched, seated
 
 YES = mv.logit_difference("yes", "no")

@@ -161,7 +161,7 @@ def test_ray_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_worker_is_its_model_and_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without Ray: what a worker's process does."""
-    from mechvlm.processes import Process, here
+    from mechvlm.processes import Process
 
     monkeypatch.chdir(tmp_path.parent)
     made = list[str]()
@@ -171,6 +171,9 @@ def test_a_worker_is_its_model_and_its_place(tmp_path: Path, monkeypatch: pytest
         return "a model"
 
     worker = workers.Worker(model, {}, Process(1, 2), str(tmp_path))
-    seen = [worker.run((lambda vlm, at, name: (vlm, at, name, here().number), (3,), {"name": "x"})) for _ in range(2)]
+    seen = [
+        worker.run((lambda vlm, at, name: (vlm, at, name, workers.here().number), (3,), {"name": "x"}))
+        for _ in range(2)
+    ]
     assert (seen, made) == ([("a model", 3, "x", 1)] * 2, ["model"])
     assert Path.cwd() == tmp_path
