@@ -38,25 +38,28 @@ BY_INDEX = (aten.index.Tensor, aten.index_put_.default, aten.index_put.default, 
 class There(Tensor):
     """A tensor that says it is on the second device."""
 
-    inner: Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "There":
-        about = {"strides": inner.stride(), "storage_offset": inner.storage_offset(), "dtype": inner.dtype}
+        about: dict[str, Any] = {
+            "strides": inner.stride(),
+            "storage_offset": inner.storage_offset(),
+            "dtype": inner.dtype,
+        }
         return torch.Tensor._make_wrapper_subclass(cls, inner.size(), device=SECOND, **about)
 
     def __init__(self, inner: Tensor) -> None:
-        self.inner = inner
+        self.held: Tensor = inner
 
     def data_ptr(self) -> int:
-        return self.inner.data_ptr()
+        return self.held.data_ptr()
 
     def untyped_storage(self) -> Any:
-        return self.inner.untyped_storage()
+        return self.held.untyped_storage()
 
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return self.held.tolist()
 
     def numpy(self, *_: Any, **__: Any) -> Any:
         raise TypeError("can't convert second device type tensor to numpy. Use Tensor.cpu() first.")
@@ -64,13 +67,15 @@ class There(Tensor):
     __array__ = numpy
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple = (), kwargs: Any = None
+    ) -> Any:
         del types
         return computed(func, args, kwargs or {})
 
 
 def inner_of(x: Any) -> Any:
-    return x.inner if isinstance(x, There) else x
+    return x.held if isinstance(x, There) else x
 
 
 def computed(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -118,7 +123,7 @@ KERNELS: dict[str, Callable] = {
     "empty_strided": lambda size, stride, dtype=None, **_: There(torch.empty_strided(size, stride, dtype=dtype)),
     "empty.memory_format": lambda size, dtype=None, **_: There(torch.empty(size, dtype=dtype)),
     "_copy_from": lambda x, to, *_: (inner_of(to).copy_(inner_of(x)), to)[1],
-    "_local_scalar_dense": lambda x: x.inner.item(),
+    "_local_scalar_dense": lambda x: x.held.item(),
 }
 
 
@@ -145,7 +150,7 @@ def split(name: str, late: bool) -> mv.VLM:
     layers = {f"{path}.{number}": at for at, (path, number) in enumerate(arch.text.layers)}
     ends = (arch.norm, arch.unembed)
     above = {path.rpartition(".")[0] for path in (*layers, *ends)} | {"", *(one.split(".")[0] for one in layers)}
-    plan = {}
+    plan: dict[str, str] = {}
     for path, module in hf.named_modules():
         if path in above or any(path.startswith(f"{one}.") for one in plan) or not list(module.state_dict()):
             continue
