@@ -176,7 +176,7 @@ def test_weights_are_read_from_where_they_are_kept(pair: tuple[mv.VLM, mv.VLM, m
             one, other = (getattr(model.weights, name)(layer, 1) for model in (vlm, plain))
             assert same(one, other) and not one.is_meta
     assert all(same(getattr(vlm.weights, name), getattr(plain.weights, name)) for name in ("W_E", "W_U", "b_U"))
-    assert weights_print(vlm.hf) == weights_print(plain.hf)
+    assert weights_print(vlm) == weights_print(plain)
 
 
 def test_a_plain_trace_runs_where_its_first_weights_hold_no_numbers(pair: tuple[mv.VLM, mv.VLM, mv.Prompt]) -> None:
@@ -270,7 +270,7 @@ def test_layers_on_the_cpu_and_on_a_gpu_are_one_model(main: str | None, tmp_path
     swept, own = (mv.ablate_each_head(model, real, YES) for model in (vlm, plain))
     assert abs(swept - own).max() < 1e-3 and "rerun" in swept.attrs["engine"]
     assert same(vlm.generate(real, max_new_tokens=4).tokens, plain.generate(real, max_new_tokens=4).tokens)
-    assert weights_print(vlm.hf)[0].split()[0] == weights_print(plain.hf)[0].split()[0]
+    assert weights_print(vlm)[0].split()[0] == weights_print(plain)[0].split()[0]
 
 
 @with_cuda
@@ -316,7 +316,7 @@ def test_packed_weights_are_read_unpacked_and_swept_exactly(how: dict[str, Any])
     swept, whole = (mv.sweep(vlm, real, lambda n: points[n], YES, n=range(8), fast=fast) for fast in (True, False))
     assert abs(swept - whole).max() < 1e-3 and "rerun" in swept.attrs["engine"]
     assert vlm.provenance(real)["dtype"].startswith("float32, weights packed by bitsandbytes in")
-    assert len(weights_print(vlm.hf)) == len(list(vlm.hf.parameters()))
+    assert len(weights_print(vlm)) == len(list(vlm.hf.parameters()))
 
 
 # -- sentences ---------------------------------------------------------------------------------------------------------
