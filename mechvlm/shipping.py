@@ -134,7 +134,10 @@ class Courier(CustomCloudPickler):
         if not ours(inner):
             check_code(inner.__code__, inner)
         made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)
-        found = (made, (*given[:4], None, *given[5:]) if len(given) == 7 else given, *rest)
+        if len(given) == 7:
+            # It is found in its source by the name that stands there, which is not always the one it goes by.
+            given = (given[0], inner.__code__.co_name, *given[2:4], None, *given[5:])
+        found = (made, given, *rest)
         if ours(function) and inner.__closure__ is None:
             REMEMBERED[function] = found
         return found
