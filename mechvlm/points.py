@@ -24,6 +24,7 @@ from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.reach import Reach, reach_of, whole_from
 from mechvlm.rerun import rerun
+from mechvlm.rounds import Work, done
 from mechvlm.schedule import Batch, batches, cost_of
 from mechvlm.sites import whole
 from mechvlm.start import Start, start_of, tried
@@ -147,15 +148,36 @@ def answers(way: Way, value: Metric | None = None) -> Iterator[tuple[tuple[int, 
     Args:
         value: what is wanted of the logits instead of themselves, `(batch vocab) -> (batch)`.
     """
+    yield from done(way.vlm, answering(way, value))
+
+
+def answering(way: Way, value: Metric | None = None) -> Work[Iterator[tuple[tuple[int, ...], Tensor]]]:
+    """The same as work (`mechvlm.rounds`): elsewhere full passes are asked for, here each is run when its turn comes.
+
+    Args:
+        value: as in `answers`.
+    """
+    if not way.vlm.place.remote:
+        return ran_here(way, value)
+    groups = grouped(way)
+    runs = yield [
+        {"by": way.vlm, "prompt": way.prompt, "variants": [way.variants[point] for point in some], "value": value}
+        for some in groups
+    ]
+    found: list[Any] = [run.logits if value is None else run.metric for run in runs]
+    return zip(groups, found, strict=True)
+
+
+def grouped(way: Way) -> list[tuple[int, ...]]:
+    """Points that are rows of one full pass."""
+    return [tuple(way.full[at : at + way.rows]) for at in range(0, len(way.full), way.rows)]
+
+
+def ran_here(way: Way, value: Metric | None) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Points as they are run in this process."""
     for batch in way.batches:
         yield from ((points, of(value, logits)) for points, logits in rerun_some(way, batch))
-    groups = [tuple(way.full[at : at + way.rows]) for at in range(0, len(way.full), way.rows)]
-    if way.vlm.place.remote:
-        asked = ({"prompt": way.prompt, "variants": [way.variants[p] for p in some], "value": value} for some in groups)
-        found = (run.logits if value is None else run.metric for run in way.vlm.runs(asked))
-        yield from zip(groups, found, strict=True)
-        return
-    for some in groups:
+    for some in grouped(way):
         yield from ((points, of(value, logits)) for points, logits in full_passes(way, some))
 
 

@@ -135,7 +135,7 @@ class Run:
         logits: of the last position, after all edits, `batch vocab`.
         grad: gradients of the metric's sum over rows, for each site read, where `grad_of` was given.
         values: all readings, as a mapping.
-        metric: the metric of each row, where `grad_of` was given.
+        metric: the metric of each row, where `grad_of` was given; or what `value` of `VLM.runs` returned.
         origin: the VLM that was run.
         reduced: what a function of the readings returned where the model ran; see `VLM.runs`.
     """
@@ -143,7 +143,7 @@ class Run:
     logits: Float[Tensor, "batch vocab"]
     values: Readings
     grad: Readings
-    metric: Float[Tensor, " batch"] | None = None
+    metric: Float[Tensor, "batch ..."] | None = None
     origin: Any = None
     reduced: Any = None
 

@@ -6,8 +6,11 @@ those that others do, so that each process has all of the result. One that dies 
 Rule this module guards: what a unit is depends on the work alone, never on who does it or what was finished before; so
 a result is the same number for number, whether one process made it or several.
 
->>> [float(one.x) for one in worked(vlm, [real, null], [[0], [1]], lambda group: xr.Dataset({"x": group[0] + 0.5}))]
-[0.5, 1.5]
+>>> def work(group):
+...     (run,) = yield [{"prompt": [real, null][group[0]]}]
+...     return arrays(most=run.logits.max().item())
+>>> [float(one.most.round(1)) for one in worked(vlm, [real, null], [[0], [1]], work)]
+[0.0, 0.0]
 """
 
 import time
@@ -23,6 +26,7 @@ from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.finished import Folder
 from mechvlm.processes import alone, here
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, done, together
 from mechvlm.vlm import VLM
 
 PAUSE = 0.1
@@ -70,9 +74,10 @@ def taken(folder: Folder | None, count: int, left: Callable[[], Collection[int]]
             time.sleep(PAUSE)
 
 
-def progress(total: int, unit: str, done: int = 0, name: str | None = None) -> tqdm:
-    """A bar that shows after a second, in the first of several processes."""
-    return tqdm(total=total, initial=done, unit=unit, desc=name, leave=False, delay=1, disable=here().quiet or None)
+def progress(total: int, unit: str, done: int = 0, name: str | None = None, quiet: bool = False) -> tqdm:
+    """A bar that shows after a second, in the first of several processes; none where all is done at once."""
+    off = quiet or here().quiet or None
+    return tqdm(total=total, initial=done, unit=unit, desc=name, leave=False, delay=1, disable=off)
 
 
 def stretches(points: int) -> list[range]:
@@ -92,15 +97,17 @@ def worked(
     vlm: VLM,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[int]],
-    work: Callable[[Sequence[int]], xr.Dataset],
+    work: Callable[[Sequence[int]], Work[xr.Dataset]],
     out: str | Path | None = None,
     about: Sequence[Any] = (),
 ) -> Iterator[xr.Dataset]:
     """What some work makes of each group of prompts, in the order of the groups.
 
+    What all groups ask for is one job where the model runs elsewhere; in several processes, each group's is.
+
     Args:
         groups: numbers of prompts; a group is a unit.
-        work: from a group to what was found, in plain arrays.
+        work: from a group to work (`mechvlm.rounds`) that returns what was found, in plain arrays.
         out: a folder, in which each unit is kept; the same work, started again or in several processes, goes on from
             there. Another one is refused.
         about: what else makes this work another: its name and its arguments.
@@ -112,9 +119,7 @@ def worked(
     bar = progress(len(prompts), "prompt")
     if out is None:
         with bar:
-            for group in groups:
-                with alone():
-                    found = work(group)
+            for group, found in zip(groups, by_itself(together(vlm, map(work, groups))), strict=True):
                 bar.update(len(group))
                 yield found
         return
@@ -131,33 +136,48 @@ def worked(
         return [number for number in range(len(groups)) if number not in kept]
 
     with bar:
+        if vlm.place.remote and here().count == 1:
+            waiting = left()
+            for number, found in zip(waiting, together(vlm, [work(groups[at]) for at in waiting]), strict=True):
+                folder.keep(number, found)
         for number in taken(folder, len(groups), left):
             with alone():
-                folder.keep(number, work(groups[number]))
+                folder.keep(number, done(vlm, work(groups[number])))
     yield from (folder.read(kept[number]) for number in range(len(groups)))
 
 
+def by_itself(values: Iterator[T]) -> Iterator[T]:
+    """Values, each made as if there were no other processes."""
+    while True:
+        with alone():
+            try:
+                value = next(values)
+            except StopIteration:
+                return
+        yield value
+
+
 def each(
-    vlm: VLM, prompts: Sequence[Prompt], one: Callable[[int], T], out: str | Path | None, about: Sequence[Any]
+    vlm: VLM, prompts: Sequence[Prompt], one: Callable[[int], Work[T]], out: str | Path | None, about: Sequence[Any]
 ) -> list[T]:
     """What an experiment that keeps its own points finds with each of some prompts, prompt by prompt.
 
     Args:
-        one: the experiment, of a prompt by its number; what others have finished, it reads from their files.
+        one: the experiment as work, of a prompt by its number; what others have finished, it reads from their files.
     """
     if len(prompts) < 2:  # one, which may divide itself
-        return [one(number) for number in range(len(prompts))]
+        return [done(vlm, one(number)) for number in range(len(prompts))]
     mine: dict[int, T] = {}
 
-    def work(group: Sequence[int]) -> xr.Dataset:
-        mine[group[0]] = one(group[0])
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
+        mine[group[0]] = yield from one(group[0])
         return xr.Dataset()
 
     numbers = range(len(prompts))
     for _ in worked(vlm, prompts, [[number] for number in numbers], work, out, about):
         pass
     with alone():
-        return [mine[number] if number in mine else one(number) for number in numbers]
+        return [mine[number] if number in mine else done(vlm, one(number)) for number in numbers]
 
 
 def print_of(vlm: VLM, prompts: Sequence[Prompt], about: Sequence[Any]) -> str:

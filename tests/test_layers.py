@@ -60,7 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "weights",
             "unembedding",
             "passes",
-            *("start", "reach", "schedule", "handed", "between", "rerun", "points"),
+            *("rounds", "start", "reach", "schedule", "handed", "between", "rerun", "points"),
             "vlm",
             *("placing", "load", "fingerprints", "finished", "units", "workers", "shared"),
         ),

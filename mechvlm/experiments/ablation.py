@@ -10,14 +10,14 @@ from dataclasses import replace
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.batch import metric_values
 from mechvlm.edits import Edit, ablate_heads
 from mechvlm.experiments.means import replacements
 from mechvlm.experiments.record import metric_unit, one_prompt, record
 from mechvlm.experiments.sight import check_layers_run, head_site
-from mechvlm.experiments.sweep import sweep
+from mechvlm.experiments.sweep import sweeping, valued
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import both
 from mechvlm.sites import places
 from mechvlm.vlm import VLM
 
@@ -65,8 +65,8 @@ def ablate_each_head(
         return [edit if at is None else at_positions(edit, at)]
 
     layers, heads = range(vlm.shape.layers["text"]), range(vlm.shape.heads["text"])
-    ablated = sweep(vlm, prompt, ablation, metric, batch_size, layer=layers, head=heads)
-    clean = float(metric_values(vlm.metric(metric), vlm.run(prompt).logits)[0])
+    swept = sweeping(vlm, prompt, ablation, metric, batch_size, layer=layers, head=heads)
+    ablated, clean = both(vlm, swept, valued(vlm, prompt, metric))
     how = "zero" if to is None else "another prompt's output" if isinstance(to, Prompt) else "given values"
     where = "all" if at is None else ", ".join(map(str, at))
     attrs = record(vlm, [prompt], metric, clean=clean, ablated_to=how, positions=where)

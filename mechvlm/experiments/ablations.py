@@ -24,13 +24,12 @@ from mechvlm.experiments.examples import (
     about,
     averaged,
     checked_mapping,
-    clean_values,
     labelled,
     metric_of_each,
     positions_of,
     said_of,
     shared_names,
-    swept,
+    swept_and_clean,
     unit_of,
 )
 from mechvlm.experiments.means import To, put, replacements
@@ -116,9 +115,8 @@ def ablate_each(
             return _one_part(vlm, prompt, what, to, positions)
         return _one_place(vlm, prompt, what, to, site, checked_mapping("regions", regions or _spans, prompt))
 
-    clean = clean_values(vlm, asked, metrics)
     axes = {"layer": chosen, **_axis(vlm, asked, what, positions, regions)}
-    found = swept(vlm, asked, points, metrics, batch_size, out, **axes)
+    found, clean = swept_and_clean(vlm, asked, points, metrics, batch_size, out, **axes)
     where = {"engine": found.attrs["engine"], "ablated": what, "ablated_to": ablated_to(to)}
     where |= {"site": site, **_left_in_place(vlm, site)} if what in PLACES else {"positions": said_of(positions)}
     effect = found - clean

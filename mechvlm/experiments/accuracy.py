@@ -7,6 +7,8 @@
 """
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,10 +82,15 @@ def answer_accuracy(
     asked = check_prompts([prompt for prompt, _ in items], vlm.shape)
     measures = [accuracy(vlm, answer, words) for _, answer in items]
     size, found = min(map(rows_for, asked)), []
-    for start in range(0, len(asked), size):
-        logits = vlm.run(asked[start : start + size], edits=edits).logits
-        rows = zip(measures[start : start + size], logits, strict=True)
-        found += [numbers(measure(row[None]))[0] for measure, row in rows]
+
+    def right(measures: Sequence[Metric], logits: Tensor) -> Tensor:  # batch vocab
+        return torch.cat([measure(row[None]) for measure, row in zip(measures, logits, strict=True)])
+
+    groups = [slice(start, start + size) for start in range(0, len(asked), size)]
+    runs = ({"prompt": asked[own], "edits": edits, "value": partial(right, measures[own])} for own in groups)
+    for run in vlm.runs(runs):
+        values: Any = run.metric
+        found += numbers(values).tolist()
     attrs = record(vlm, asked, words=", ".join(words), value="1 where the right word is likeliest of the words")
     coordinates = {**prompt_coordinates(asked), "answer": ("prompt", np.array([answer for _, answer in items]))}
     return xr.DataArray(found, dims=["prompt"], coords=coordinates, name="right", attrs=attrs)

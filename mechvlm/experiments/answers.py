@@ -6,9 +6,12 @@ array([0.93, 0.  ])
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.record import record, word_list
@@ -50,10 +53,12 @@ def answer_probabilities(vlm: VLM, prompts: Mapping[str, Prompt], words: Sequenc
     measures = [vlm.metric(probability(word)) for word in words]
     asked = check_prompts(list(prompts.values()), vlm.shape)
     size = min(map(rows_for, asked))
-    found = []
-    for start in range(0, len(asked), size):
-        logits = vlm.run(asked[start : start + size]).logits.float()
-        found.append(torch.stack([measure(logits) for measure in measures], -1))
+
+    def said(logits: Float[Tensor, "batch vocab"]) -> Float[Tensor, "batch word"]:
+        return torch.stack([measure(logits.float()) for measure in measures], -1)
+
+    groups = ({"prompt": asked[start : start + size], "value": said} for start in range(0, len(asked), size))
+    found: list[Any] = [run.metric for run in vlm.runs(groups)]
     return xr.DataArray(
         numbers(torch.cat(found)),
         dims=["prompt", "word"],

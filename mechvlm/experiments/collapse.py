@@ -8,7 +8,7 @@ transformers' `hidden_states[-1]` is after the final norm, and an "update" taken
 ('prompt', 'null', 'layer', 'span')
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, beside
 from mechvlm.sites import Site
 from mechvlm.unembedding import normed as after_norm
 from mechvlm.units import arrays, worked
@@ -46,6 +47,8 @@ MEANING = {
     "above_swap": ("update cosine above another real picture's", "cosine"),
 }
 Table = dict[str, np.ndarray]
+COMPARED = ("resid_pre", "resid_post")
+"""What a layer is handed, and what it hands on."""
 
 
 def language_prior_collapse(
@@ -117,9 +120,10 @@ def language_prior_collapse(
     groups, held = clusters_of(asked, clusters), [spans_of(prompt, names, convention) for prompt in asked]
     others = null_prompts(vlm, asked, nulls)
 
-    def work(group: Sequence[int]) -> xr.Dataset:
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
         (number,) = group
-        tables = _tables(vlm, asked[number], {null: others[null][number] for null in others}, held[number], old)
+        own = {null: others[null][number] for null in others}
+        tables = yield from _tables(vlm, asked[number], own, held[number], old)
         return arrays(**{f"{at} {name}": x for at, null in enumerate(others) for name, x in tables[null].items()})
 
     found: dict[str, list[Table]] = {null: [] for null in others}
@@ -135,12 +139,17 @@ def language_prior_collapse(
 
 def _tables(
     vlm: VLM, prompt: Prompt, others: Mapping[str, Prompt], held: dict[str, list[int]], old: bool
-) -> dict[str, Table]:
+) -> Work[dict[str, Table]]:
     """The measures of one prompt with each of its null prompts."""
     whole = [null for null in others if len(others[null]) == len(prompt)]
-    made = _together(vlm, prompt, [others[null] for null in whole], list(held.values()), old)
-    found = dict(zip(whole, made, strict=True))
-    return found | {null: _from_the_end(vlm, prompt, others[null], held) for null in others if null not in found}
+    apart = [null for null in others if null not in whole]
+    made, *ends = yield from beside(
+        [
+            _together(vlm, prompt, [others[null] for null in whole], list(held.values()), old),
+            *(_from_the_end(vlm, prompt, others[null], held) for null in apart),
+        ]
+    )
+    return dict(zip(whole, made, strict=True)) | {null: table for null, (table,) in zip(apart, ends, strict=True)}
 
 
 def compared(
@@ -236,36 +245,48 @@ def tabled(
     return own | {f"{name}_normed": normed[row, number] for number, name in enumerate(MEASURES[:2])}
 
 
-def _together(vlm: VLM, prompt: Prompt, others: Sequence[Prompt], spans: list[list[int]], old: bool) -> Iterator[Table]:
+def _together(
+    vlm: VLM, prompt: Prompt, others: Sequence[Prompt], spans: list[list[int]], old: bool
+) -> Work[list[Table]]:
     """A prompt with null prompts of its own positions, as one batch, or several, each with the real one first."""
     count, size = vlm.shape.layers["text"], max(1, rows_for(prompt) - 1)
-    for start in range(0, len(others), size):
-        some = others[start : start + size]
-        run = vlm.run([prompt, *some], read=Reduced(spans, _norm_of(vlm)).reads(count))
+    groups, found = [others[start : start + size] for start in range(0, len(others), size)], list[Table]()
+    asked = [{"prompt": [prompt, *some], "read": Reduced(spans, _norm_of(vlm)).reads(count)} for some in groups]
+    for some, run in zip(groups, (yield asked), strict=True):
         layers = [numbers(run[Site("resid_post", layer)]) for layer in range(count)]
         measures = [*layers[:-1], layers[-1][:, 0]]
-        yield from (tabled(measures, layers[-1][:, 1], row, old) for row in range(1, len(some) + 1))
+        found += [tabled(measures, layers[-1][:, 1], row, old) for row in range(1, len(some) + 1)]
+    return found
 
 
-def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> Table:
+def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> Work[list[Table]]:
     """A prompt with one that has other positions before the words; only what stands at common tokens is compared."""
-    count = vlm.shape.layers["text"]
-    kept = {one: len(one) - common_end(prompt, other) for one in (prompt, other)}
-    read = [Site(kind, layer) for layer in range(count) for kind in ("resid_pre", "resid_post")]
-    runs = [
-        vlm.run(one, read=dict.fromkeys(read, partial(torch.narrow_copy, dim=1, start=first, length=len(one) - first)))
-        for one, first in kept.items()
+    count, first = vlm.shape.layers["text"], len(prompt) - common_end(prompt, other)
+    places = [(kind, layer, "text") for layer in range(count) for kind in COMPARED]
+    spans, norm, held_there = list(ends_of(prompt, other, held).values()), _norm_of(vlm), dict[str, Any]()
+
+    def ends(one: Prompt) -> dict[Site, Any]:
+        start = first + len(one) - len(prompt)
+        part = partial(torch.narrow_copy, dim=1, start=start, length=len(one) - start)
+        return dict.fromkeys((Site(*place) for place in places), part)
+
+    def keep(read: dict, _gradients: dict) -> None:
+        held_there["states"] = read
+
+    def compare(read: dict, _gradients: dict) -> list[Tensor]:
+        both, reduced, layers = held_there["states"], Reduced(spans, norm), []
+        for layer in range(count):
+            pre, post = (torch.cat([both[kind, layer, "text"], read[kind, layer, "text"]]) for kind in COMPARED)
+            reduced.enters(pre)
+            layers.append(reduced.leaves(post))
+        return [*layers, reduced.last(post)[:, 1]]
+
+    _, run = yield [
+        {"prompt": prompt, "read": ends(prompt), "reduce": keep},
+        {"prompt": other, "read": ends(other), "reduce": compare},
     ]
-    states = {site: torch.cat([run[site] for run in runs]) for site in read}
-    spans = ends_of(prompt, other, held)
-    reduced = Reduced(list(spans.values()), lambda x: vlm.place.ask(vlm.model, after_norm, vlm.arch, x))
-    layers = []
-    for layer in range(count):
-        reduced.enters(states[Site("resid_pre", layer)])
-        layers.append(numbers(reduced.leaves(states[Site("resid_post", layer)])))
-    with torch.no_grad():
-        normed = numbers(reduced.last(states[read[-1]])[:, 1])
-    return tabled(layers, normed, 1, False)
+    *layers, normed = map(numbers, run.reduced)
+    return [tabled(layers, normed, 1, False)]
 
 
 def ends_of(prompt: Prompt, other: Prompt, held: dict[str, list[int]]) -> dict[str, list[int]]:

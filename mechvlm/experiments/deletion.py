@@ -20,9 +20,10 @@ from mechvlm.edits import Edit
 from mechvlm.experiments.inputs import input_sites
 from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import image_coordinates, image_dim
-from mechvlm.experiments.sweep import measured
+from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import done
 from mechvlm.sites import Site, told, whole, whole_numbers
 from mechvlm.vlm import VLM
 
@@ -80,7 +81,7 @@ def deletion_curve(
     draw = np.random.default_rng(seed)
     orders = [order, *(draw.permutation(total) for _ in range(samples))]
     variants = [without(sites, source, one[:count]) for one in orders for count in asked]
-    values, how = measured(vlm, prompt, variants, metric, batch_size)
+    values, how = done(vlm, measuring(vlm, prompt, variants, metric, batch_size))
     found = values.reshape(len(orders), len(asked))
     about = {"long_name": metric_name(metric), "units": metric_unit(metric)}
     return xr.Dataset(

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import metric_name, metric_unit, record
-from mechvlm.experiments.sweep import numbers, sweep
+from mechvlm.experiments.sweep import sweeping, valued
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, beside, together
 from mechvlm.sites import listed, places, told
 from mechvlm.units import each
 from mechvlm.vlm import VLM
@@ -74,11 +74,8 @@ def said_of(positions: PositionsOf) -> str:
 
 def clean_values(vlm: VLM, prompts: Sequence[Prompt], metrics: Sequence[Metric]) -> xr.DataArray:
     """Each prompt's metric without any edit but the model's own, over axis prompt."""
-    found = [
-        numbers(metric_values(vlm.metric(metric), vlm.run(prompt).logits))[0]
-        for prompt, metric in zip(prompts, metrics, strict=True)
-    ]
-    return xr.DataArray(found, dims=["prompt"], coords=prompt_coordinates(prompts), name="clean")
+    found = [*together(vlm, (valued(vlm, *one) for one in zip(prompts, metrics, strict=True)))]
+    return _clean(prompts, found)
 
 
 def swept(
@@ -92,6 +89,8 @@ def swept(
 ) -> xr.DataArray:
     """A sweep of each prompt, with one axis more in front: prompt. In `attrs`, `engine`: how the points were run.
 
+    Where the model runs elsewhere, all of it is one job.
+
     Args:
         points: from a prompt to its function from a point to edits.
         out: a folder; each prompt's sweep keeps its own results in it, by its number.
@@ -102,11 +101,44 @@ def swept(
         ('prompt', 'layer')
     """
 
-    def one(number: int) -> xr.DataArray:
+    def one(number: int) -> Work[xr.DataArray]:
         kept = None if out is None else Path(out) / f"prompt-{number}"
-        return sweep(vlm, prompts[number], points(prompts[number]), metrics[number], batch_size, kept, **axes)
+        return sweeping(vlm, prompts[number], points(prompts[number]), metrics[number], batch_size, kept, **axes)
+
+    return _joined(prompts, each(vlm, prompts, one, out, ["swept"]))
+
+
+def swept_and_clean(
+    vlm: VLM,
+    prompts: Sequence[Prompt],
+    points: Callable[[Prompt], Points],
+    metrics: Sequence[Metric],
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    **axes: Any,
+) -> tuple[xr.DataArray, xr.DataArray]:
+    """What `swept` and `clean_values` return, elsewhere as one job.
+
+    Args:
+        vlm, prompts, points, metrics, batch_size, out, axes: as in `swept`.
+    """
+
+    def one(number: int) -> Work[list[Any]]:
+        kept = None if out is None else Path(out) / f"prompt-{number}"
+        about = vlm, prompts[number]
+        sweep = sweeping(*about, points(prompts[number]), metrics[number], batch_size, kept, **axes)
+        return beside([sweep, valued(*about, metrics[number])])
 
     found = each(vlm, prompts, one, out, ["swept"])
+    return _joined(prompts, [sweep for sweep, _ in found]), _clean(prompts, [value for _, value in found])
+
+
+def _clean(prompts: Sequence[Prompt], values: Sequence[float]) -> xr.DataArray:
+    return xr.DataArray(values, dims=["prompt"], coords=prompt_coordinates(prompts), name="clean")
+
+
+def _joined(prompts: Sequence[Prompt], found: Sequence[xr.DataArray]) -> xr.DataArray:
+    """Sweeps of prompts as one."""
     along = prompt_coordinates(prompts)
     joined = xr.concat(found, xr.Variable("prompt", along["prompt"]), combine_attrs="drop")
     engines = "; ".join(dict.fromkeys(str(one.attrs["engine"]) for one in found))

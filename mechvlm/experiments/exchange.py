@@ -8,22 +8,26 @@ range(2, 5)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import check_layers_run, cross_layers
 from mechvlm.experiments.sight import named as layers_named
-from mechvlm.experiments.sweep import sweep
+from mechvlm.experiments.sweep import numbers, sweeping
 from mechvlm.matching import check_matched
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, together
 from mechvlm.run import Run
 from mechvlm.sites import Site, told, whole, whole_numbers
 from mechvlm.vlm import VLM
@@ -67,33 +71,46 @@ def exchange(
     if direction not in DIRECTIONS:
         raise ValueError(f"direction={told(direction)} is not known; choose from {', '.join(map(repr, DIRECTIONS))}.")
     ways = {"denoise": (source, target), "noise": (target, source)}
-    logits, found = {}, []
-    for way in list(ways) if direction == "both" else [direction]:
+    asked = list(ways) if direction == "both" else [direction]
+
+    measure = vlm.metric(metric)
+
+    def patched(way: str) -> Work[tuple[Any, list[xr.DataArray]]]:
         given, taken = ways[way]
-        run = vlm.run(given, read=read)
-        logits[way] = run.logits
-        kept = {} if out is None else {"out": Path(out) / way if direction == "both" else out}
-        found.append(sweep(vlm, taken, patching(run), metric, batch_size, **kept, **axes))  # type: ignore[arg-type]
-    for way, (given, _) in ways.items():
-        logits[way] = logits[way] if way in logits else vlm.run(given).logits
+        (run,) = yield [{"prompt": given, "read": read if way in asked else (), "value": partial(_end, measure)}]
+        if way not in asked:
+            return run.metric, []
+        kept = out if out is None or direction != "both" else Path(out) / way
+        return run.metric, [(yield from sweeping(vlm, taken, patching(run), metric, batch_size, kept, True, **axes))]
+
+    order = sorted(ways, key=lambda way: way not in asked)
+    shown = dict(zip(order, together(vlm, map(patched, order)), strict=True))
+    found = [one for way in asked for one in shown[way][1]]
     swept = xr.concat(found, xr.DataArray(list(ways), dims="direction", name="direction")) if found[1:] else found[0]
-    result = shared_out(swept, direction, vlm.metric(metric), logits["denoise"], logits["noise"])
+    result = shared_out(swept, direction, *(numbers(shown[way][0])[0] for way in ways))
     result.metric.attrs = {"long_name": metric_name(metric), "units": metric_unit(metric)}
     made = {"patched": DIRECTIONS[direction], "direction": direction, "engine": found[0].attrs["engine"]}
     return result.assign_attrs(record(vlm, [source, target], metric, **{**result.attrs, **about, **made}))
 
 
+def _end(measure: Metric, logits: Tensor) -> Float[Tensor, "1 2"]:
+    """A metric, and how far rounding of the logits moves it."""
+    return torch.tensor([[float(metric_values(measure, logits)[0]), rounding(measure, logits)]], dtype=torch.float64)
+
+
 def shared_out(
-    swept: xr.DataArray, direction: str, measure: Metric, source: torch.Tensor, target: torch.Tensor
+    swept: xr.DataArray,
+    direction: str,
+    source: Float[np.ndarray, "2"],
+    target: Float[np.ndarray, "2"],
 ) -> xr.Dataset:
     """A metric with patches, and how much of the way from one prompt's answer to the other's each of them goes.
 
     Args:
-        source, target: the logits of both prompts.
+        source, target: the metric of each prompt, and how far rounding of the logits moves it.
     """
-    ends = {"source_metric": source, "target_metric": target}
-    of = {name: float(metric_values(measure, logits)[0]) for name, logits in ends.items()}
-    gap, least = of["source_metric"] - of["target_metric"], max(rounding(measure, one) for one in ends.values())
+    of = {"source_metric": float(source[0]), "target_metric": float(target[0])}
+    gap, least = of["source_metric"] - of["target_metric"], float(max(source[1], target[1]))
     unit = np.nan if abs(gap) <= least else gap
     denoised = (swept - of["target_metric"]) / unit
     noised = (of["source_metric"] - swept) / unit

@@ -6,23 +6,28 @@
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from itertools import compress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.batch import check_prompts, metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.edges import Edge, Edges, Window, check_among_words, cuts, edges_of, random_keys, windows_of
 from mechvlm.experiments.objects import Objects, objects_of
 from mechvlm.experiments.record import metric_name, metric_unit, record, word_list
-from mechvlm.experiments.sweep import numbers, sweep
+from mechvlm.experiments.sweep import numbers, sweeping
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric, WordMetric, probability
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work
 from mechvlm.sites import listed, told, whole
 from mechvlm.units import each
 from mechvlm.vlm import VLM
@@ -108,7 +113,7 @@ def information_flow(
     places = [out if out is None or len(asked) == 1 else Path(out) / f"prompt-{at}" for at in range(len(asked))]
     values = np.full((len(asked), controls + 1, len(ways[0]), len(windows)), np.nan)
 
-    def one(number: int) -> xr.DataArray:
+    def one(number: int) -> Work[xr.DataArray]:
         at = rows[number]
         return _swept(vlm, asked[at], drawn[at], windows, measures[at], batch_size, places[at])
 
@@ -202,15 +207,24 @@ def _measured(
     given = [None] * len(prompts) if answers is None else word_list(answers, "answers")
     if len(given) != len(prompts):
         raise ValueError(f"there are {len(given)} answers and {len(prompts)} prompts; give one for each.")
+    own = [metric if metric is not None or answer is None else probability(answer) for answer in given]
+    known = [None if one is None else vlm.metric(one) for one in own]
     measures, base, right = [], [], []
-    for prompt, answer in zip(prompts, given, strict=True):
-        logits = vlm.run(prompt).logits
-        top = int(logits[0].argmax())
-        said = probability(top if answer is None else answer)
-        measures.append(vlm.metric(said if metric is None else metric))
-        base.append(float(metric_values(measures[-1], logits)[0]))
+    asked = [{"prompt": prompt, "value": partial(_said, one)} for prompt, one in zip(prompts, known, strict=True)]
+    for answer, one, run in zip(given, known, vlm.runs(asked), strict=True):
+        both: Any = run.metric
+        value, top = float(both[0, 0]), int(both[0, 1])
+        measures.append(vlm.metric(probability(top)) if one is None else one)
+        base.append(value)
         right.append(answer is None or top == answer or (isinstance(answer, str) and top in vlm.token_ids(answer)))
     return measures, base, np.array(right, dtype=bool)
+
+
+def _said(measure: Metric | None, logits: Float[Tensor, "1 vocab"]) -> Float[Tensor, "1 2"]:
+    """A metric, by default the probability of the likeliest token, and that token."""
+    top = int(logits[0].argmax())
+    value = metric_values(probability(top).resolve(lambda _: [top]) if measure is None else measure, logits)
+    return torch.stack([value.double(), torch.full_like(value, top, dtype=torch.float64)], -1)
 
 
 def _swept(
@@ -221,14 +235,14 @@ def _swept(
     measure: Metric,
     batch_size: int | None,
     out: str | Path | None,
-) -> xr.DataArray:
+) -> Work[xr.DataArray]:
     """The metric with each edge cut in each window; not a number where there are no keys to cut."""
     at = {window.name: window for window in windows}
 
     def cut(edge: str, layer: int | str) -> list[Edit]:
         return cuts(vlm, points[edge], at[layer]) if points[edge][1] else []
 
-    found = sweep(vlm, prompt, cut, measure, batch_size, out, edge=list(points), layer=list(at))
+    found = yield from sweeping(vlm, prompt, cut, measure, batch_size, out, edge=list(points), layer=list(at))
     return found.where(xr.DataArray([bool(keys) for _, keys in points.values()], dims=["edge"]))
 
 

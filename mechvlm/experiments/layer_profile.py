@@ -32,6 +32,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Entropy, Mass, lazy
+from mechvlm.rounds import Work
 from mechvlm.sites import Site
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -116,9 +117,10 @@ def layer_profile(
     own = tuple(name for name in SPANS if any(name in look.really for look in looks))
     names = own if convention is None else ("image", "text")
 
-    def work(group: Sequence[int]) -> xr.Dataset:
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
         table: Found = {}
-        for row, layer, found in _read(vlm, [asked[at] for at in group], looks[group[0]], names, own):
+        read = yield from _read(vlm, [asked[at] for at in group], looks[group[0]], names, own)
+        for row, layer, found in read:
             for name, values in found.items():
                 shape = (len(group), vlm.shape.layers["text"], *values.shape)
                 table.setdefault(name, np.full(shape, np.nan))[row, layer] = values
@@ -207,15 +209,16 @@ def _groups(prompts: Sequence[Prompt], looks: Sequence[Called]) -> list[list[int
 
 def _read(
     vlm: VLM, prompts: Sequence[Prompt], look: Called, names: Sequence[str], own: Sequence[str]
-) -> Iterator[tuple[int, int, Found]]:
+) -> Work[list[tuple[int, int, Found]]]:
     """Row, layer, and the numbers, of prompts that are divided alike and run together."""
     layers = own_layers(vlm)
     reading = lazy(partial(_of_attention, look, tuple(names), tuple(own)))
-    run = vlm.run(prompts, read={Site("pattern", at): reading for at in layers})
+    (run,) = yield [{"prompt": prompts, "read": {Site("pattern", at): reading for at in layers}}]
+    found = []
     for layer in layers:
-        found = dict(zip(MEASURED, map(numbers, run[Site("pattern", layer)]), strict=True))
-        for row in range(len(prompts)):
-            yield row, layer, {name: values[row] for name, values in found.items()}
+        values = dict(zip(MEASURED, map(numbers, run[Site("pattern", layer)]), strict=True))
+        found += [(row, layer, {name: x[row] for name, x in values.items()}) for row in range(len(prompts))]
+    return found
 
 
 def _of_attention(look: Called, names: Sequence[str], own: Sequence[str], attention: Attention) -> tuple[Tensor, ...]:

@@ -6,23 +6,30 @@ Rule this module guards: prompts that run together are divided alike, so that on
 [[0], [1, 2]]
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from mechvlm.experiments.ratios import visible
+from mechvlm.experiments.ratios import averaged, visible
 from mechvlm.experiments.selection import kept
 from mechvlm.experiments.sight import own_layers
 from mechvlm.experiments.sweep import numbers, rows_for
+from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
-from mechvlm.readings import VISIBLE, lazy, mass, rows
+from mechvlm.readings import VISIBLE, Mass, lazy, mass, rows
+from mechvlm.rounds import Work
+from mechvlm.run import Run
 from mechvlm.sites import Site
 from mechvlm.vlm import VLM
 
-Look = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""For the queries of one layer: masses `head query span`, visible keys and all keys, `query span`."""
+Averages = dict[str, np.ndarray]
+"""What `averaged` says of one layer."""
+AVERAGED = ("mass", "density", "rest", "queries", "even")
+"""In which order it is sent from where the model runs."""
 
 
 def alike(
@@ -50,13 +57,14 @@ def groups_of(prompts: Sequence[Prompt], firsts: dict[int, list[int]]) -> list[l
 
 
 class Asking:
-    """What queries of prompts pay to spans. Of the first of those divided alike it is also asked what it may see.
+    """What queries of prompts pay to spans, averaged. Of the first of those divided alike it is asked what it may see.
 
     Args:
         queries: of each prompt the positions that look; None for all.
         gone: of each the keys that are taken out.
         names: the spans.
         firsts: what `alike` found.
+        even: "visible" or "length"; see `attention_profile`.
     """
 
     def __init__(
@@ -67,44 +75,55 @@ class Asking:
         gone: Sequence[tuple[int, ...]],
         names: Sequence[str],
         firsts: dict[int, list[int]],
+        even: str,
     ) -> None:
-        self.names, self.firsts = names, firsts
+        self.names, self.firsts, self.even, self.gone = names, firsts, even, gone
         self.vlm, self.prompts, self.queries, self.layers = vlm, prompts, queries, own_layers(vlm)
         self.spans = [kept(prompt, names, out) for prompt, out in zip(prompts, gone, strict=True)]
-        self.seen: dict[int, dict[int, np.ndarray]] = {}
+        self.evens: dict[int, list[np.ndarray]] = {}
 
-    def first(self, number: int) -> Iterator[tuple[int, int, np.ndarray]]:
-        """Number, layer and masses of a prompt that runs by itself; what it may see is kept."""
+    def keys(self, number: int) -> np.ndarray:
+        """How many keys each span has, for each query of a prompt."""
         chosen = self.queries[number]
-        reading = mass(self.spans[number], queries=chosen)
-        run = self.vlm.run(self.prompts[number], read={Site("pattern", at): lazy() for at in self.layers})
-        self.seen = {number: {}}  # of those who run next
-        for layer in self.layers:
-            attention = run[Site("pattern", layer)]
-            self.seen[number][layer] = visible(attention, reading.columns(len(self.prompts[number])), chosen)
-            yield number, layer, numbers(reading.of(attention, "pattern")[0])
+        count = len(self.prompts[number]) if chosen is None else len(chosen)
+        return np.array([[len(held) for held in self.spans[number].values()]] * count, float)
 
-    def others(self, group: Sequence[int]) -> Iterator[tuple[int, int, np.ndarray]]:
-        """The same of prompts that run together."""
-        reading = mass(self.spans[group[0]], queries=self.queries[group[0]])
-        read = {Site("pattern", at): reading for at in self.layers}
-        run = self.vlm.run([self.prompts[at] for at in group], read=read)
-        for layer in self.layers:
-            masses = numbers(run[Site("pattern", layer)])
-            yield from ((number, layer, masses[at]) for at, number in enumerate(group))
+    def asked(self, group: Sequence[int]) -> dict[str, Any]:
+        """The run of prompts that are divided alike."""
+        number, first = group[0], group[0] in self.firsts
+        reading = mass(self.spans[number], queries=self.queries[number])
+        image = [name == "image" for name in self.names]
+        sees = first and self.even == "visible"
+        paid = lazy(partial(_paid, reading, self.keys(number), image, bool(self.gone[number]), sees))
+        return {"prompt": [self.prompts[at] for at in group], "read": {Site("pattern", at): paid for at in self.layers}}
 
-    def looks(self, group: Sequence[int]) -> Iterator[tuple[int, int, Look]]:
-        """Number of the prompt, layer, and the numbers, of one group."""
+    def first(self, number: int) -> Work[Run]:
+        """The run of a prompt that runs by itself; what even attention would give it is kept."""
+        (run,) = yield [self.asked([number])]
+        self.evens[number] = [numbers(run[Site("pattern", layer)][-1])[0] for layer in self.layers]
+        return run
+
+    def looks(self, group: Sequence[int]) -> Work[list[tuple[int, int, Averages]]]:
+        """Number of the prompt, layer, and what `averaged` says of it, of one group."""
         first = next(first for first, members in self.firsts.items() if group[0] in members)
-        if first not in self.seen and first != group[0]:  # another process has done it
-            list(self.first(first))
-        own = self.spans[first].values()
-        for number, layer, masses in self.first(first) if first == group[0] else self.others(group):
-            keys = np.array([[len(held) for held in own]] * masses.shape[1], float)
-            yield number, layer, (masses, self.seen[first][layer], keys)
+        if first == group[0]:
+            run = yield from self.first(first)
+        else:
+            (run,) = yield [self.asked(group)]
+            if first not in self.evens:  # another process has done it
+                yield from self.first(first)
+        found = []
+        for layer, even in zip(self.layers, self.evens[first], strict=True):
+            values = dict(zip(AVERAGED, map(numbers, run[Site("pattern", layer)]), strict=True))
+            for at, number in enumerate(group):
+                found.append((number, layer, {name: x[at] for name, x in values.items()} | {"even": even}))
+        return found
 
-    def generated(self, group: Sequence[int], most: int) -> Iterator[tuple[int, int, Look]]:
+    def generated(self, group: Sequence[int], most: int) -> Work[list[tuple[int, int, Averages]]]:
         """The same for the tokens of a greedy answer, each in the decode step that looks from it."""
+        yield from ()  # generations are no runs: each is a job of its own
+        found: list[tuple[int, int, Averages]] = []
+        image = [name == "image" for name in self.names]
         read: dict[Site, Any] = {Site("pattern", layer): rows([-1]) for layer in self.layers}
         read |= {Site("scores", layer): VISIBLE for layer in self.layers}
         for number in group:
@@ -122,4 +141,17 @@ class Asking:
                     columns = mass({name: spans[name] for name in self.names}).columns(weights.shape[-1]).to(weights)
                     looks.append((weights @ columns, there[0] @ columns, columns.sum(0)))
                 masses, seen, keys = (torch.stack(part) for part in zip(*looks, strict=True))
-                yield number, layer, (numbers(masses.transpose(0, 1)), numbers(seen), numbers(keys))
+                every, base = numbers(keys), numbers(seen if self.even == "visible" else keys)
+                means = averaged(numbers(masses.transpose(0, 1)), base, every, image, part=bool(self.gone[number]))
+                found.append((number, layer, means | {"n_keys": every[-1], "asked": np.array(len(every))}))
+        return found
+
+
+def _paid(
+    reading: Mass, keys: np.ndarray, image: Sequence[bool], part: bool, sees: bool, attention: Attention
+) -> tuple[Tensor, ...]:
+    """What `averaged` says of one layer where the model runs, in the order of `AVERAGED`, with the batch in front."""
+    masses = numbers(reading.of(attention, "pattern"))
+    base = visible(attention, reading.columns(attention.k.shape[2]), reading.queries) if sees else keys
+    rows = [averaged(one, base, keys, image, part) for one in masses]
+    return tuple(torch.from_numpy(np.stack([row[name] for row in rows])) for name in AVERAGED)

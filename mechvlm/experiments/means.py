@@ -9,6 +9,7 @@ the model runs, and never kept.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from mechvlm.experiments.sight import check_layers_run, head_site
 from mechvlm.experiments.sight import named as layers_named
 from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work
 from mechvlm.sites import Site, places, told
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -123,8 +125,8 @@ def _means(
 ) -> dict[Site, Tensor]:
     """Sums of all prompts over how many were summed: first within groups of prompts, then over groups."""
 
-    def work(group: Sequence[int]) -> xr.Dataset:
-        totals, count = _sums(vlm, [prompts[at] for at in group], sites, chosen, each)
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
+        totals, count = yield from _sums([prompts[at] for at in group], sites, chosen, each)
         return arrays(count=count, **{str(site): numbers(total) for site, total in totals.items()})
 
     groups = [range(at, min(at + SUMMED, len(prompts))) for at in range(0, len(prompts), SUMMED)]
@@ -138,24 +140,22 @@ def _means(
 
 
 def _sums(
-    vlm: VLM,
     prompts: Sequence[Prompt],
     sites: Sequence[Site],
     chosen: Callable[[Prompt], tuple[int, ...] | None],
     each: bool,
-) -> tuple[dict[Site, Tensor], int]:
+) -> Work[tuple[dict[Site, Tensor], int]]:
     """The sums of some prompts, and how many were summed."""
+
+    def summed(at: tuple[int, ...] | None, x: Tensor) -> tuple[Tensor, Tensor]:  # batch pos ...
+        own = x if at is None else x[:, list(at)]
+        total = own.double().sum(0) if each else own.double().flatten(0, 1).sum(0)
+        return total[None], torch.tensor([[1 if each else own.shape[:2].numel()]])
+
     sums: dict[Site, Tensor] = {}
     count = 0
-    for prompt in prompts:
-        at = chosen(prompt)
-
-        def summed(x: Tensor, at: tuple[int, ...] | None = at) -> tuple[Tensor, Tensor]:  # batch pos ...
-            own = x if at is None else x[:, list(at)]
-            total = own.double().sum(0) if each else own.double().flatten(0, 1).sum(0)
-            return total[None], torch.tensor([[1 if each else own.shape[:2].numel()]])
-
-        run = vlm.run(prompt, read=dict.fromkeys(sites, summed))
+    asked = [{"prompt": prompt, "read": dict.fromkeys(sites, partial(summed, chosen(prompt)))} for prompt in prompts]
+    for run in (yield asked):
         for site in sites:
             total, number = run[site]
             sums[site] = sums[site] + total[0] if site in sums else total[0]

@@ -24,12 +24,12 @@ from mechvlm.experiments.examples import (
     about,
     averaged,
     checked_objective,
-    clean_values,
     labelled,
     metric_of_each,
     p_values,
     said_of,
     swept,
+    swept_and_clean,
     unit_of,
 )
 from mechvlm.experiments.means import To
@@ -201,7 +201,7 @@ def ablate_all_but(
 
         return out_of
 
-    found = swept(vlm, asked, points, metrics, batch_size, out, parts=range(len(sets)))
+    found, clean = swept_and_clean(vlm, asked, points, metrics, batch_size, out, parts=range(len(sets)))
     ends = 1 + len(left)
     all_out = found.isel(parts=0, drop=True)
     kept = found.isel(parts=slice(1, ends)).rename(parts="part").assign_coords(part=[name(one) for one in whole_set])
@@ -211,7 +211,7 @@ def ablate_all_but(
     more["engine"] = found.attrs["engine"]
     attrs = about(vlm, asked, metrics, clusters, **more, parts=said(whole_set), controls=controls, seed=seed)
     unit = unit_of(metrics)
-    metric_values = {"all_out": all_out, "clean": clean_values(vlm, asked, metrics), "random": random}
+    metric_values = {"all_out": all_out, "clean": clean, "random": random}
     values = labelled(metric_values, attrs["metric"], unit)
     values |= labelled({"effect": effect, **averaged(effect, clusters)}, f"brought back by one {what}", unit)
     return xr.Dataset({**values, "p_value": p_values(all_out, random, objective)}, attrs=attrs)

@@ -12,15 +12,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mechvlm.batch import metric_values
 from mechvlm.experiments.examples import p_values
 from mechvlm.experiments.patch_features import patch_features
 from mechvlm.experiments.patch_heads import patch_heads
 from mechvlm.experiments.patching import patch_positions, patch_spans
+from mechvlm.experiments.sweep import valued
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric
 from mechvlm.pairs import MinimalPair
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, beside, together
 from mechvlm.sites import listed, told, whole
 from mechvlm.units import each
 from mechvlm.vlm import VLM
@@ -98,20 +99,21 @@ def patch_pairs(
     """
     given = _checked(pairs, what, controls)
     prompts = [pair.prompts(vlm) for pair in given]
-    right = np.array([_is_right(vlm, pair, *both) for pair, both in zip(given, prompts, strict=True)])
+    right = np.array([*together(vlm, (_is_right(vlm, *each) for each in zip(given, prompts, strict=True)))])
     kept = [at for at in range(len(given)) if right[at] or not only_right]
     if not kept:
         raise ValueError(
             f"the model gives both right answers to none of {len(given)} pairs; only_right=False patches them all."
         )
 
-    def one(number: int) -> xr.Dataset:
+    def one(number: int) -> Work[xr.Dataset]:
         at = kept[number]
         more = {**settings, "direction": direction} | ({} if out is None else {"out": Path(out) / f"pair {at}"})
         sets = _sets(what, prompts[at][1], settings) if what in SETS else {}
         if sets:
             more[TAKEN[what]] = {**sets, **_random(sets, controls, np.random.default_rng([seed, at]))}
         found = WHAT[what](vlm, *prompts[at], given[at].metric if metric is None else metric, **more)
+        yield from ()  # each pair is patched by itself, in jobs of its own
         return _split(found, SETS[what], sets, controls) if sets and controls else found
 
     found = each(vlm, [prompts[at][1] for at in kept], one, out, ["patch_pairs", what])
@@ -131,10 +133,9 @@ def _checked(pairs: object, what: str, controls: int) -> list[MinimalPair]:
     return list(given)
 
 
-def _is_right(vlm: VLM, pair: MinimalPair, first: Prompt, second: Prompt) -> bool:
+def _is_right(vlm: VLM, pair: MinimalPair, prompts: Sequence[Prompt]) -> Work[bool]:
     """Whether a model gives both right answers rather than each other's."""
-    measure = vlm.metric(pair.metric)
-    a, b = (float(metric_values(measure, vlm.run(prompt).logits)[0]) for prompt in (first, second))
+    a, b = yield from beside([valued(vlm, prompt, pair.metric) for prompt in prompts])
     return a > 0 > b
 
 

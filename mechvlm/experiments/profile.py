@@ -6,7 +6,7 @@ them needs a map of all queries by all keys, and none is made.
 >>> attention_profile(vlm, real).mass.sel(span="image").mean(["example", "head"])
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import check_prompts
-from mechvlm.experiments.looks import Asking, Look, alike, groups_of
-from mechvlm.experiments.ratios import MEANING, averaged, ratios
+from mechvlm.experiments.looks import Asking, Averages, alike, groups_of
+from mechvlm.experiments.ratios import MEANING, ratios
 from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.selection import Without, keys_out, queries_of
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, named
 from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
 from mechvlm.readings import rows
+from mechvlm.rounds import Work
 from mechvlm.sites import whole, whole_numbers
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -98,11 +99,11 @@ def attention_profile(
     names = [name for name in SPANS if any(name in prompt.spans for prompt in asked)] + ["generated"] * generated
     firsts = {} if generated else alike(asked, chosen, gone, names)
     groups = [[at] for at in range(len(asked))] if generated else groups_of(asked, firsts)
-    asking = Asking(vlm, asked, chosen, gone, names, firsts)
+    asking = Asking(vlm, asked, chosen, gone, names, firsts, even)
 
-    def work(group: Sequence[int]) -> xr.Dataset:
-        looks = asking.generated(group, max_new_tokens) if generated else asking.looks(group)
-        return _averages(vlm, looks, group, names, gone, even)
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
+        looks = yield from asking.generated(group, max_new_tokens) if generated else asking.looks(group)
+        return _averages(vlm, looks, group, asking)
 
     what = ["attention_profile", generated, chosen, gone, even, max_new_tokens if generated else 0]
     found = zip(groups, worked(vlm, asked, groups, work, out, what), strict=True)
@@ -159,25 +160,23 @@ def attention_map(
 
 def _averages(
     vlm: VLM,
-    looks: Iterator[tuple[int, int, Look]],
+    looks: Sequence[tuple[int, int, Averages]],
     group: Sequence[int],
-    names: Sequence[str],
-    gone: Sequence[tuple[int, ...]],
-    even: str,
+    asking: Asking,
 ) -> xr.Dataset:
-    """What `averaged` makes of some prompts and all layers, how many keys each has, and how many queries it was of."""
+    """What was found of some prompts and all layers, how many keys each has, and how many queries it was of."""
+    names = asking.names
     sizes = (len(group), vlm.shape.layers["text"], vlm.shape.heads["text"])
-    spans, image = (len(names),), [name == "image" for name in names]
+    spans = (len(names),)
     shapes: dict[str, tuple[int, ...]] = {"mass": sizes + spans, "density": sizes + spans}
     shapes |= {"even": sizes[:2] + spans, "rest": sizes}
     table = {name: np.full(shape, np.nan) for name, shape in shapes.items()}
     table["queries"], table["asked"] = np.zeros(sizes, dtype=int), np.zeros(len(group), dtype=int)
     table["n_keys"] = np.zeros((len(group), len(names)), dtype=int)
-    for number, layer, (masses, seen, keys) in looks:
-        row = group.index(number)
-        table["n_keys"][row], table["asked"][row] = keys[-1], len(keys)
-        base = seen if even == "visible" else keys
-        for name, values in averaged(masses, base, keys, image, part=bool(gone[number])).items():
+    for number, layer, found in looks:
+        row, keys = group.index(number), asking.keys(number)
+        table["n_keys"][row], table["asked"][row] = found.pop("n_keys", keys[-1]), found.pop("asked", len(keys))
+        for name, values in found.items():
             table[name][row, layer] = values
     return arrays(**table)
 

@@ -24,8 +24,9 @@ from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.shards import Shards
 from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.metrics import Metric
-from mechvlm.points import answers, rows_for, way_of
+from mechvlm.points import answering, rows_for, way_of
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, done
 from mechvlm.run import Run
 from mechvlm.sites import Site, listed, told, whole
 from mechvlm.units import progress, stretches, taken
@@ -76,12 +77,35 @@ def sweep(
         >>> cut = lambda layer, span: [mv.cut_attention(layer, real.spans[span], queries=real.last)]
         >>> mv.sweep(vlm, real, cut, mv.probability("yes"), layer=range(8), span=["image", "question"])
     """
+    return done(vlm, sweeping(vlm, prompt, point_to_edits, metric, batch_size, out, fast, **axes))
+
+
+def sweeping(
+    vlm: VLM,
+    prompt: Prompt,
+    point_to_edits: Callable[..., Sequence[Edit]],
+    metric: Metric,
+    batch_size: int | None = None,
+    out: str | Path | None = None,
+    fast: bool = True,
+    **axes: Iterable[Any],
+) -> Work[xr.DataArray]:
+    """A sweep as work (`mechvlm.rounds`), so that several sweeps, and what stands beside them, can be one job.
+
+    Args:
+        vlm, prompt, point_to_edits, metric, batch_size, out, fast, axes: as in `sweep`.
+
+    Example:
+        >>> cut = lambda layer: [mv.cut_attention(layer, real.image, queries=real.last)]
+        >>> [found.dims for found in together(vlm, [sweeping(vlm, real, cut, yes, layer=[0, 1])])]
+        [('layer',)]
+    """
     one_prompt(prompt)
     grid = {name: values_of_axis(name, values) for name, values in axes.items()}
     check_grid(grid, point_to_edits)
     points = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
     variants = [edits_at(point, point_to_edits(**point)) for point in points]
-    values, how = measured(vlm, prompt, variants, metric, batch_size, out, fast)
+    values, how = yield from measuring(vlm, prompt, variants, metric, batch_size, out, fast)
     return xr.DataArray(
         values.reshape([len(along) for along in grid.values()]),
         dims=list(grid),
@@ -94,7 +118,7 @@ def sweep(
     )
 
 
-def measured(
+def measuring(
     vlm: VLM,
     prompt: Prompt,
     variants: Sequence[Sequence[Edit]],
@@ -102,34 +126,47 @@ def measured(
     batch_size: int | None = None,
     out: str | Path | None = None,
     fast: bool = True,
-) -> tuple[np.ndarray, str]:
-    """A metric of each of some lists of edits, and how they were run.
+) -> Work[tuple[np.ndarray, str]]:
+    """A metric of each of some lists of edits, and how they were run; as work, see `mechvlm.rounds`.
 
     Args:
-        batch_size, out, fast: as in `sweep`.
+        vlm, prompt, metric, batch_size, out, fast: as in `sweep`.
     """
     measure, values = vlm.metric(metric), np.full(len(variants), np.nan)
     shards = None if out is None else Shards(out, sweep_print(vlm, prompt, variants, measure))
     parts = stretches(len(variants)) if shards is not None else [range(len(variants))]
-    done, how = np.zeros(len(variants), bool), [] if out is None else [f"read from {Path(str(out)).name}"]
+    there, how = np.zeros(len(variants), bool), [] if out is None else [f"read from {Path(str(out)).name}"]
 
     def left() -> list[int]:
         for point, value in (shards.values() if shards is not None else {}).items():
-            values[point], done[point] = value, True
-        bar.update(int(done.sum()) - bar.n)
-        return [at for at, points in enumerate(parts) if not done[points].all()]
+            values[point], there[point] = value, True
+        bar.update(int(there.sum()) - bar.n)
+        return [at for at, points in enumerate(parts) if not there[points].all()]
 
-    with progress(len(variants), "point") as bar:
+    with progress(len(variants), "point", quiet=vlm.place.remote) as bar:
         for part in taken(shards, len(parts), left):
-            way = way_of(vlm, prompt, variants, batch_size, fast, [at for at in parts[part] if not done[at]])
+            way = way_of(vlm, prompt, variants, batch_size, fast, [at for at in parts[part] if not there[at]])
             how = [way.how]
-            for points, found in answers(way, partial(metric_values, measure)):
+            made = yield from answering(way, partial(metric_values, measure))
+            for points, found in made:
                 if shards is None:
                     values[list(points)] = numbers(found)
                 else:
                     shards.add(points, found)
                 bar.update(len(points))
     return values, how[0]
+
+
+def valued(vlm: VLM, prompt: Prompt, metric: Metric, edits: Sequence[Edit] = ()) -> Work[float]:
+    """A metric of one prompt, as work (`mechvlm.rounds`).
+
+    Example:
+        >>> round(done(vlm, valued(vlm, real, yes)), 1)
+        2.6
+    """
+    (run,) = yield [{"by": vlm, "prompt": prompt, "edits": edits, "value": partial(metric_values, vlm.metric(metric))}]
+    found: Any = run.metric
+    return float(found[0])
 
 
 def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:

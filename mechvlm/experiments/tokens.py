@@ -25,12 +25,11 @@ from mechvlm.experiments.examples import (
     averaged,
     checked_mapping,
     checked_objective,
-    clean_values,
     labelled,
     metric_of_each,
     p_values,
     shared_names,
-    swept,
+    swept_and_clean,
     unit_of,
 )
 from mechvlm.experiments.inputs import input_sites
@@ -112,9 +111,8 @@ def ablate_image_tokens(
 
         return away
 
-    clean = clean_values(vlm, asked, metrics)
     axes = {"set": list(drawn[0]), "sample": range(-1, controls)}
-    run = swept(vlm, asked, points, metrics, batch_size, out, **axes)
+    run, clean = swept_and_clean(vlm, asked, points, metrics, batch_size, out, **axes)
     found = run - clean
     effect, random = found.sel(sample=-1, drop=True), found.sel(sample=slice(0, None))
     effects = {"effect": effect, "random": random, **averaged(effect, clusters)}

@@ -33,6 +33,7 @@ from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.metrics import Metric
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work
 from mechvlm.sites import Site, listed, told, whole_numbers
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -197,8 +198,9 @@ def _norms(
     sizes = [(members, max(1, rows_for(prompts[members[0]]) // 4)) for members in alike.values()]
     groups = [members[start : start + size] for members, size in sizes for start in range(0, len(members), size)]
 
-    def work(group: Sequence[int]) -> xr.Dataset:
-        run = vlm.run([prompts[at] for at in group], read=dict.fromkeys(sites, lengths), grad_of=metric)
+    def work(group: Sequence[int]) -> Work[xr.Dataset]:
+        some, read = [prompts[at] for at in group], dict.fromkeys(sites, lengths)
+        (run,) = yield [{"prompt": some, "read": read, "grad_of": metric}]
         gradient, state = (np.stack([numbers(of[site]) for site in sites]) for of in (run.grad, run))
         three = np.stack([gradient, state, gradient * state])  # measure layer row pos
         rows = [averaged(three[:, :, row], list(held[number].values())) for row, number in enumerate(group)]
