@@ -1,6 +1,7 @@
 """What the README promises is what happens: CI runs its commands, its code runs, its table is the package's."""
 
 import json
+import linecache
 import re
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -35,7 +36,7 @@ def test_ci_runs_the_test_command() -> None:
 @pytest.mark.skipif(not DEMO.exists(), reason="runs once mechvlm/demo/model, the trained demo model, is in the package")
 def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first two blocks, with the demo model for the published one and some picture for the dog's."""
-    code, lengths, _ = blocks("python")
+    code, lengths, *_ = blocks("python")
     published = 'mv.load("llava-hf/llava-1.5-7b-hf")'
     assert published in code
     monkeypatch.chdir(tmp_path)
@@ -96,6 +97,21 @@ def test_every_line_of_the_table_of_evaluations_runs() -> None:
         names[name] = eval(code.replace('"demo", split="adversarial"', "some"), names)
     rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
     assert [type(eval(code, names)).__name__ for code in rows] == ["Dataset", "Dataset", "DataFrame"]
+
+
+def test_the_code_for_a_model_elsewhere_runs() -> None:
+    import mechvlm as mv
+
+    code = next(block for block in blocks("python") if "remote=" in block)
+    names: dict[str, Any] = {"mv": mv}
+    cell = "<README's code>"
+    linecache.cache[cell] = (len(code), None, code.splitlines(keepends=True), cell)  # functions are sent by their lines
+    exec(compile(code, cell, "exec"), names)
+    vlm, asked = mv.load("demo"), names["asked"]
+    pattern = vlm.run(asked, read=["text.3.pattern"])["text.3.pattern"]
+    assert names["looks"]["text.3.pattern"].equal(pattern[:, :, -1, asked.image].sum(-1))
+    (sent, back), *more = names["bytes_of_each_job"].values
+    assert not more and back < 4000 < sent < 200_000  # the demo's weights are more than a megabyte
 
 
 def test_the_code_is_short() -> None:
