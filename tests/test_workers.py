@@ -21,7 +21,7 @@ needs_accelerate = pytest.mark.skipif(
 )
 
 JOB = '''
-import os, signal, sys
+import os, signal, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,10 @@ OUT, AMOUNT = Path(sys.argv[1]), 0.5
 
 
 def job(vlm, out, dies):
-    """An evaluation with edits and a profile; the second process kills itself at its second picture, once."""
+    """An evaluation with edits and a profile; the second process kills itself at its second picture, once.
+
+    Until then the first one stays at its first picture, however late the second may be.
+    """
     from mechvlm.evaluate.task import Task
     from mechvlm.processes import here
 
@@ -43,6 +46,8 @@ def job(vlm, out, dies):
         if dies and here().number == 1 and len(asked) == 2 and not (out / "killed").exists():
             (out / "killed").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+        while dies and here().number == 0 and not (out / "killed").exists():
+            time.sleep(0.05)
         return own(self, items)
 
     Task.answers = dying
