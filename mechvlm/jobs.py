@@ -80,8 +80,10 @@ class JobBackend(Backend):
         content = None if self.job is None else found_again(self.job, self.host, self.server)
         if content is None:
             check(self.host, self.model_key, self.server)
-            self.job = send(self, self.payload(tracer))
+            blob = self.payload(tracer)
+            self.job = send(self, blob)
             content = wait(self.job, self.host, self.server)
+            self.traffic = (len(blob), 0)
         assert self.job is not None
         self.traffic = (self.traffic[0], len(content))
         saved = unpacked(self.job, content)
@@ -240,7 +242,7 @@ def wait(job: Job, host: Host, server: Server, forgotten: bool = True) -> bytes:
         while True:
             why = ""
             try:
-                content = asked_once(job, host, server, lambda part: bar.set_description_str(f"{job.id} {part}"))
+                content = asked_once(job, host, server, lambda part: tell(bar, f"job {job.id} {part}"))
             except Unreachable as trouble:
                 content, why = None, str(trouble)
             except LookupError as trouble:
@@ -252,8 +254,14 @@ def wait(job: Job, host: Host, server: Server, forgotten: bool = True) -> bytes:
                 ledger.keep(job, content)
                 return content
             line = f"job {job.id} {job.state} {job.description.strip()}"
-            bar.set_description_str(f"{line} ({why}; asking again)" if why else line)
+            tell(bar, f"{line} ({why}; asking again)" if why else line)
             asking.rest(why)
+
+
+def tell(bar: tqdm, line: str) -> None:
+    """Show how a job goes, once it has taken longer than the bar's delay."""
+    bar.set_description_str(line, refresh=False)
+    bar.update(0)
 
 
 def asked_once(job: Job, host: Host, server: Server, seen: Callable[[str], object]) -> bytes | None:

@@ -203,7 +203,7 @@ def place_of(remote: Any) -> Here | There:
         )
     ship("mechvlm")
     if remote == "local":
-        return There(Simulated, "here, as if elsewhere")
+        return There(Simulated, "this machine, as if elsewhere")
     server = remote if isinstance(remote, Server) else Server(None if remote is True else remote)
     return There(lambda model, asked: job_of(model, asked, server), server.host or "NDIF")
 
@@ -212,10 +212,11 @@ def job_of(model: Any, asked: tuple, server: Server) -> Backend:
     """What sends a block to a server as one job, which is known again by what is asked for.
 
     Args:
-        asked: the function, and what it is given.
+        asked: the function, and what it is given; empty for a job that is sent whatever was sent before.
         server: where it is sent, and how it is waited for.
     """
     from mechvlm.fingerprints import fingerprint  # which knows models, whose places these are
 
     env = model._remoteable_get_env()
-    return JobBackend(model.to_model_key(), server, env, fingerprint(*asked, sorted(env.items())), payload=payload)
+    known = fingerprint(*asked, sorted(env.items())) if asked else ""
+    return JobBackend(model.to_model_key(), server, env, known, payload=payload)

@@ -287,6 +287,8 @@ class VLM:
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
         prompts = batches.check_prompts(prompt, self.shape)
+        if self.embedding.is_meta and self.place.remote:
+            settings = {"backend": self.place.backend(self.model, ()), **settings}
         return self.model.trace(**self.batch(prompts, make_plan(prompts, self.shape)), **settings)
 
     def unembed(self, h: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch vocab"]:

@@ -6,10 +6,12 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import loopback
 import numpy as np
 import tiny
 import torch
 import xarray as xr
+import zoo
 from torch import Tensor
 
 import mechvlm as mv
@@ -179,3 +181,26 @@ def test_a_row_of_an_activation_comes_back_without_the_rest_of_it() -> None:
     whole, row = mv.remote.traffic(vlm).back
     assert whole - row > 2 * (len(question()) - 1) * vlm.shape.d_model["text"]  # random floats are not made smaller
     assert mv.remote.traffic(mv.VLM(local().hf)).empty
+
+
+@zoo.second_environment
+@pytest.mark.filterwarnings("ignore")
+def test_what_functions_name_goes_along_to_a_server_and_a_plain_trace_is_a_job(server: loopback.Server) -> None:
+    here = mv.VLM(local().hf, local().processor, "tiny")
+    there = mv.load(server.deploy(here.hf, here.processor), remote=server.url)
+    real, probe = question(), torch.nn.Linear(here.shape.d_model["text"], 2)
+    seen, held = here.run(real, read=[STREAM]), functools.lru_cache(lambda number: number / 2)
+
+    def mixed(x: Tensor) -> Tensor:
+        x[:, real.image] += held(3) * seen[STREAM][:, real.image] + probe(x).sum()
+        return x
+
+    edits = [mv.Edit(STREAM, mixed)]
+    assert there.run(real, edits=edits).logits.equal(here.run(real, edits=edits).logits)
+    ((sent, back),) = mv.remote.traffic(there).values
+    assert 0 < back < sent < 100_000
+    with there.trace(real):
+        stream = there.model.model.language_model.layers[1].output.save()
+    assert stream.equal(seen[STREAM])
+    with pytest.raises(ValueError, match="its weights are elsewhere; check it where they are"):
+        there.check(real)

@@ -26,8 +26,17 @@ def check(vlm: Any, prompt: Prompt | None = None, show: bool = True) -> Any:
     Args:
         prompt: by default a question about a picture of coloured squares, where the model has a processor.
         show: also write the table to standard output.
+
+    Raises:
+        ValueError: for a model whose weights are not here.
     """
     import pandas  # half a second to import, and only needed here
+
+    if vlm.place.remote and vlm.embedding.is_meta:
+        raise ValueError(
+            f"the laws compare {vlm.name} with itself run without mechvlm, and its weights are elsewhere; check it "
+            "where they are, mv.load(name).check()."
+        )
 
     prompt = prompt or vlm.prompt(squares(), "Is there a dog in the image?")
     found = [finding for law in LAWS for finding in law(vlm, prompt)]
