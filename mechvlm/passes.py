@@ -221,6 +221,8 @@ def steps(
     with warnings.catch_warnings():
         # The loop has no end of its own: it is cut where generation stops, and nnsight says so.
         warnings.filterwarnings("ignore", message="(?s).*was never reached")
+        # Before 5.23 transformers takes the place of the first weights, which may be kept elsewhere, for the model's.
+        warnings.filterwarnings("ignore", message="You are calling .generate.. with the `input_ids` being on a device")
         shows = vlm.place.ask(vlm.model, generated, vlm.arch, plan, dict(batch), dict(settings), mixer)
     check_fired(plan, shows["fired"])
     found: dict[str, Any] = shows

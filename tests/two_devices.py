@@ -175,9 +175,9 @@ def third(logits: Tensor) -> Tensor:
     return logits[:, 3]
 
 
-def compared(name: str, late: bool) -> None:
+def compared(name: str, half: bool) -> None:
     """A model on two devices is the model on one."""
-    vlm, whole = split(name, late), zoo.build(name)
+    vlm, whole = split(name, half), zoo.build(name)
     real = zoo.ask(whole, tiny.picture())
     towers = whole.shape.kinds.items()
     every = [mv.Site(kind, n, tower) for tower, layers in towers for n, kinds in enumerate(layers) for kind in kinds]
@@ -194,6 +194,10 @@ def compared(name: str, late: bool) -> None:
     swept = [mv.sweep(model, real, lambda n: points[n], third, n=range(len(points))) for model in (vlm, whole)]
     near(swept[0].values, swept[1].values)
     assert swept[0].attrs["engine"] == swept[1].attrs["engine"] and "rerun" in swept[0].attrs["engine"]
+    # Points that all begin in the last layer, where no row comes from the layer before.
+    late = [[mv.ablate_heads(vlm.shape.layers["text"] - 1, [head])] for head in range(4)]
+    swept = [mv.sweep(model, real, lambda n: late[n], third, n=range(4)) for model in (vlm, whole)]
+    near(swept[0].values, swept[1].values)
     near(mv.logit_lens(vlm, real)["probability"].values, mv.logit_lens(whole, real)["probability"].values)
 
 
@@ -209,7 +213,7 @@ def edits_of(vlm: mv.VLM, real: mv.Prompt, run: mv.Run) -> list[list[mv.Edit]]:
         [mv.patch(mv.Site("resid_post", last), source, [2, 3])],
         [mv.patch(mv.Site("resid_post", 0), source)],
         [mv.steer(mv.Site("mlp_out", last), source[0, 0], 0.5, real.last)],
-        [mv.Edit(mv.Site("attn_out", last), lambda x: x * 2)],
+        *([mv.Edit(mv.Site("attn_out", layer), lambda x: x * 2)] for layer in range(last + 1)),
         [mv.Edit("image_features", lambda x: x * 2)],
     ]
 
@@ -223,9 +227,9 @@ def main() -> None:
         except RuntimeError as error:
             met = str(error)
         assert "same device" in met, "the second device refuses nothing"
-        for name in ("llava", "qwen3_vl"):
-            for late in (False, True):
-                compared(name, late)
+        for name in ("llava", "qwen3_vl", "mllama"):
+            compared(name, half=False)
+            compared(name, half=True)
         vlm, whole = split("llava", True), zoo.build("llava")
         real = zoo.ask(whole, tiny.picture())
         asked = [real, real.with_text("is there a blue cat in the image ?")]
