@@ -8,6 +8,7 @@ from typing import Any
 
 import loopback
 import numpy as np
+import pytest
 import tiny
 import torch
 import xarray as xr
