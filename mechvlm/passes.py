@@ -153,10 +153,15 @@ def passed(
         shows |= {"logits": logits[:, :0], "metric": what.value(logits)}
     fired, saved, grads = sorted(visit.fired), visit.saved, visit.grads
     if what.reduce is not None:
-        read = {site: steps[0][0][1] for site, steps in saved.items()}
-        shows["reduced"] = what.reduce(read, {site: kept[0][1] for site, kept in grads.items()})
+        read = {site: of_groups(steps[0]) for site, steps in saved.items()}
+        shows["reduced"] = what.reduce(read, {site: of_groups(kept) for site, kept in grads.items()})
         saved, grads = {}, {}
     return {**shows, "saved": saved, "grads": grads, "fired": fired}
+
+
+def of_groups(kept: Sequence[tuple]) -> Any:
+    """What was read of a site; of several groups of rows a list, one for each group."""
+    return kept[0][1] if len(kept) == 1 else [value for _, value in kept]
 
 
 def placed(batch: Mapping[str, Tensor], embed: torch.nn.Module) -> dict[str, Tensor]:

@@ -238,8 +238,9 @@ class VLM:
         Args:
             asked: for each run what `run` takes, by name. `value`, a function of the logits `batch vocab`, is evaluated
                 where the model runs; `run.metric` is then what it returns, and `run.logits` are left there. `reduce`, a
-                function of two mappings, from sites as tuples (kind, layer, tower) to what was read of one prompt and
-                to its gradients, is evaluated there too; `run.reduced` is what it returns, and the readings are left.
+                function of two mappings, from sites as tuples (kind, layer, tower) to what was read and to its
+                gradients (a list where rows have images of their own), is evaluated there too; `run.reduced` is what it
+                returns, and the readings are left.
 
         Raises:
             ValueError, TypeError: as `run` does, of each when its turn comes, or of all before the job is sent.

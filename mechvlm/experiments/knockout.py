@@ -13,17 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
-from jaxtyping import Float
-from torch import Tensor
 
-from mechvlm.batch import check_prompts, metric_values
+from mechvlm.batch import check_prompts
 from mechvlm.edits import Edit
 from mechvlm.experiments.edges import Edge, Edges, Window, check_among_words, cuts, edges_of, random_keys, windows_of
 from mechvlm.experiments.objects import Objects, objects_of
 from mechvlm.experiments.record import metric_name, metric_unit, record, word_list
-from mechvlm.experiments.sweep import numbers, sweeping
+from mechvlm.experiments.sweep import numbers, sweeping, value_and_top
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.metrics import Metric, WordMetric, probability
 from mechvlm.prompt import Prompt
@@ -210,7 +207,9 @@ def _measured(
     own = [metric if metric is not None or answer is None else probability(answer) for answer in given]
     known = [None if one is None else vlm.metric(one) for one in own]
     measures, base, right = [], [], []
-    asked = [{"prompt": prompt, "value": partial(_said, one)} for prompt, one in zip(prompts, known, strict=True)]
+    asked = [
+        {"prompt": prompt, "value": partial(value_and_top, one)} for prompt, one in zip(prompts, known, strict=True)
+    ]
     for answer, one, run in zip(given, known, vlm.runs(asked), strict=True):
         both: Any = run.metric
         value, top = float(both[0, 0]), int(both[0, 1])
@@ -218,13 +217,6 @@ def _measured(
         base.append(value)
         right.append(answer is None or top == answer or (isinstance(answer, str) and top in vlm.token_ids(answer)))
     return measures, base, np.array(right, dtype=bool)
-
-
-def _said(measure: Metric | None, logits: Float[Tensor, "1 vocab"]) -> Float[Tensor, "1 2"]:
-    """A metric, by default the probability of the likeliest token, and that token."""
-    top = int(logits[0].argmax())
-    value = metric_values(probability(top).resolve(lambda _: [top]) if measure is None else measure, logits)
-    return torch.stack([value.double(), torch.full_like(value, top, dtype=torch.float64)], -1)
 
 
 def _swept(

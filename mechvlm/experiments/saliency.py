@@ -17,7 +17,6 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.inputs import (
     PATCHED,
@@ -30,9 +29,11 @@ from mechvlm.experiments.inputs import (
 )
 from mechvlm.experiments.paths import baseline_of, between, edits_to, noisy, points_of
 from mechvlm.experiments.record import metric_unit, one_prompt, record
-from mechvlm.experiments.sweep import numbers, rows_for, runs_of
+from mechvlm.experiments.sweep import numbers, rows_for, runs_of, valued
 from mechvlm.metrics import Metric
+from mechvlm.plan import key_of
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import together
 from mechvlm.sites import Site, number, whole
 from mechvlm.vlm import VLM
 
@@ -130,8 +131,8 @@ def integrated_gradients(
     if not allowed >= 0:
         raise ValueError(f"tolerance={allowed:g} is no fraction of a difference; give a number from 0, such as 0.05.")
     least_said, other = baseline_of(one_prompt(prompt), at, baseline)
-    x = _inputs(vlm, prompt, sites)
-    base = {site: torch.zeros_like(x[site]) for site in sites} if other is None else _inputs(vlm, other, sites)
+    x, *others = _inputs(vlm, [prompt] if other is None else [prompt, other], sites)
+    base = others[0] if others else {site: torch.zeros_like(x[site]) for site in sites}
     way = {site: x[site] - base[site] for site in sites}
     value, least = _ends(vlm, prompt, metric, base)
     for count in STEPS if steps is None else [steps]:
@@ -189,7 +190,7 @@ def smooth_grad(
         raise ValueError(
             f"samples={count} and noise={spread:g} average nothing; give 1 sample or more, and noise from 0."
         )
-    x = _inputs(vlm, one_prompt(prompt), sites)
+    (x,) = _inputs(vlm, [one_prompt(prompt)], sites)
     seeds = np.random.SeedSequence(whole("seed", seed)).generate_state(count * len(sites)).reshape(count, len(sites))
     variants = [
         edits_to({site: partial(noisy, x[site], spread, int(own)) for site, own in zip(sites, row, strict=True)})
@@ -202,10 +203,10 @@ def smooth_grad(
     return _result(vlm, prompt, metric, (product, gradient), name, **how)
 
 
-def _inputs(vlm: VLM, prompt: Prompt, sites: Sequence[Site]) -> dict[Site, Tensor]:
-    """What a picture hands on at some sites."""
-    run = vlm.run(prompt, read=sites)
-    return {site: run[site].double() for site in sites}
+def _inputs(vlm: VLM, prompts: Sequence[Prompt], sites: Sequence[Site]) -> list[dict[Site, Tensor]]:
+    """What each of some pictures hands on at some sites."""
+    runs = vlm.runs({"prompt": prompt, "read": sites} for prompt in prompts)
+    return [{site: run[site].double() for site in sites} for run in runs]
 
 
 def _averaged(
@@ -217,22 +218,28 @@ def _averaged(
     weights: Sequence[float],
     batch_size: int | None,
 ) -> dict[Site, Tensor]:
-    """The gradients of variants of a prompt at some sites, summed by weight."""
+    """The gradients of variants of a prompt at some sites, summed by weight, where the model runs."""
     size = max(1, rows_for(prompt) // 4) if batch_size is None else batch_size
-    total: dict[Site, Any] = dict.fromkeys(sites, 0.0)
-    left = iter(weights)
-    for run in runs_of(vlm, prompt, variants, dict.fromkeys(sites), size, grad_of=metric):
-        for row in run.rows:
-            weight = next(left)
-            total = {site: total[site] + weight * row.grad[site].double() for site in sites}
-    return total
+    left, keys = list(weights), [key_of(site) for site in sites]
+    total: dict[tuple, Any] = dict.fromkeys(keys, 0.0)
+
+    def summed(_read: dict, gradients: dict) -> dict[tuple, Tensor] | None:
+        own = left[:size]
+        del left[:size]
+        for key in keys:
+            held = gradients[key]
+            for weight, row in zip(own, held if isinstance(held, list) else held.chunk(len(own)), strict=True):
+                total[key] = total[key] + weight * row.double()
+        return None if left else total
+
+    *_, run = runs_of(vlm, prompt, variants, dict.fromkeys(sites), size, metric, summed)
+    return {site: run.reduced[key] for site, key in zip(sites, keys, strict=True)}
 
 
 def _ends(vlm: VLM, prompt: Prompt, metric: Metric, base: Values) -> tuple[float, float]:
     """The metric at the input and at the baseline."""
     least = edits_to({site: partial(between, start, start, 0.0) for site, start in base.items()})
-    measure = vlm.metric(metric)
-    first, last = (float(metric_values(measure, vlm.run(prompt, edits=edits).logits)[0]) for edits in ([], least))
+    first, last = together(vlm, [valued(vlm, prompt, metric, edits) for edits in ([], least)])
     return first, last
 
 

@@ -87,12 +87,15 @@ def sinks(
     one_prompt(prompt)
     chosen = chosen_layers(vlm, layers)
     first = (prompt.bos or [0])[0]
-    massive = _dims(vlm, prompt, first, dims)
+    massive = _dims(vlm, dims)
     above, times = _positive("threshold", threshold), _positive("alpha", alpha)
     own = [layer for layer in chosen if layer in own_layers(vlm)]
     state = states(massive, first)
     read: dict[Any, Any] = {Site("resid_pre", layer): state for layer in chosen}
-    run = vlm.run(prompt, read={**read, **{Site("pattern", layer): lazy(column_mass) for layer in own}})
+    read |= {Site("pattern", layer): lazy(column_mass) for layer in own}
+    before = [] if massive else [_first(vlm, prompt, first, massive)]
+    *looked, run = vlm.runs([*before, {"prompt": prompt, "read": read}])
+    massive = looked[0].reduced if looked else massive
     seen = np.stack([numbers(run[Site("resid_pre", layer)][0]) for layer in chosen])  # layer position 2
     columns = np.full((len(chosen), vlm.shape.heads["text"], len(prompt)), np.nan)
     for layer in own:
@@ -238,8 +241,8 @@ def _places(prompt: Prompt) -> dict[str, Any]:
     return {"position": np.arange(len(prompt)), **texts, **along}
 
 
-def _dims(vlm: VLM, prompt: Prompt, first: int, dims: Sequence[int] | None) -> list[int]:
-    """Dimensions as they were given, or the two in which the first token's state is massive."""
+def _dims(vlm: VLM, dims: Sequence[int] | None) -> list[int]:
+    """Dimensions as they were given; none where they are to be found."""
     width = vlm.shape.d_model["text"]
     if dims is not None:
         given = list(whole_numbers("dims", dims))
@@ -248,13 +251,26 @@ def _dims(vlm: VLM, prompt: Prompt, first: int, dims: Sequence[int] | None) -> l
             what = f"dimension {wrong[0]}" if wrong else "an empty list"
             raise ValueError(f"dims holds {what}; the residual stream has dimensions 0 to {width - 1}.")
         return given
+    return []
+
+
+def _first(vlm: VLM, prompt: Prompt, first: int, massive: list[int]) -> dict[str, Any]:
+    """A run that finds the two dimensions in which the first token's state is massive.
+
+    Args:
+        massive: where they are put, for the run after it, wherever both run.
+    """
     count = vlm.shape.layers["text"]
     sites = [Site("resid_pre", layer) for layer in range(count // 4, max(count - count // 4, 1))]
-    run = vlm.run(prompt, read=dict.fromkeys(sites, lambda h: h[:, first]))
-    found = np.stack([numbers(run[site][0]) for site in sites])
-    rms = np.sqrt((found**2).mean(-1, keepdims=True))
-    large = (np.abs(found) / np.where(rms > 0, rms, 1.0)).mean(0)
-    return np.argsort(-large, kind="stable")[:2].tolist()
+
+    def look(read: dict, _gradients: dict) -> list[int]:
+        found = np.stack([numbers(state[0]) for state in read.values()])
+        rms = np.sqrt((found**2).mean(-1, keepdims=True))
+        large = (np.abs(found) / np.where(rms > 0, rms, 1.0)).mean(0)
+        massive.extend(np.argsort(-large, kind="stable")[:2].tolist())
+        return massive
+
+    return {"prompt": prompt, "read": dict.fromkeys(sites, lambda h: h[:, first]), "reduce": look}
 
 
 def _positive(name: str, value: Any) -> float:

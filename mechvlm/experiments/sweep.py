@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.shards import Shards
 from mechvlm.fingerprints import fingerprint, weights_print
-from mechvlm.metrics import Metric
+from mechvlm.metrics import Metric, probability
 from mechvlm.points import answering, rows_for, way_of
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done
@@ -169,6 +171,19 @@ def valued(vlm: VLM, prompt: Prompt, metric: Metric, edits: Sequence[Edit] = ())
     return float(found[0])
 
 
+def value_and_top(measure: Metric | None, logits: Float[Tensor, "1 vocab"]) -> Float[Tensor, "1 2"]:
+    """A metric, by default the probability of the likeliest token, and that token.
+
+    Example:
+        >>> value, top = value_and_top(None, vlm.run(real).logits)[0].tolist()
+        >>> vlm.word(int(top)), round(value, 2)
+        ('yes', 0.93)
+    """
+    top = int(logits[0].argmax())
+    value = metric_values(probability(top).resolve(lambda _: [top]) if measure is None else measure, logits)
+    return torch.stack([value.double(), torch.full_like(value, top, dtype=torch.float64)], -1)
+
+
 def sweep_print(vlm: VLM, prompt: Prompt, variants: Sequence[Sequence[Edit]], measure: Metric) -> str:
     """What a sweep is: model, prompt, metric and edits."""
     about = {name: text for name, text in vlm.provenance(prompt).items() if name not in ("device", "edits")}
@@ -183,10 +198,15 @@ def runs_of(
     read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
     batch_size: int | None = None,
     grad_of: Metric | None = None,
+    reduce: Callable[[dict, dict], Any] | None = None,
 ) -> Iterator[Run]:
     """Run variants of a prompt by full passes, some at a time, with a progress bar where it takes more than a second.
 
-    For what is read of them, or for gradients; where the last logits are all, `measured` is faster.
+    For what is read of them, or for gradients; where the last logits are all, `measuring` is faster. Elsewhere all of
+    them are one job.
+
+    Args:
+        reduce: as of `VLM.runs`, of each batch.
 
     Raises:
         ValueError: for a batch size below one.
@@ -194,10 +214,11 @@ def runs_of(
     size = rows_for(prompt) if batch_size is None else whole("batch_size", batch_size)
     if size < 1:
         raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
+    groups = [variants[start : start + size] for start in range(0, len(variants), size)]
+    same = {"prompt": prompt, "read": read or (), "grad_of": grad_of, "reduce": reduce}
     with progress(len(variants), "run") as bar:
-        for start in range(0, len(variants), size):
-            rows = variants[start : start + size]
-            yield vlm.run(prompt, read=read or (), variants=rows, grad_of=grad_of)
+        for rows, run in zip(groups, vlm.runs({**same, "variants": rows} for rows in groups), strict=True):
+            yield run
             bar.update(len(rows))
 
 

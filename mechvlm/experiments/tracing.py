@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from mechvlm.batch import check_prompts, metric_values
+from mechvlm.batch import check_prompts
 from mechvlm.edits import Edit, patch
 from mechvlm.experiments.edges import Window, windows_of
 from mechvlm.experiments.inputs import input_sites
@@ -22,9 +23,10 @@ from mechvlm.experiments.knockout import interval
 from mechvlm.experiments.objects import object_tokens
 from mechvlm.experiments.record import metric_name, metric_unit, one_prompt, record
 from mechvlm.experiments.sight import check_layers_run, cross_layers, deepstack_layers, image_dim, named
-from mechvlm.experiments.sweep import sweep, values_of_axis
+from mechvlm.experiments.sweep import numbers, sweeping, value_and_top, valued, values_of_axis
 from mechvlm.metrics import Metric, probability
 from mechvlm.prompt import Prompt
+from mechvlm.rounds import Work, beside, both, together
 from mechvlm.run import Run
 from mechvlm.sites import Site, number, told, whole, whole_numbers
 from mechvlm.vlm import VLM
@@ -102,23 +104,28 @@ def causal_trace(
     entries, own = input_sites(vlm, on, "on"), _corrupted_tokens(prompt, on, objects)
     dim, places = _places(prompt, spans, positions, own)
     windows = {one.name: one for one in windows_of(vlm, window, layers)}
-    clean = vlm.run(prompt, read=_read(vlm, kind, windows.values(), entries))
-    stds = _stds(vlm, [prompt] if std_of is None else check_prompts(std_of, vlm.shape), entries)
-    measure = vlm.metric(probability(int(clean.logits[0].argmax())) if metric is None else metric)
+    given = None if metric is None else vlm.metric(metric)
+    read = _read(vlm, kind, windows.values(), entries)
+    shown = [prompt] if std_of is None else check_prompts(std_of, vlm.shape)
+    (clean,), stds = both(vlm, _clean(prompt, read, given), _stds(shown, entries))
+    value, top = numbers(clean.metric)[0].tolist()
+    measure = vlm.metric(probability(int(top))) if given is None else given
 
     def put_back(layer: int | str, **place: Any) -> list[Edit]:
         return restored(vlm, prompt, clean, kind, windows[layer], places[place[dim]])
 
-    corrupted, found, sized = [], [], {site: noise * std for site, std in stds.items()}
-    for at, edits in enumerate(noises(prompt, clean, sized, own, samples, seed)):
+    axes: dict[str, Any] = {"layer": list(windows), dim: list(places)}
+
+    def sample(at: int, edits: list[Edit]) -> Work[list[Any]]:
         noisy, folder = vlm.with_edits(edits), None if out is None else Path(out) / f"sample-{at}"
-        corrupted.append(float(metric_values(measure, noisy.run(prompt).logits)[0]))
-        axes: dict[str, Any] = {"layer": list(windows), dim: list(places)}
-        found.append(sweep(noisy, prompt, put_back, measure, batch_size, folder, **axes))
+        swept = sweeping(noisy, prompt, put_back, measure, batch_size, folder, **axes)
+        return beside([valued(noisy, prompt, measure), swept])
+
+    sized = {site: noise * std for site, std in stds.items()}
+    noisy = (sample(*one) for one in enumerate(noises(prompt, clean, sized, own, samples, seed)))
+    corrupted, found = (list(part) for part in zip(*together(vlm, noisy), strict=True))
     said = measure if metric is None else metric
-    result = _dataset(
-        found, float(metric_values(measure, clean.logits)[0]), corrupted, list(windows.values()), level, said
-    )
+    result = _dataset(found, value, corrupted, list(windows.values()), level, said)
     about = record(vlm, [prompt], said, site=kind, noise=noise, on=on, seed=seed, level=level)
     about["engine"] = found[0].attrs["engine"]
     return result.assign_attrs({**about, **_about(vlm, list(windows), window, stds)})
@@ -248,14 +255,22 @@ def _read(vlm: VLM, kind: str, windows: Iterable[Window], entries: Sequence[Site
     return [*dict.fromkeys([*entries, *input_sites(vlm, "image_features"), *inside.values()])]
 
 
-def _stds(vlm: VLM, prompts: Sequence[Prompt], entries: Sequence[Site]) -> dict[Site, float]:
+def _clean(prompt: Prompt, read: Sequence[Site], measure: Metric | None) -> Work[list[Any]]:
+    """The run that is put back, with its metric and likeliest token."""
+    return list((yield [{"prompt": prompt, "read": read, "value": partial(value_and_top, measure)}]))
+
+
+def _stds(prompts: Sequence[Prompt], entries: Sequence[Site]) -> Work[dict[Site, float]]:
     """The standard deviation of all numbers at each place where pictures enter, over all prompts."""
     sums = {site: np.zeros(3) for site in entries}
-    for prompt in prompts:
-        run = vlm.run(prompt, read=entries)
+
+    def powers(features: Tensor) -> Tensor:
+        x = features.double()
+        return torch.stack([torch.tensor(float(x.numel())).to(x), x.sum(), (x**2).sum()])[None]
+
+    for run in (yield [{"prompt": prompt, "read": dict.fromkeys(entries, powers)} for prompt in prompts]):
         for site in entries:
-            x = run[site].double()
-            sums[site] += [x.numel(), float(x.sum()), float((x**2).sum())]
+            sums[site] += numbers(run[site])[0]
     return {site: float(np.sqrt(max(0.0, (of - total**2 / n) / (n - 1)))) for site, (n, total, of) in sums.items()}
 
 

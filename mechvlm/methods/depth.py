@@ -7,21 +7,25 @@ kind are looked at by themselves, and many layers are many tests.
 Frozen({'item': 2, 'layer': 8})
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
+from torch import Tensor
 
 from mechvlm.evaluate import read_pope, stats
 from mechvlm.experiments.published import published
 from mechvlm.experiments.record import record
 from mechvlm.experiments.sight import own_layers
 from mechvlm.experiments.sweep import numbers
+from mechvlm.lazy_attention import Attention
 from mechvlm.methods.asked import prompt_of
 from mechvlm.methods.published import ZONE
 from mechvlm.prompt import Prompt
-from mechvlm.readings import mass
+from mechvlm.readings import Mass, lazy, mass
 from mechvlm.sites import Site, told, whole_numbers
 from mechvlm.vlm import VLM
 
@@ -117,25 +121,32 @@ def item_attention(
     Source:
         VIAR's `neglect_depth` and `layer_text2vis`, which differ from this by the convention.
     """
-    old, own, rows = published(convention), own_layers(vlm), dict[int, np.ndarray]()
-    prompts: list[Prompt] = []
-    for item in read_pope(questions, split):
-        if item.duplicate_of != item.number:
-            rows[item.number] = rows[item.duplicate_of]
-            continue
-        prompts.append(prompt_of(vlm, item, images, template))
-        count, size = len(prompts[-1].image), len(prompts[-1])
-        keys = list(range(count)) if old else prompts[-1].image
-        text = list(range(count, size)) if old else prompts[-1].question + prompts[-1].last
-        reading = mass({"image": keys}, queries=text)
-        run = vlm.run(prompts[-1], read={Site("pattern", layer): reading for layer in own})
-        paid = np.array([numbers(run[Site("pattern", layer)].float().mean()) for layer in own])
-        rows[item.number] = paid / count if old else paid
+    old, own, found = published(convention), own_layers(vlm), dict[int, np.ndarray]()
+    items, prompts = list(read_pope(questions, split)), list[Prompt]()
+    fresh = [item for item in items if item.duplicate_of == item.number]
+
+    def asked() -> Iterator[dict[str, Any]]:
+        for item in fresh:
+            prompts.append(prompt_of(vlm, item, images, template))
+            count, size = len(prompts[-1].image), len(prompts[-1])
+            keys = list(range(count)) if old else prompts[-1].image
+            text = list(range(count, size)) if old else prompts[-1].question + prompts[-1].last
+            reading = lazy(partial(_paid, mass({"image": keys}, queries=text)))
+            yield {"prompt": prompts[-1], "read": {Site("pattern", layer): reading for layer in own}}
+
+    for number, (item, run) in enumerate(zip(fresh, vlm.runs(asked()), strict=True)):
+        paid = np.array([numbers(run[Site("pattern", layer)][0]) for layer in own])
+        found[item.number] = paid / len(prompts[number].image) if old else paid
     named = {"long_name": "attention density", "units": "1/key"} if old else {"long_name": "attention mass"}
     about = {"units": "fraction", **named, "convention": convention or "corrected"}
-    values = np.stack(list(rows.values()))
-    coords = {"item": list(rows), "layer": own}
+    values = np.stack([found[item.duplicate_of] for item in items])
+    coords = {"item": [item.number for item in items], "layer": own}
     return xr.DataArray(values, coords, ["item", "layer"], "attention", {**record(vlm, prompts[:1]), **about})
+
+
+def _paid(reading: Mass, attention: Attention) -> Float[Tensor, " 1"]:
+    """What one layer's rows pay, on average over them and over heads."""
+    return reading.of(attention, "pattern").float().mean()[None]
 
 
 def _published_d(values: np.ndarray, right: np.ndarray) -> float:
