@@ -1,6 +1,9 @@
 """The command line: `python -I -S -c ... --results=FOLDER --settled=FILE [--port=N]`."""
 
 import argparse
+import os
+import threading
+import time
 from pathlib import Path
 
 import torch
@@ -27,7 +30,16 @@ parser.add_argument("--default-dtype", default="float32")
 parser.add_argument("--weightless", action="store_true")
 given = parser.parse_args()
 
+
+def end_with(parent: int) -> None:
+    """End when the process that started this one has ended, however it did."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(0)
+
+
 torch.set_num_threads(1)
+threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
 if given.weightless:
     stand_apart()
 wire = Wire(given.port, Runs(given.results, Faults(), vars(torch)[given.default_dtype]))
