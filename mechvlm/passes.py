@@ -167,6 +167,8 @@ def of_groups(kept: Sequence[tuple]) -> Any:
 def placed(batch: Mapping[str, Tensor], embed: torch.nn.Module) -> dict[str, Tensor]:
     """A batch where words are embedded, and pictures in the type of their embeddings."""
     device, dtype = runs_on(embed), embed.get_parameter("weight").dtype
+    if device.type == "meta":  # sent code may have no weights beside it; the server puts inputs where they are
+        return {name: x.to(dtype) if x.is_floating_point() else x for name, x in batch.items()}
     return {name: x.to(device, dtype if x.is_floating_point() else x.dtype) for name, x in batch.items()}
 
 

@@ -67,7 +67,9 @@ def normed(model: Any, arch: Parts, h: Tensor) -> Tensor:
     """Residual streams after the final norm."""
     embed, norm = at(model, str(arch.text.embed))._module, at(model, arch.norm)
     with torch.no_grad():
-        found: Tensor = norm(h.to(runs_on(norm._module), embed.get_parameter("weight").dtype))
+        device, dtype = runs_on(norm._module), embed.get_parameter("weight").dtype
+        # Sent code may have no weights beside it: states are then where they have been made.
+        found: Tensor = norm(h.to(h.device if device.type == "meta" else device, dtype))
         return found
 
 
