@@ -27,7 +27,7 @@ from nnsight.tracing.util import push
 from tqdm import tqdm
 
 from mechvlm import failures, ledger
-from mechvlm.hosts import Host, Refused, Server, Unreachable, api_key
+from mechvlm.hosts import Host, Refused, Server, Unreachable, api_key, without_key
 from mechvlm.ledger import Job, repository
 
 CHECKED: set[tuple[str, str]] = set()
@@ -132,6 +132,7 @@ def send(backend: JobBackend, blob: bytes) -> Job:
     """
     host, server = backend.host, backend.server
     job = Job(str(uuid.uuid4()), host.url, backend.model_key, backend.fingerprint, compress=CONFIG.API.COMPRESS)
+    job.asked = without_key(str(failures.calling()).rstrip(","))
     request = RequestModel(model_key=job.model_key, compress=job.compress, env=backend.env)
     ledger.write(job)
     end, pause = time.monotonic() + server.lost, server.pause
@@ -237,7 +238,8 @@ def wait(job: Job, host: Host, server: Server, forgotten: bool = True) -> bytes:
     if kept is not None:
         return kept
     asking = Asking(job, server)
-    shown = {"bar_format": "{desc} [{elapsed}]", "leave": False, "delay": 1, "disable": not CONFIG.APP.REMOTE_LOGGING}
+    shown = {"bar_format": "{desc} [{elapsed}]", "leave": False, "delay": 1}
+    shown |= {} if CONFIG.APP.REMOTE_LOGGING else {"disable": True}  # else as TQDM_DISABLE says
     with tqdm(desc=f"job {job.id} {job.state}", **shown) as bar:
         while True:
             why = ""

@@ -38,6 +38,7 @@ class Job:
         description: what the server said with it; for an error its whole traceback.
         sent, changed: times in UTC.
         compress: whether what is sent and what comes back is compressed.
+        asked: the user's line that asked for it.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Job:
     sent: str = field(default_factory=now)
     changed: str = ""
     compress: bool = True
+    asked: str = ""
 
     @property
     def model(self) -> str:

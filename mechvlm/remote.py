@@ -67,13 +67,13 @@ def found(job_id: str) -> Job:
 
 
 def jobs() -> "pd.DataFrame":
-    """The jobs that are written down, a row each: what, where, in which state, and bytes of a result that is kept.
+    """The jobs that are written down, a row each: by which line, where, in which state, and bytes of a kept result.
 
     States are those of the last question; `resume` asks anew.
     """
     import pandas as pd
 
-    columns = ["job", "model", "host", "state", "description", "sent", "changed", "fingerprint", "kept"]
+    columns = ["job", "asked", "model", "host", "state", "description", "sent", "changed", "kept"]
     rows = [
         {
             **vars(job),
