@@ -235,7 +235,7 @@ def test_a_job_whose_process_died_is_collected_by_the_next(place: Place) -> None
     assert torch.equal(mv.remote.resume(job.id)["found"], place.logits)
     assert torch.equal(place.run(answer, "f"), place.logits)
     assert (only_job().state, mv.remote.jobs().kept.tolist()) == ("COLLECTED", [0])
-    assert "test_jobs_served.py:" in mv.remote.jobs().asked[0]  # the line that asked
+    assert "with model.session(" in mv.remote.jobs().asked[0]  # the line that asked
 
 
 def test_a_server_that_dies_and_comes_back_still_has_the_result(place: Place) -> None:
