@@ -24,7 +24,7 @@ from mechvlm.edits import Edit
 from mechvlm.hosts import Server
 from mechvlm.metrics import Metric, WordMetric, ids_of, text_of
 from mechvlm.passes import forwards, pass_of, placed, said_by
-from mechvlm.places import place_of
+from mechvlm.places import There, place_of
 from mechvlm.plan import Plan, check_edit, check_site, listed_edits, make_plan
 from mechvlm.prompt import Prompt
 from mechvlm.run import Generation, Run
@@ -288,7 +288,7 @@ class VLM:
     def trace(self, prompt: Prompt, **settings: Any) -> Any:
         """A plain nnsight trace of a prompt: `with vlm.trace(real): ...` on the modules of `vlm.model`."""
         prompts = batches.check_prompts(prompt, self.shape)
-        if self.embedding.is_meta and self.place.remote:
+        if isinstance(self.place, There) and self.embedding.is_meta:
             settings = {"backend": self.place.backend(self.model, ()), **settings}
         return self.model.trace(**self.batch(prompts, make_plan(prompts, self.shape)), **settings)
 
