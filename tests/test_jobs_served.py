@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import loopback
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -183,6 +184,25 @@ def test_a_server_can_keep_weights_from_shipped_code(place: Place) -> None:
         asked, own, shape, device = elsewhere.run(looks)
         assert torch.equal(asked, own) and shape == (32,) and device == "meta"
         assert "the weights are not where this code runs" in refusal(elsewhere, calls)
+
+
+def test_runs_need_no_weights_beside_their_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MECHVLM_JOBS", str(tmp_path))
+    here = tiny.vlm()
+    metric = mv.logit_difference(5, 7)
+    with loopback.serve(["--weightless"]) as apart:
+        folder = apart.deploy(here.hf, here.processor)
+        there = mv.load(folder, remote=mv.remote.Server(apart.url, pause=0.01, longest=0.05))
+        asked = [vlm.prompt(tiny.picture(), "is there") for vlm in (here, there)]
+        read, edits = ["text.1.pattern", "vision.1.resid_post"], [mv.bias_attention(1, asked[0].image, 1.0)]
+        one, other = (vlm.run(own, read, edits, grad_of=metric) for vlm, own in zip((here, there), asked, strict=True))
+        assert torch.equal(one.logits, other.logits)
+        for site in read:
+            assert torch.equal(one[site], other[site]) and torch.equal(one.grad[site], other.grad[site])
+        said = [vlm.generate(own, edits, 3).tokens for vlm, own in zip((here, there), asked, strict=True)]
+        assert torch.equal(*said)
+        lenses = [mv.logit_lens(vlm, own) for vlm, own in zip((here, there), asked, strict=True)]
+        np.testing.assert_allclose(lenses[0].probability, lenses[1].probability, atol=1e-6)
 
 
 @pytest.mark.parametrize("blocking", [True, False])
