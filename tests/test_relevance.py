@@ -282,6 +282,7 @@ class Largest(TorchDispatchMode):
         return made
 
 
+@pytest.mark.here
 @pytest.mark.parametrize("what", EVERY)
 def test_no_map_of_the_heads_is_ever_made_and_no_piece_is_larger_than_the_budget(
     vlm: mv.VLM, what: str, monkeypatch: pytest.MonkeyPatch
