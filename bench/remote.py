@@ -1,80 +1,94 @@
-"""What a job costs: bytes sent and brought back, and time beside the same run here, on a server of this machine.
+"""What jobs on a server cost: how many there are, bytes sent and brought back, and the time against the same call here.
 
-The server runs in an environment of its own, without mechvlm (`tests/loopback`). Models of several sizes are asked the
-same things: what is sent must not grow with the model, and each of them should be one job.
+A server on this machine runs random LLaVAs in an environment without mechvlm (`tests/loopback`); what is asked of them
+is a run that reads a layer's residual stream and pattern, an attention profile of 20 prompts, and the ablation of every
+head. Bytes are as they travel, compressed. Models have 2, 8 and 32 layers, and 8 layers of four times the width, which
+have sixteen times the weights. The time is the median of some rounds after a first one, whose jobs also check versions.
 
-    python bench/remote.py --widths 32 128 512 --demo
+    python bench/remote.py [--rounds 3] [--layers 2 8 32] [--widths 32 128] [--prompts 20]
 """
 
 import argparse
+import os
+import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+os.environ["HF_HUB_OFFLINE"] = "1"
 
-import loopback
-import tiny
-import torch
-from nnsight.schema.config import CONFIG
+import loopback  # noqa: E402
+import tiny  # noqa: E402
+import torch  # noqa: E402
 
-import mechvlm as mv
+import mechvlm as mv  # noqa: E402
 
-TASKS: dict[str, Callable[[mv.VLM, mv.Prompt], Any]] = {
-    "run": lambda vlm, prompt: vlm.run(prompt, read=["text.2.z"]),
-    "gradients": lambda vlm, prompt: vlm.run(prompt, read=["text.2.z"], grad_of=mv.logit_difference("yes", "no")),
-    "profile": mv.attention_profile,
-    "head sweep": lambda vlm, prompt: mv.ablate_each_head(vlm, prompt, mv.logit_difference("yes", "no")),
-}
+METRIC = mv.logit_difference("yes", "no")
+QUESTION = "is there a red dog in the image ?"
 
 
-def seconds(task: Callable[[], Any], times: int = 5) -> float:
-    """The shortest of some runs, after one to warm up."""
-    task()
-    taken = []
-    for _ in range(times):
+def calls(prompts: int) -> dict[str, Callable[[mv.VLM], Any]]:
+    """What is asked, by what it is called."""
+
+    def run(vlm: mv.VLM) -> Any:
+        return vlm.run(vlm.prompt(tiny.picture(), QUESTION), ["text.1.resid_post", "text.1.pattern"])
+
+    def profile(vlm: mv.VLM) -> Any:
+        return mv.attention_profile(vlm, [vlm.prompt(tiny.picture(number), QUESTION) for number in range(prompts)])
+
+    def heads(vlm: mv.VLM) -> Any:
+        return mv.ablate_each_head(vlm, vlm.prompt(tiny.picture(), QUESTION), METRIC)
+
+    return {"a run": run, f"a profile of {prompts} prompts": profile, "a sweep over heads": heads}
+
+
+def seconds(call: Callable[[mv.VLM], Any], vlm: mv.VLM, rounds: int) -> float:
+    """The median time of a call, the first one aside."""
+    times = []
+    for _ in range(rounds + 1):
         start = time.perf_counter()
-        task()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+        call(vlm)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
 
 
-def models(widths: list[int], demo: bool) -> Iterator[tuple[str, mv.VLM, Any, str]]:
-    """Models here, each with a picture and a question."""
-    for width in widths:
-        vlm = mv.VLM(tiny.model(width=width), tiny.processor(), name=f"width {width}")
-        yield f"width {width}", vlm, tiny.picture(), "is there a dog ?"
-    if demo:
-        yield "demo", mv.load("demo"), mv.demo.scenes()[0].image, "Is there a 7 in the image?"
+def measure(server: loopback.Server, layers: int, width: int, rounds: int, prompts: int) -> None:
+    """A row for each call of one model."""
+    here = tiny.vlm(layers=layers, width=width)
+    folder = server.deploy(here.hf, here.processor, name=f"{layers}-{width}")
+    weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    modules = len(list(here.hf.modules()))
+    for name, call in calls(prompts).items():
+        there = mv.load(str(folder), remote=server.url)
+        call(there)
+        traffic = mv.remote.traffic(there)
+        own, sent = seconds(call, here, rounds), seconds(call, there, rounds)
+        size = f"{layers} | {width} | {weights / 1e6:.2f} | {modules}"
+        bytes_of = f"{len(traffic)} | {traffic.sent.sum() / 1e3:.1f} | {traffic.back.sum() / 1e3:.1f}"
+        print(f"| {size} | {name} | {bytes_of} | {own:.3f} | {sent:.3f} |", flush=True)
 
 
 def main() -> None:
-    """Times each task here and there, and prints what was sent."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--widths", type=int, nargs="*", default=[32, 128, 512])
-    parser.add_argument("--demo", action="store_true")
+    """Measure what was asked for, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 8, 32])
+    parser.add_argument("--widths", type=int, nargs="+", default=[32, 128])
+    parser.add_argument("--prompts", type=int, default=20)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    CONFIG.APP.REMOTE_LOGGING = False
-    heads = f"{'jobs':>4} {'sent, kB':>9} {'back, kB':>9} {'here':>7} {'there':>7}"
-    print(f"{'model':>10} {'weights, kB':>12} {'task':>11} {heads}")
-    with loopback.serve() as server:
-        for name, here, picture, question in models(asked.widths, asked.demo):
-            folder = server.deploy(here.hf, here.processor, name.replace(" ", "-"))
-            there = mv.load(folder, remote=mv.remote.Server(server.url, pause=0.005, longest=0.02))
-            held = sum(x.numel() * x.element_size() for x in here.hf.parameters()) / 1000
-            for task, ask in TASKS.items():
-                prompts = here.prompt(picture, question), there.prompt(picture, question)
-                before = server.ask("/counts")["jobs"]
-                ask(there, prompts[1])
-                sent = list(server.ask("/counts")["requests"].values())[before:]
-                blob, back = (sum(one[key] for one in sent) / 1000 for key in ("blob", "out"))
-                local = seconds(lambda ask=ask, prompt=prompts[0], vlm=here: ask(vlm, prompt))  # type: ignore[misc]
-                remote = seconds(lambda ask=ask, prompt=prompts[1], vlm=there: ask(vlm, prompt))  # type: ignore[misc]
-                numbers = f"{len(sent):4d} {blob:9.1f} {back:9.1f} {local:5.3f} s {remote:5.3f} s"
-                print(f"{name:>10} {held:12.0f} {task:>11} {numbers}", flush=True)
+    sizes = [(layers, asked.widths[0]) for layers in asked.layers]
+    sizes += [(asked.layers[len(asked.layers) // 2], width) for width in asked.widths[1:]]
+    print("| layers | width | weights, MB | modules | call | jobs | sent, kB | back, kB | s, here | s, there |")
+    print("|--:|--:|--:|--:|---|--:|--:|--:|--:|--:|")
+    with tempfile.TemporaryDirectory() as jobs, loopback.serve() as server:
+        os.environ["MECHVLM_JOBS"] = jobs
+        for layers, width in sizes:
+            measure(server, layers, width, asked.rounds, asked.prompts)
 
 
 if __name__ == "__main__":
