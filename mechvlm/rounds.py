@@ -14,6 +14,8 @@ begins. Elsewhere all pieces ask at once, and what they ask for is one job: a ro
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from torch import Tensor
+
 from mechvlm.passes import forwards, pass_of
 from mechvlm.run import Run
 
@@ -77,6 +79,16 @@ def done(vlm: Any, work: Work[T]) -> T:
             found: T = end.value
             return found
         given = ran(vlm, asked)
+
+
+def unsaid(logits: Tensor) -> Tensor:  # batch vocab
+    """For `value`, where of the logits nothing is wanted: a number of each row, instead of the whole vocabulary's.
+
+    Example:
+        >>> next(vlm.runs([{"prompt": real, "value": unsaid}])).logits.shape
+        torch.Size([1, 0])
+    """
+    return logits[:, 0].clone()
 
 
 def ran(vlm: Any, asked: Asked) -> Iterator[Run]:

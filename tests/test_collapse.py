@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 import mechvlm as mv
-from mechvlm.experiments import collapse, nulls
+from mechvlm.experiments import collapse, nulls, updates
 from mechvlm.experiments.published import lower_case_token, spans_of
 from mechvlm.experiments.visual_gradient import decay_rate
 from mechvlm.references import layer_at, placed
@@ -127,7 +127,7 @@ def test_both_conventions_by_hand() -> None:
     """A layer that adds (1, 0) to the real run and (0, 1) to the null, and a "norm" that turns both to (1, 1)."""
     before = torch.tensor([[[0.0, 2.0]], [[2.0, 0.0]]])
     after = before + torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
-    reduced = collapse.Reduced([[0]], torch.ones_like)
+    reduced = updates.Reduced([[0]], torch.ones_like)
     reduced.enters(before)
     both = reduced.last(after)[:, :, :, 0]
     update, state, norm, apart = both[1, 0].tolist()
@@ -161,7 +161,7 @@ def test_the_columns_of_the_convention_are_the_first_ones() -> None:
 def test_a_position_that_nothing_is_added_to_has_no_direction() -> None:
     before = torch.zeros(2, 3, 2)
     after = torch.tensor([[[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]]])
-    update = collapse.by_span(collapse.compared(before, after), [[0, 1], [0], [1, 2]])[1, 0]
+    update = updates.by_span(updates.compared(before, after), [[0, 1], [0], [1, 2]])[1, 0]
     assert update[0] == 1 and update[1].isnan() and update[2] == 0.5
 
 

@@ -26,9 +26,10 @@ from mechvlm.experiments.published import VIAR, named_spans, published, spans_of
 from mechvlm.experiments.record import record
 from mechvlm.experiments.sweep import numbers
 from mechvlm.experiments.uncertainty import with_intervals
+from mechvlm.experiments.updates import MEASURES, Reduced
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.rounds import Work, beside
+from mechvlm.rounds import Work, beside, unsaid
 from mechvlm.sites import Site
 from mechvlm.unembedding import normed as after_norm
 from mechvlm.units import arrays, worked
@@ -36,7 +37,6 @@ from mechvlm.vlm import VLM
 
 FROM_END = ("question", "last", "text")
 """Spans that can be matched from the end, where the picture is taken out."""
-MEASURES = ("update_cosine", "state_cosine", "norm", "distance")
 MEANING = {
     "update_cosine": ("residual updates, real and null", "cosine"),
     "state_cosine": ("residual states, real and null", "cosine"),
@@ -152,73 +152,6 @@ def _tables(
     return dict(zip(whole, made, strict=True)) | {null: table for null, (table,) in zip(apart, ends, strict=True)}
 
 
-def compared(
-    before: Float[Tensor, "row pos d_model"], after: Float[Tensor, "row pos d_model"]
-) -> Float[Tensor, "row measure pos"]:
-    """What a layer does in each row, beside what it does in row 0: the numbers of `MEASURES`.
-
-    Args:
-        before, after: the residual streams that enter and leave the layer, real run first.
-
-    Example:
-        >>> before = torch.zeros(2, 1, 2)
-        >>> compared(before, torch.tensor([[[3.0, 4.0]], [[4.0, 3.0]]]))[1, :2, 0]  # 24 / 25
-        tensor([0.9600, 0.9600], dtype=torch.float64)
-    """
-    left, entered = after.double(), before.to(after.device).double()
-    apart = (left - left[:1]).norm(dim=-1)
-    return torch.stack([_cosine(left - entered), _cosine(left), left.norm(dim=-1), apart], 1)
-
-
-def _cosine(x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos"]:
-    """The cosine of each row's vectors with row 0's; not a number where either is zero."""
-    unit = x / x.norm(dim=-1, keepdim=True)
-    return (unit * unit[:1]).sum(-1)
-
-
-def by_span(
-    values: Float[Tensor, "row measure pos"], spans: Sequence[Sequence[int]]
-) -> Float[Tensor, "row measure span"]:
-    """Means over the positions of spans, without what is not a number; not a number where nothing is left.
-
-    Example:
-        >>> by_span(torch.tensor([[[1.0, float("nan"), 3.0]]]), [[0, 1, 2], [1]])
-        tensor([[[2., nan]]])
-    """
-    return torch.stack([values[..., list(held)].nanmean(-1) for held in spans], -1)
-
-
-class Reduced:
-    """Readings of layers that keep nothing but measures by span: what entered a layer is let go when it has left.
-
-    Args:
-        spans: positions.
-        norm: the final norm.
-    """
-
-    def __init__(self, spans: Sequence[Sequence[int]], norm: Callable[[Tensor], Tensor]) -> None:
-        self.spans, self.norm = spans, norm
-        self.before: Any = None
-
-    def reads(self, layers: int) -> dict[Site, Callable[[Tensor], Tensor]]:
-        """What to read of each layer's input and output."""
-        inputs: dict[Site, Callable[[Tensor], Tensor]] = {Site("resid_pre", n): self.enters for n in range(layers)}
-        return inputs | {Site("resid_post", n): self.last if n == layers - 1 else self.leaves for n in range(layers)}
-
-    def enters(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, " row"]:
-        """Hold what enters a layer until it leaves."""
-        self.before = x
-        return x[:, 0, 0]
-
-    def leaves(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row measure span"]:
-        """The measures of a layer."""
-        return by_span(compared(self.before, x), self.spans)
-
-    def last(self, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row twice measure span"]:
-        """Those of the last layer, with its output as it is and after the final norm."""
-        return torch.stack([self.leaves(x), self.leaves(self.norm(x).to(x.device))], 1)
-
-
 def tabled(
     layers: Sequence[Float[np.ndarray, "row measure span"]],
     normed: Float[np.ndarray, "row measure span"],
@@ -251,7 +184,10 @@ def _together(
     """A prompt with null prompts of its own positions, as one batch, or several, each with the real one first."""
     count, size = vlm.shape.layers["text"], max(1, rows_for(prompt) - 1)
     groups, found = [others[start : start + size] for start in range(0, len(others), size)], list[Table]()
-    asked = [{"prompt": [prompt, *some], "read": Reduced(spans, _norm_of(vlm)).reads(count)} for some in groups]
+    asked = [
+        {"prompt": [prompt, *some], "read": Reduced(spans, _norm_of(vlm)).reads(count), "value": unsaid}
+        for some in groups
+    ]
     for some, run in zip(groups, (yield asked), strict=True):
         layers = [numbers(run[Site("resid_post", layer)]) for layer in range(count)]
         measures = [*layers[:-1], layers[-1][:, 0]]
@@ -282,8 +218,8 @@ def _from_the_end(vlm: VLM, prompt: Prompt, other: Prompt, held: dict[str, list[
         return [*layers, reduced.last(post)[:, 1]]
 
     _, run = yield [
-        {"prompt": prompt, "read": ends(prompt), "reduce": keep},
-        {"prompt": other, "read": ends(other), "reduce": compare},
+        {"prompt": prompt, "read": ends(prompt), "reduce": keep, "value": unsaid},
+        {"prompt": other, "read": ends(other), "reduce": compare, "value": unsaid},
     ]
     *layers, normed = map(numbers, run.reduced)
     return [tabled(layers, normed, 1, False)]

@@ -32,7 +32,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Entropy, Mass, lazy
-from mechvlm.rounds import Work
+from mechvlm.rounds import Work, unsaid
 from mechvlm.sites import Site
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -213,7 +213,8 @@ def _read(
     """Row, layer, and the numbers, of prompts that are divided alike and run together."""
     layers = own_layers(vlm)
     reading = lazy(partial(_of_attention, look, tuple(names), tuple(own)))
-    (run,) = yield [{"prompt": prompts, "read": {Site("pattern", at): reading for at in layers}}]
+    read = {Site("pattern", at): reading for at in layers}
+    (run,) = yield [{"prompt": prompts, "read": read, "value": unsaid}]
     found = []
     for layer in layers:
         values = dict(zip(MEASURED, map(numbers, run[Site("pattern", layer)]), strict=True))

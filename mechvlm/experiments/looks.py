@@ -21,7 +21,7 @@ from mechvlm.experiments.sweep import numbers, rows_for
 from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
 from mechvlm.readings import VISIBLE, Mass, lazy, mass, rows
-from mechvlm.rounds import Work
+from mechvlm.rounds import Work, unsaid
 from mechvlm.run import Run
 from mechvlm.sites import Site
 from mechvlm.vlm import VLM
@@ -95,7 +95,8 @@ class Asking:
         image = [name == "image" for name in self.names]
         sees = first and self.even == "visible"
         paid = lazy(partial(_paid, reading, self.keys(number), image, bool(self.gone[number]), sees))
-        return {"prompt": [self.prompts[at] for at in group], "read": {Site("pattern", at): paid for at in self.layers}}
+        read = {Site("pattern", at): paid for at in self.layers}
+        return {"prompt": [self.prompts[at] for at in group], "read": read, "value": unsaid}
 
     def first(self, number: int) -> Work[Run]:
         """The run of a prompt that runs by itself; what even attention would give it is kept."""

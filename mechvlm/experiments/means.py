@@ -25,8 +25,9 @@ from mechvlm.experiments.inputs import input_sites
 from mechvlm.experiments.sight import check_layers_run, head_site
 from mechvlm.experiments.sight import named as layers_named
 from mechvlm.experiments.sweep import numbers
+from mechvlm.plan import key_of
 from mechvlm.prompt import Prompt
-from mechvlm.rounds import Work
+from mechvlm.rounds import Work, unsaid
 from mechvlm.sites import Site, places, told
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -152,15 +153,20 @@ def _sums(
         total = own.double().sum(0) if each else own.double().flatten(0, 1).sum(0)
         return total[None], torch.tensor([[1 if each else own.shape[:2].numel()]])
 
-    sums: dict[Site, Tensor] = {}
-    count = 0
-    asked = [{"prompt": prompt, "read": dict.fromkeys(sites, partial(summed, chosen(prompt)))} for prompt in prompts]
-    for run in (yield asked):
-        for site in sites:
-            total, number = run[site]
-            sums[site] = sums[site] + total[0] if site in sums else total[0]
-        count += int(number)
-    return sums, count
+    sums, counts = dict[tuple, Any](), list[int]()
+
+    def added(read: dict, _gradients: dict) -> Any:
+        for key, (total, _) in read.items():
+            sums[key] = sums[key] + total[0] if key in sums else total[0]
+        counts.append(int(next(iter(read.values()))[1]))
+        return None if len(counts) < len(prompts) else (sums, sum(counts))
+
+    same = {"reduce": added, "value": unsaid}
+    *_, run = yield [
+        {"prompt": prompt, "read": dict.fromkeys(sites, partial(summed, chosen(prompt))), **same} for prompt in prompts
+    ]
+    totals, count = run.reduced
+    return {site: totals[key_of(site)] for site in sites}, count
 
 
 def sites_of(vlm: VLM, kind: str) -> list[Site]:

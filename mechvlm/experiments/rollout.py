@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mechvlm.attention import Piece
-from mechvlm.batch import check_ends
+from mechvlm.batch import check_ends, metric_values
 from mechvlm.experiments.record import chosen_layers, one_prompt, record
 from mechvlm.experiments.selection import Without, keys_out
 from mechvlm.experiments.sight import cross_layers, image_coordinates, named
@@ -29,6 +29,7 @@ from mechvlm.masks import indicator
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.readings import lazy
+from mechvlm.rounds import unsaid
 from mechvlm.sites import Site, number
 from mechvlm.vlm import VLM
 
@@ -194,24 +195,27 @@ def folded(
     metric: Metric | None = None,
     position: int = -1,
 ) -> tuple[Any, float]:
-    """What a function makes of several layers' attention, where the model runs; and the metric, if one was given.
+    """What a function makes of several layers' attention, where the model runs; and the metric, where one is given.
 
     Args:
         function: of the layers' attention in their order, not made; with a metric it knows the metric's gradient.
         metric, position: what gradients are taken of, and at which position's logits.
 
     Example:
-        >>> folded(vlm, real, [0, 2], lambda maps: [len(one.rows([-1])) for one in maps])
-        ([1, 1], nan)
+        >>> folded(vlm, real, [0, 2], lambda maps: [len(one.rows([-1])) for one in maps])[0]
+        [1, 1]
     """
     sites, graded = [("pattern", layer, "text") for layer in layers], metric is not None
 
     def reduced(read: dict, gradients: dict) -> Any:
         return function([(gradients if graded else read)[site] for site in sites])
 
-    asked = {"read": dict.fromkeys((Site(*site) for site in sites), lazy()), "grad_of": metric, "position": position}
-    run = next(vlm.runs([{"prompt": prompt, **asked, "reduce": reduced}]))
-    return run.reduced, float("nan") if run.metric is None else float(run.metric[0])
+    read = dict.fromkeys((Site(*site) for site in sites), lazy())
+    value = unsaid if metric is None else partial(metric_values, vlm.metric(metric))
+    asked = {"read": read, "grad_of": metric, "position": position, "value": value, "reduce": reduced}
+    run = next(vlm.runs([{"prompt": prompt, **asked}]))
+    said: Any = run.metric
+    return run.reduced, float(said[0])
 
 
 def among_words(vlm: VLM, prompt: Prompt, layers: Sequence[int] | None) -> list[int]:

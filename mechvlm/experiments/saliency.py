@@ -29,11 +29,11 @@ from mechvlm.experiments.inputs import (
 )
 from mechvlm.experiments.paths import baseline_of, between, edits_to, noisy, points_of
 from mechvlm.experiments.record import metric_unit, one_prompt, record
-from mechvlm.experiments.sweep import numbers, rows_for, runs_of, valued
+from mechvlm.experiments.sweep import asked_of, in_sight, numbers, rows_for, valued
 from mechvlm.metrics import Metric
 from mechvlm.plan import key_of
 from mechvlm.prompt import Prompt
-from mechvlm.rounds import together
+from mechvlm.rounds import Work, beside, done, together, unsaid
 from mechvlm.sites import Site, number, whole
 from mechvlm.vlm import VLM
 
@@ -134,11 +134,14 @@ def integrated_gradients(
     x, *others = _inputs(vlm, [prompt] if other is None else [prompt, other], sites)
     base = others[0] if others else {site: torch.zeros_like(x[site]) for site in sites}
     way = {site: x[site] - base[site] for site in sites}
-    value, least = _ends(vlm, prompt, metric, base)
+    works, value, least = list[Work[Any]]([_ends(vlm, prompt, metric, base)]), 0.0, 0.0
     for count in STEPS if steps is None else [steps]:
         shares, weights = points_of(count, method)
         variants = [edits_to({site: partial(between, base[site], way[site], at) for site in sites}) for at in shares]
-        gradient = _averaged(vlm, prompt, metric, variants, sites, weights, batch_size)
+        works.append(_averaged(prompt, metric, variants, sites, weights, batch_size))
+        found: list[Any] = [*together(vlm, works)]
+        gradient, works = found.pop(), []
+        value, least = found[0] if found else (value, least)
         product = {site: gradient[site] * way[site] for site in sites}
         total = float(sum(part.sum() for part in product.values()))
         if abs(total - (value - least)) <= allowed * abs(value - least):
@@ -196,7 +199,7 @@ def smooth_grad(
         edits_to({site: partial(noisy, x[site], spread, int(own)) for site, own in zip(sites, row, strict=True)})
         for row in seeds
     ]
-    gradient = _averaged(vlm, prompt, metric, variants, sites, [1 / count] * count, batch_size)
+    gradient = done(vlm, _averaged(prompt, metric, variants, sites, [1 / count] * count, batch_size))
     product = {site: gradient[site] * x[site] for site in sites} if times_input else None
     how = {"noise": spread, "samples": count, "seed": whole("seed", seed)}
     name = "smoothed gradient x input" if times_input else "norm of the smoothed gradient"
@@ -205,19 +208,18 @@ def smooth_grad(
 
 def _inputs(vlm: VLM, prompts: Sequence[Prompt], sites: Sequence[Site]) -> list[dict[Site, Tensor]]:
     """What each of some pictures hands on at some sites."""
-    runs = vlm.runs({"prompt": prompt, "read": sites} for prompt in prompts)
+    runs = vlm.runs({"prompt": prompt, "read": sites, "value": unsaid} for prompt in prompts)
     return [{site: run[site].double() for site in sites} for run in runs]
 
 
 def _averaged(
-    vlm: VLM,
     prompt: Prompt,
     metric: Metric,
     variants: Sequence[Sequence[Edit]],
     sites: Sequence[Site],
     weights: Sequence[float],
     batch_size: int | None,
-) -> dict[Site, Tensor]:
+) -> Work[dict[Site, Tensor]]:
     """The gradients of variants of a prompt at some sites, summed by weight, where the model runs."""
     size = max(1, rows_for(prompt) // 4) if batch_size is None else batch_size
     left, keys = list(weights), [key_of(site) for site in sites]
@@ -232,15 +234,15 @@ def _averaged(
                 total[key] = total[key] + weight * row.double()
         return None if left else total
 
-    *_, run = runs_of(vlm, prompt, variants, dict.fromkeys(sites), size, metric, summed)
+    asked = asked_of(prompt, variants, dict.fromkeys(sites), size, metric, summed, unsaid)
+    *_, run = in_sight(asked, (yield asked))
     return {site: run.reduced[key] for site, key in zip(sites, keys, strict=True)}
 
 
-def _ends(vlm: VLM, prompt: Prompt, metric: Metric, base: Values) -> tuple[float, float]:
+def _ends(vlm: VLM, prompt: Prompt, metric: Metric, base: Values) -> Work[list[float]]:
     """The metric at the input and at the baseline."""
     least = edits_to({site: partial(between, start, start, 0.0) for site, start in base.items()})
-    first, last = together(vlm, [valued(vlm, prompt, metric, edits) for edits in ([], least)])
-    return first, last
+    return beside([valued(vlm, prompt, metric, edits) for edits in ([], least)])
 
 
 def completeness(total: float, difference: float, tolerance: float, steps: int) -> tuple[float, float]:

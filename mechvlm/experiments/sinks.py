@@ -23,6 +23,7 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.lazy_attention import Attention
 from mechvlm.prompt import Prompt
 from mechvlm.readings import lazy
+from mechvlm.rounds import unsaid
 from mechvlm.sites import Site, number, told, whole_numbers
 from mechvlm.vlm import VLM
 
@@ -94,7 +95,7 @@ def sinks(
     read: dict[Any, Any] = {Site("resid_pre", layer): state for layer in chosen}
     read |= {Site("pattern", layer): lazy(column_mass) for layer in own}
     before = [] if massive else [_first(vlm, prompt, first, massive)]
-    *looked, run = vlm.runs([*before, {"prompt": prompt, "read": read}])
+    *looked, run = vlm.runs([*before, {"prompt": prompt, "read": read, "value": unsaid}])
     massive = looked[0].reduced if looked else massive
     seen = np.stack([numbers(run[Site("resid_pre", layer)][0]) for layer in chosen])  # layer position 2
     columns = np.full((len(chosen), vlm.shape.heads["text"], len(prompt)), np.nan)
@@ -270,7 +271,7 @@ def _first(vlm: VLM, prompt: Prompt, first: int, massive: list[int]) -> dict[str
         massive.extend(np.argsort(-large, kind="stable")[:2].tolist())
         return massive
 
-    return {"prompt": prompt, "read": dict.fromkeys(sites, lambda h: h[:, first]), "reduce": look}
+    return {"prompt": prompt, "read": dict.fromkeys(sites, lambda h: h[:, first]), "reduce": look, "value": unsaid}
 
 
 def _positive(name: str, value: Any) -> float:

@@ -198,28 +198,58 @@ def runs_of(
     read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
     batch_size: int | None = None,
     grad_of: Metric | None = None,
-    reduce: Callable[[dict, dict], Any] | None = None,
 ) -> Iterator[Run]:
     """Run variants of a prompt by full passes, some at a time, with a progress bar where it takes more than a second.
 
     For what is read of them, or for gradients; where the last logits are all, `measuring` is faster. Elsewhere all of
     them are one job.
 
+    Raises:
+        ValueError: for a batch size below one.
+    """
+    yield from in_sight(asked := asked_of(prompt, variants, read, batch_size, grad_of), vlm.runs(asked))
+
+
+def asked_of(
+    prompt: Prompt,
+    variants: Sequence[Sequence[Edit]],
+    read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
+    batch_size: int | None = None,
+    grad_of: Metric | None = None,
+    reduce: Callable[[dict, dict], Any] | None = None,
+    value: Metric | None = None,
+) -> list[dict[str, Any]]:
+    """What full passes of variants of a prompt ask for, some at a time; see `mechvlm.rounds`.
+
     Args:
-        reduce: as of `VLM.runs`, of each batch.
+        reduce, value: as of `VLM.runs`, of each batch.
 
     Raises:
         ValueError: for a batch size below one.
+
+    Example:
+        >>> len(asked_of(real, [[]] * 5, batch_size=2))
+        3
     """
     size = rows_for(prompt) if batch_size is None else whole("batch_size", batch_size)
     if size < 1:
         raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
     groups = [variants[start : start + size] for start in range(0, len(variants), size)]
-    same = {"prompt": prompt, "read": read or (), "grad_of": grad_of, "reduce": reduce}
-    with progress(len(variants), "run") as bar:
-        for rows, run in zip(groups, vlm.runs({**same, "variants": rows} for rows in groups), strict=True):
+    same = {"prompt": prompt, "read": read or (), "grad_of": grad_of, "reduce": reduce, "value": value}
+    return [{**same, "variants": rows} for rows in groups]
+
+
+def in_sight(asked: Sequence[Mapping[str, Any]], runs: Iterator[Run]) -> Iterator[Run]:
+    """Runs, with a progress bar that counts their variants.
+
+    Example:
+        >>> len(list(in_sight([{"variants": [[]]}], iter([vlm.run(real)]))))
+        1
+    """
+    with progress(sum(len(one["variants"]) for one in asked), "run") as bar:
+        for one, run in zip(asked, runs, strict=True):
             yield run
-            bar.update(len(rows))
+            bar.update(len(one["variants"]))
 
 
 def numbers(values: torch.Tensor) -> np.ndarray:

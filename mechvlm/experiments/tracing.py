@@ -26,7 +26,7 @@ from mechvlm.experiments.sight import check_layers_run, cross_layers, deepstack_
 from mechvlm.experiments.sweep import numbers, sweeping, value_and_top, valued, values_of_axis
 from mechvlm.metrics import Metric, probability
 from mechvlm.prompt import Prompt
-from mechvlm.rounds import Work, beside, both, together
+from mechvlm.rounds import Work, beside, both, together, unsaid
 from mechvlm.run import Run
 from mechvlm.sites import Site, number, told, whole, whole_numbers
 from mechvlm.vlm import VLM
@@ -104,12 +104,9 @@ def causal_trace(
     entries, own = input_sites(vlm, on, "on"), _corrupted_tokens(prompt, on, objects)
     dim, places = _places(prompt, spans, positions, own)
     windows = {one.name: one for one in windows_of(vlm, window, layers)}
-    given = None if metric is None else vlm.metric(metric)
-    read = _read(vlm, kind, windows.values(), entries)
     shown = [prompt] if std_of is None else check_prompts(std_of, vlm.shape)
-    (clean,), stds = both(vlm, _clean(prompt, read, given), _stds(shown, entries))
-    value, top = numbers(clean.metric)[0].tolist()
-    measure = vlm.metric(probability(int(top))) if given is None else given
+    found_clean = _clean(vlm, prompt, _read(vlm, kind, windows.values(), entries), metric)
+    (clean, value, measure), stds = both(vlm, found_clean, _stds(shown, entries))
 
     def put_back(layer: int | str, **place: Any) -> list[Edit]:
         return restored(vlm, prompt, clean, kind, windows[layer], places[place[dim]])
@@ -255,9 +252,12 @@ def _read(vlm: VLM, kind: str, windows: Iterable[Window], entries: Sequence[Site
     return [*dict.fromkeys([*entries, *input_sites(vlm, "image_features"), *inside.values()])]
 
 
-def _clean(prompt: Prompt, read: Sequence[Site], measure: Metric | None) -> Work[list[Any]]:
-    """The run that is put back, with its metric and likeliest token."""
-    return list((yield [{"prompt": prompt, "read": read, "value": partial(value_and_top, measure)}]))
+def _clean(vlm: VLM, prompt: Prompt, read: Sequence[Site], metric: Metric | None) -> Work[tuple[Run, float, Metric]]:
+    """The run that is put back, its metric, and which that is: by default the probability of its likeliest token."""
+    given = None if metric is None else vlm.metric(metric)
+    (clean,) = yield [{"prompt": prompt, "read": read, "value": partial(value_and_top, given)}]
+    found: Any = clean.metric
+    return clean, float(found[0, 0]), vlm.metric(probability(int(found[0, 1]))) if given is None else given
 
 
 def _stds(prompts: Sequence[Prompt], entries: Sequence[Site]) -> Work[dict[Site, float]]:
@@ -268,7 +268,9 @@ def _stds(prompts: Sequence[Prompt], entries: Sequence[Site]) -> Work[dict[Site,
         x = features.double()
         return torch.stack([torch.tensor(float(x.numel())).to(x), x.sum(), (x**2).sum()])[None]
 
-    for run in (yield [{"prompt": prompt, "read": dict.fromkeys(entries, powers)} for prompt in prompts]):
+    for run in (
+        yield [{"prompt": prompt, "read": dict.fromkeys(entries, powers), "value": unsaid} for prompt in prompts]
+    ):
         for site in entries:
             sums[site] += numbers(run[site])[0]
     return {site: float(np.sqrt(max(0.0, (of - total**2 / n) / (n - 1)))) for site, (n, total, of) in sums.items()}

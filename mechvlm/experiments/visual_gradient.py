@@ -33,7 +33,7 @@ from mechvlm.experiments.uncertainty import with_intervals
 from mechvlm.metrics import Metric
 from mechvlm.points import rows_for
 from mechvlm.prompt import Prompt
-from mechvlm.rounds import Work
+from mechvlm.rounds import Work, unsaid
 from mechvlm.sites import Site, listed, told, whole_numbers
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
@@ -200,7 +200,7 @@ def _norms(
 
     def work(group: Sequence[int]) -> Work[xr.Dataset]:
         some, read = [prompts[at] for at in group], dict.fromkeys(sites, lengths)
-        (run,) = yield [{"prompt": some, "read": read, "grad_of": metric}]
+        (run,) = yield [{"prompt": some, "read": read, "grad_of": metric, "value": unsaid}]
         gradient, state = (np.stack([numbers(of[site]) for site in sites]) for of in (run.grad, run))
         three = np.stack([gradient, state, gradient * state])  # measure layer row pos
         rows = [averaged(three[:, :, row], list(held[number].values())) for row, number in enumerate(group)]

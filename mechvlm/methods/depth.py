@@ -26,6 +26,7 @@ from mechvlm.methods.asked import prompt_of
 from mechvlm.methods.published import ZONE
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Mass, lazy, mass
+from mechvlm.rounds import unsaid
 from mechvlm.sites import Site, told, whole_numbers
 from mechvlm.vlm import VLM
 
@@ -132,7 +133,7 @@ def item_attention(
             keys = list(range(count)) if old else prompts[-1].image
             text = list(range(count, size)) if old else prompts[-1].question + prompts[-1].last
             reading = lazy(partial(_paid, mass({"image": keys}, queries=text)))
-            yield {"prompt": prompts[-1], "read": {Site("pattern", layer): reading for layer in own}}
+            yield {"prompt": prompts[-1], "read": {Site("pattern", layer): reading for layer in own}, "value": unsaid}
 
     for number, (item, run) in enumerate(zip(fresh, vlm.runs(asked()), strict=True)):
         paid = np.array([numbers(run[Site("pattern", layer)][0]) for layer in own])

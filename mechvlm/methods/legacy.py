@@ -32,8 +32,8 @@ from mechvlm.experiments.sweep import numbers
 from mechvlm.experiments.uncertainty import mean_interval
 from mechvlm.lazy_attention import Attention
 from mechvlm.methods.bias import check_picture
+from mechvlm.methods.grey import from_null, shares
 from mechvlm.methods.published import NULL
-from mechvlm.metrics import kl_divergence
 from mechvlm.prompt import Prompt
 from mechvlm.readings import Entropy, lazy
 from mechvlm.sites import Site, listed, number, told, whole_numbers
@@ -41,8 +41,8 @@ from mechvlm.vlm import VLM
 
 RATIO, BASE, LARGEST, FIRST, SHARE = 1.5, 2.0, 5.0, 2, 0.75
 """The published limit, factors, first layer, and share of the layers behind which nothing is changed."""
-LEAST, FLOOR, AT_ONCE = 1e-6, 1e-10, 256
-"""What counts as no factor and no entropy; the smallest weight in a logarithm; queries whose rows are held at once."""
+LEAST = 1e-6
+"""What counts as no factor and no entropy."""
 
 
 def entropy_layers(profile: xr.Dataset, ratio: float = RATIO, level: float = 0.95) -> xr.Dataset:
@@ -256,9 +256,9 @@ def grey_divergence(vlm: VLM, prompt: Prompt, null: Callable | None = None, temp
     if not 0 < number("temperature", temperature) < math.inf:
         raise ValueError(f"temperature={temperature} divides nothing; give a number above 0.")
     null, own = null or NULL, own_layers(vlm)
-    apart, answer = _from_null(vlm, prompt, prompt.with_image(null), own)
+    apart, answer = from_null(vlm, prompt, prompt.with_image(null), own)
     axes, units = ("layer", "head"), {"long_name": "KL of attention rows", "units": "nats"}
-    found = {"divergence": (axes, apart, units), "importance": (axes, _shares(apart, temperature))}
+    found = {"divergence": (axes, apart, units), "importance": (axes, shares(apart, temperature))}
     about = record(vlm, [prompt], null=name_of(null), temperature=float(temperature))
     return xr.Dataset({**found, "answer": answer}, {"layer": own, "head": range(apart.shape[1])}, about)
 
@@ -280,49 +280,6 @@ def _spread(spans: Mapping[str, tuple[int, ...]], attention: Attention) -> Float
     """The published entropy over the image's columns and over the others, the mean over heads and rows."""
     each = (numbers(Entropy(None, spans[name]).of(attention, "pattern")) for name in ("image", "text"))
     return torch.tensor([[float(np.nan_to_num(one).mean()) for one in each]], dtype=torch.float64)
-
-
-def _from_null(vlm: VLM, prompt: Prompt, null: Prompt, layers: Sequence[int]) -> tuple[np.ndarray, float]:
-    """How far attention, by layer and head, and the answer are from another prompt's: what is compared stays there."""
-    sites, held = [("pattern", layer, "text") for layer in layers], dict[str, Any]()
-
-    def said(logits: Tensor) -> Tensor:
-        held["logits"] = logits
-        return logits.new_zeros(len(logits))
-
-    def seen(read: dict, _gradients: dict) -> None:
-        held["maps"] = read
-
-    def changed(logits: Tensor) -> Tensor:
-        return kl_divergence(held["logits"])(logits)
-
-    def moved(read: dict, _gradients: dict) -> Tensor:
-        return torch.from_numpy(np.stack([_apart(held["maps"][site], read[site]) for site in sites]))
-
-    reads = dict.fromkeys((Site(*site) for site in sites), lazy())
-    first = {"prompt": prompt, "read": reads, "value": said, "reduce": seen}
-    _, run = vlm.runs([first, {"prompt": null, "read": reads, "value": changed, "reduce": moved}])
-    answer: Any = run.metric
-    return numbers(run.reduced), float(answer[0])
-
-
-def _apart(real: Attention, null: Attention) -> np.ndarray:
-    """KL(real || null) of each head's rows, the mean over rows; some rows at a time."""
-    count, total = real.q.shape[2], np.zeros(real.q.shape[1])
-    for start in range(0, count, AT_ONCE):
-        queries = range(start, min(start + AT_ONCE, count))
-        with_it, without = (one.rows(queries)[0].double() for one in (real, null))
-        logs = with_it.clamp_min(FLOOR).log() - without.clamp_min(FLOOR).log()
-        total += numbers((with_it * logs).sum((-1, -2)))
-    return total / count
-
-
-def _shares(apart: np.ndarray, temperature: float) -> np.ndarray:
-    """Published importance: from 0 to 1 within a layer, then the softmax over heads times their number."""
-    low, high = apart.min(1, keepdims=True), apart.max(1, keepdims=True)
-    scaled = np.where(high > low, (apart - low) / np.where(high > low, high - low, 1.0), 1.0)
-    raised = np.exp((scaled - scaled.max(1, keepdims=True)) / temperature)
-    return raised / raised.mean(1, keepdims=True)
 
 
 def _importance(vlm: VLM, given: Any, layers: Any) -> dict[int, list[float]]:
