@@ -107,11 +107,10 @@ def causal_trace(
     shown = [prompt] if std_of is None else check_prompts(std_of, vlm.shape)
     found_clean = _clean(vlm, prompt, _read(vlm, kind, windows.values(), entries), metric)
     (clean, value, measure), stds = both(vlm, found_clean, _stds(shown, entries))
+    axes: dict[str, Any] = {"layer": list(windows), dim: list(places)}
 
     def put_back(layer: int | str, **place: Any) -> list[Edit]:
         return restored(vlm, prompt, clean, kind, windows[layer], places[place[dim]])
-
-    axes: dict[str, Any] = {"layer": list(windows), dim: list(places)}
 
     def sample(at: int, edits: list[Edit]) -> Work[list[Any]]:
         noisy, folder = vlm.with_edits(edits), None if out is None else Path(out) / f"sample-{at}"
@@ -121,10 +120,10 @@ def causal_trace(
     sized = {site: noise * std for site, std in stds.items()}
     noisy = (sample(*one) for one in enumerate(noises(prompt, clean, sized, own, samples, seed)))
     corrupted, found = (list(part) for part in zip(*together(vlm, noisy), strict=True))
-    said = measure if metric is None else metric
-    result = _dataset(found, value, corrupted, list(windows.values()), level, said)
+    said, every = measure if metric is None else metric, list(windows.values())
+    result = _dataset(found, value, corrupted, every, level, said)
     about = record(vlm, [prompt], said, site=kind, noise=noise, on=on, seed=seed, level=level)
-    about["engine"] = found[0].attrs["engine"]
+    about |= {"engine": found[0].attrs["engine"]}
     return result.assign_attrs({**about, **_about(vlm, list(windows), window, stds)})
 
 
