@@ -50,8 +50,11 @@ def beside(works: Iterable[Work[T]]) -> Work[list[T]]:
     """Pieces of work as one, in which all of them ask at once; what each returns, in their order.
 
     Example:
-        >>> done(vlm, beside([answer(real), answer(null)])) == [*together(vlm, [answer(real), answer(null)])]
-        True
+        >>> def answer(prompt):
+        ...     (run,) = yield [{"prompt": prompt}]
+        ...     return int(run.logits.argmax())
+        >>> [vlm.word(token) for token in done(vlm, beside([answer(real), answer(null)]))]
+        ['yes', 'no']
     """
     listed, found = list(works), dict[int, T]()
     given: dict[int, Any] = dict.fromkeys(range(len(listed)))

@@ -10,7 +10,7 @@ a result is the same number for number, whether one process made it or several.
 ...     (run,) = yield [{"prompt": [real, null][group[0]]}]
 ...     return arrays(most=run.logits.max().item())
 >>> [float(one.most.round(1)) for one in worked(vlm, [real, null], [[0], [1]], work)]
-[0.0, 0.0]
+[10.0, 11.0]
 """
 
 import time

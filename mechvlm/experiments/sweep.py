@@ -99,8 +99,8 @@ def sweeping(
 
     Example:
         >>> cut = lambda layer: [mv.cut_attention(layer, real.image, queries=real.last)]
-        >>> [found.dims for found in together(vlm, [sweeping(vlm, real, cut, yes, layer=[0, 1])])]
-        [('layer',)]
+        >>> done(vlm, sweeping(vlm, real, cut, yes, layer=[0, 1])).dims
+        ('layer',)
     """
     one_prompt(prompt)
     grid = {name: values_of_axis(name, values) for name, values in axes.items()}
