@@ -1013,7 +1013,7 @@ LATER: list[Case] = [
         lambda: vlm().unembed(zeros(2, 31)),
     ),
     ("unembed takes residual streams, tensors whose last axis is 32 long, and got 3.", lambda: vlm().unembed(3)),  # type: ignore[arg-type]
-    ("'llava' is not a transformers model; mv.load takes a name, mv.VLM a model in memory.", lambda: mv.VLM("llava")),  # type: ignore[arg-type]
+    ("'llava' is not a transformers model; mv.load takes a name, mv.VLM a model in memory.", lambda: mv.VLM("llava")),
     (
         "'tokens' is not a processor of images and text; AutoProcessor loads the model's own.",
         lambda: mv.VLM(tiny.model(), "tokens"),
