@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mechvlm.devices import held, whole_numbers_of
 from mechvlm.edits import Edit
+from mechvlm.shipping import MADE, generated
 from mechvlm.vlm import VLM
 
 
@@ -77,7 +78,12 @@ def parts_of(thing: Any) -> Iterable[Any]:
     if isinstance(thing, ModuleType):
         return [thing.__name__, {name: one for name, one in vars(thing).items() if not name.startswith("__")}]
     if isinstance(thing, type):
-        return [thing.__qualname__, {name: one for name, one in vars(thing).items() if not name.startswith("__")}]
+        own = {name: one for name, one in vars(thing).items() if written_by_hand(name, one)}
+        return [thing.__qualname__, own, thing.__bases__]
+    if isinstance(thing, classmethod | staticmethod):
+        return [thing.__func__]
+    if isinstance(thing, property):
+        return [thing.fget, thing.fset, thing.fdel]
     if isinstance(thing, FunctionType):
         return parts_of_function(thing)
     if isinstance(thing, CodeType):
@@ -91,6 +97,13 @@ def parts_of(thing: Any) -> Iterable[Any]:
     if isinstance(thing, list | tuple | set | frozenset | np.ndarray):
         return thing
     return parts_of_object(thing)
+
+
+def written_by_hand(name: str, thing: Any) -> bool:
+    """Whether an entry of a class is its author's: `__call__` and the like are, what Python adds by itself is not."""
+    if not name.startswith("__"):
+        return True
+    return isinstance(thing, FunctionType) and not (name in MADE and generated(thing))
 
 
 def parts_of_object(thing: Any) -> Iterable[Any]:

@@ -54,7 +54,7 @@ class Pass:
 
 def pass_of(
     vlm: Any,
-    held: dict[tuple, dict[str, Tensor]],
+    held: dict[tuple, tuple[Sequence[Prompt], dict[str, Tensor]]],
     prompt: Any,
     read: Any = (),
     edits: Any = (),
@@ -67,7 +67,7 @@ def pass_of(
     """What one forward pass is to do, from what `vlm.run` takes; what cannot be is refused.
 
     Args:
-        held: batches that were made already; what is sent to another place is sent once for all passes.
+        held: batches that were made already, with their prompts: what is sent elsewhere is sent once for all passes.
     """
     prompts = batches.check_prompts(prompt, vlm.shape)
     ends = batches.check_ends(prompts, position) * batches.check_variants(prompts, variants)
@@ -79,8 +79,9 @@ def pass_of(
     if not vlm.place.remote:
         return Pass(plan, vlm.batch(prompts, plan), metric, ends, value, reduce)
     key = (*map(id, prompts), plan.layout)
-    held[key] = held[key] if key in held else vlm.batch(prompts, plan)
-    return Pass(plan, held[key], metric, ends, value, reduce)
+    # The prompts are held too, so that no other can take the place in memory of one that is let go meanwhile.
+    held[key] = held[key] if key in held else (prompts, vlm.batch(prompts, plan))
+    return Pass(plan, held[key][1], metric, ends, value, reduce)
 
 
 def forward(

@@ -249,7 +249,7 @@ class VLM:
             >>> [run.logits.shape for run in vlm.runs([{"prompt": real}, {"prompt": null}])]
             [torch.Size([1, 53]), torch.Size([1, 53])]
         """
-        held: dict[tuple, dict[str, Tensor]] = {}
+        held: dict[tuple, Any] = {}
         return forwards(self, (pass_of(self, held, **one) for one in asked))
 
     def plan(self, prompts: Sequence[Prompt], read: Read = (), edits: Sequence[Edit] = (), **more: Any) -> Plan:

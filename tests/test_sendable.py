@@ -1,6 +1,7 @@
 """What users' functions may name and hold where they run elsewhere; the rest is refused in words, before it is sent."""
 
 import functools
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -16,6 +17,8 @@ import zoo
 from torch import Tensor
 
 import mechvlm as mv
+from mechvlm.fingerprints import fingerprint
+from mechvlm.passes import pass_of
 from mechvlm.places import packed
 
 STREAM = mv.Site("resid_post", 1)
@@ -205,3 +208,34 @@ def test_what_functions_name_goes_along_to_a_server_and_a_plain_trace_is_a_job(s
     assert stream.equal(seen[STREAM])
     with pytest.raises(ValueError, match="its weights are elsewhere; check it where they are"):
         there.check(real)
+
+
+def test_prompts_are_held_as_long_as_their_batches_are_known_by_their_place_in_memory() -> None:
+    prompt, held = question(), dict[tuple, Any]()
+    seen = weakref.ref(prompt)
+    pass_of(local(), held, prompt)
+    del prompt
+    assert seen() is not None
+
+
+def test_what_a_class_of_the_user_s_does_is_part_of_what_its_values_are() -> None:
+    class Base:
+        def factor(self) -> float:
+            return 2.0
+
+    def scaled(factor: float, base: type = Base) -> Any:
+        class Scaled(base):  # type: ignore[misc]
+            def __call__(self, x: Tensor) -> Tensor:
+                return x * factor
+
+            half = property(lambda _: factor / 2)
+
+        return Scaled()
+
+    class Other(Base):
+        def factor(self) -> float:
+            return 3.0
+
+    Other.__qualname__ = Base.__qualname__
+    prints = {fingerprint(scaled(*given)) for given in ((2.0,), (2.0,), (3.0,), (2.0, Other))}
+    assert len(prints) == 3
