@@ -158,6 +158,15 @@ def not_plain(job: Job, why: str) -> JobError:
     )
 
 
+def broken(job: Job, why: str) -> JobError:
+    """The result is not what a server packs."""
+    return JobError(
+        f"the result of job {job.id} came broken from {job.host} ({why.splitlines()[0][:160].rstrip('. ')}); run the "
+        f"script again, which fetches it anew, or after mv.remote.forget({job.id!r}) sends the job anew.",
+        job.id,
+    )
+
+
 def failed(job: Job) -> JobError:
     """An error inside the job, or the server's own."""
     text = job.description

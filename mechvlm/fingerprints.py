@@ -7,6 +7,7 @@ what it holds, tensors included.
 True
 """
 
+import dis
 import hashlib
 import sys
 from collections.abc import Iterable, Mapping
@@ -154,9 +155,11 @@ def comes_along(module: str) -> bool:
 
 
 def names_in(code: CodeType) -> set[str]:
-    """The names that a function's code uses, and that of functions within it."""
+    """The names that a function's code looks up, and that of functions within it."""
     within = [names_in(one) for one in code.co_consts if isinstance(one, CodeType)]
-    return set(code.co_names).union(*within)
+    # Names of attributes stand in `co_names` too; another thing of such a name is none of the function's.
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return own.union(*within)
 
 
 def weights_print(vlm: Any) -> list[str]:

@@ -23,8 +23,8 @@ from packaging.version import InvalidVersion, Version
 
 from mechvlm.sites import told
 
-CONNECT, READ = 10.0, 600.0
-"""Seconds until a connection, or an answer, is given up."""
+CONNECT, ANSWER, READ = 10.0, 60.0, 600.0
+"""Seconds until a connection is given up, an answer to a question, and one to a job or the next part of a result."""
 
 STRANGE = "an answer that is not of nnsight's protocol"
 
@@ -93,7 +93,7 @@ class Host:
 
     def get(self, path: str, **more: Any) -> Any:
         """The JSON at a path."""
-        return self.json(lambda client: client.get(self.url + path, **more))
+        return self.json(lambda client: client.get(self.url + path, **{"timeout": ANSWER, **more}))
 
     def submit(self, request: RequestModel, blob: bytes, name: str) -> ResponseModel:
         """Send a job, and ask for it to be called `name`, which servers may ignore."""
@@ -116,7 +116,7 @@ class Host:
     def said(self, name: str) -> ResponseModel | None:
         """What the server last said of a job; None where it knows none of this name."""
         try:
-            text = self.json(lambda client: client.get(f"{self.url}/response/{name}"), loads=False)
+            text = self.json(lambda client: client.get(f"{self.url}/response/{name}", timeout=ANSWER), loads=False)
             return ResponseModel.model_validate_json(text)
         except Refused as refused:
             if refused.status == 404:
@@ -190,7 +190,7 @@ def answered() -> Iterator[None]:
 
     try:
         yield
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unreachable(without_key(str(error) or type(error).__name__)) from None
     except JSONDecodeError:
         raise Refused(200, STRANGE) from None

@@ -303,14 +303,17 @@ def unpacked(job: Job, content: bytes) -> dict[str, Any]:
     """What a job saved, by name, on the CPU.
 
     Raises:
-        JobError: where it is more than plain data: what a server sends is never run as a program here.
+        JobError: where it is broken, or more than plain data: what a server sends is never run as a program here.
     """
-    if job.compress:
-        import zstandard  # of nnsight's requirements
+    import zstandard  # of nnsight's requirements
 
-        content = zstandard.ZstdDecompressor().decompress(content)
     try:
+        if job.compress:
+            content = zstandard.ZstdDecompressor().decompress(content)
         with torch.serialization.safe_globals([slice]):
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise failures.not_plain(job, str(error)) from None
+    except (zstandard.ZstdError, EOFError, IndexError, KeyError, OSError, RuntimeError, ValueError) as error:
+        ledger.lose(job)
+        raise failures.broken(job, str(error) or type(error).__name__) from None

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
@@ -19,10 +19,21 @@ NAME = re.compile(r"[0-9A-Za-z][0-9A-Za-z_.-]{0,127}")
 ENDED = ("ERROR", "COLLECTED")
 """States from which nothing is to be had any more."""
 
+PAST: set[Path] = set()
+"""Files of jobs that this process has seen in such a state, which they never leave."""
+
+MONTH = timedelta(days=30)
+"""For how long such a job is listed."""
+
 
 def now() -> str:
     """The time, in UTC, to the millisecond."""
-    return datetime.now(UTC).replace(tzinfo=None).isoformat(" ", "milliseconds")
+    return before(timedelta())
+
+
+def before(span: timedelta) -> str:
+    """The time that it was so long ago, as `now` writes it; earlier times come first by the alphabet."""
+    return (datetime.now(UTC).replace(tzinfo=None) - span).isoformat(" ", "milliseconds")
 
 
 @dataclass
@@ -110,6 +121,8 @@ def read(name: str) -> Job | None:
     try:
         found = json.loads(path.read_text())
         return Job(**{one.name: found[one.name] for one in fields(Job) if one.name in found})
+    except FileNotFoundError:
+        return None  # another process has removed it meanwhile
     except (ValueError, TypeError):
         return None  # of no use to anybody; `forget` removes it
 
@@ -122,12 +135,24 @@ def listed() -> list[Job]:
 
 def open_job(fingerprint: str, host: str, model_key: str) -> Job | None:
     """The newest job that asks a model of a server for the same thing, and whose result nobody has collected."""
-    same = [
-        job
-        for job in listed()
-        if (job.fingerprint, job.host, job.model_key) == (fingerprint, host, model_key) and job.state not in ENDED
-    ]
-    return same[-1] if fingerprint and same else None
+    if not fingerprint:
+        return None
+    same = [job for job in begun() if (job.fingerprint, job.host, job.model_key) == (fingerprint, host, model_key)]
+    return max(same, key=lambda job: (job.sent, job.id), default=None)
+
+
+def begun() -> list[Job]:
+    """The jobs from which something is to be had. Files of others are read once by a process, and go after a month."""
+    found = []
+    for path in folder().glob("*.json"):
+        job = None if path in PAST else read(path.stem)
+        if job is not None and job.state not in ENDED:
+            found.append(job)
+        elif job is not None:
+            PAST.add(path)
+            if job.sent < before(MONTH):
+                strike(job.id)
+    return found
 
 
 def keep(job: Job, content: bytes) -> None:
@@ -137,8 +162,10 @@ def keep(job: Job, content: bytes) -> None:
 
 def kept(job: Job) -> bytes | None:
     """The result that is kept; None where none is."""
-    path = folder() / f"{job.id}.result"
-    return path.read_bytes() if path.is_file() else None
+    try:
+        return (folder() / f"{job.id}.result").read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def size(job: Job) -> int:
@@ -147,10 +174,15 @@ def size(job: Job) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
+def lose(job: Job) -> None:
+    """Remove a result that is of no use; the job stays written down."""
+    (folder() / f"{job.id}.result").unlink(missing_ok=True)
+
+
 def collected(job: Job) -> None:
     """Note that a script has the result, which is no longer kept."""
     write(job, "COLLECTED", "")
-    (folder() / f"{job.id}.result").unlink(missing_ok=True)
+    lose(job)
 
 
 def strike(name: str) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from nnsight import save
 from nnsight.schema.request import RequestModel
@@ -102,6 +103,8 @@ def packed(value: Any) -> Any:
     if isinstance(value, list | tuple):
         found = [packed(one) for one in value]
         return found if isinstance(value, list) else tuple(found)
+    if isinstance(value, np.generic):
+        return value.item()
     if value is None or isinstance(value, str | int | float | bool | bytes | slice | torch.dtype | torch.device):
         return value
     raise TypeError(
@@ -162,7 +165,8 @@ class Simulated(Backend):
         back = io.BytesIO()
         torch.save(found["found"], back)
         self.traffic = (packed_size(sent), packed_size(back.getvalue()))
-        arrived = torch.load(io.BytesIO(back.getvalue()), weights_only=True)
+        with torch.serialization.safe_globals([slice]):
+            arrived = torch.load(io.BytesIO(back.getvalue()), weights_only=True)
         save(arrived)
         push(frame, {"found": arrived})
 

@@ -17,7 +17,7 @@ import io
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import MISSING, fields, is_dataclass, replace
+from dataclasses import is_dataclass, replace
 from functools import partial
 from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType, UnionType
 from typing import Any
@@ -28,6 +28,8 @@ from nnsight import register
 from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPickler, reduce_block
 from nnsight.ndif import pull_env
 from nnsight.schema.config import CONFIG
+
+from mechvlm.remade import bound, changed, held_by, made_for, partially, together, within
 
 ALLOWED = (
     "builtins", "torch", "math", "numpy", "einops", "collections", "operator", "_operator", "typing", "enum", "time",
@@ -41,7 +43,8 @@ MADE = (
     "__gt__", "__ge__",
 )  # fmt: skip
 """Functions that `dataclasses` makes, without source."""
-KEPT_OUT = ("__annotations__", "__dataclass_fields__", "__dataclass_params__", "__match_args__", "__doc__")
+PARAMS = "__dataclass_params__"
+KEPT_OUT = ("__annotations__", "__dataclass_fields__", PARAMS, "__match_args__", "__doc__")
 """What else a class has in its dictionary that is not needed where it arrives."""
 
 ABSENT = ("open", "exec", "compile", "locals", "bin", "breakpoint", "exit", "quit", "help", "license")
@@ -115,7 +118,7 @@ class Courier(CustomCloudPickler):
             obj = INSTEAD.get(obj, obj)
         if isinstance(obj, FunctionType) and obj in REMEMBERED:
             return REMEMBERED[obj]
-        sent = CustomCloudPickler.reducer_override(self, obj)
+        sent = self.by_source(obj)
         if not isinstance(obj, FunctionType | BuiltinFunctionType | type):
             return sent
         if sent is not NotImplemented and len(sent) == 2:
@@ -128,9 +131,26 @@ class Courier(CustomCloudPickler):
             return sent
         return self.of_class(obj, sent) if isinstance(obj, type) else self.of_function(obj, sent)
 
+    def by_source(self, obj: Any) -> Any:
+        """How nnsight sends an object: a function by the lines that it stands in, which are read out of their place.
+
+        Raises:
+            Unsendable: where they are no function there.
+        """
+        try:
+            return CustomCloudPickler.reducer_override(self, obj)
+        except SyntaxError as why:
+            raise Unsendable(
+                f"the lines of the function {obj.__qualname__} cannot be sent by themselves ({why.msg}); write it at "
+                "the left margin of a file, without nonlocal, and let its arguments hold what it needs."
+            ) from None
+
     def of_function(self, function: Any, sent: tuple) -> tuple:
         """A function that is sent by source, undecorated where that is the same, and without its annotations."""
         inner = undecorated(function)
+        if "ctx_factory" in inner.__code__.co_freevars and of_torch(inner):
+            opened = dict(zip(inner.__code__.co_freevars, inner.__closure__, strict=True))["ctx_factory"]
+            return within, (), (opened.cell_contents, inner.__wrapped__), None, None, held_by
         if not ours(inner):
             check_code(inner.__code__, inner)
         made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)
@@ -153,9 +173,7 @@ class Courier(CustomCloudPickler):
             own = {name: value for name, value in own.items() if not isinstance(value, classmethod)}
         if is_dataclass(kind):
             own = {name: value for name, value in own.items() if name not in MADE or not generated(value)}
-            own["__init__"] = init_of(kind)
-            if kind.__eq__ is not object.__eq__ and "__eq__" not in own:
-                own["__eq__"], own["__hash__"] = alike, hashed
+            own = {**made_for(kind, vars(kind)[PARAMS]), **own} if PARAMS in vars(kind) else own
         return (made, given, (own, *state[1:]), *rest)
 
 
@@ -169,66 +187,20 @@ def generated(value: Any) -> bool:
     return not isinstance(value, FunctionType) or inspect.unwrap(value).__code__.co_filename == "<string>"
 
 
-def init_of(kind: Any) -> Callable[..., None]:
-    """What `dataclasses` makes a class's `__init__` of, as a function that has source."""
-    own = [one for one in fields(kind) if one.init]
-    names = [one.name for one in own]
-    defaults = {one.name: one.default for one in own if one.default is not MISSING}
-    makers = {one.name: one.default_factory for one in own if one.default_factory is not MISSING}
-    checked = "__post_init__" in dir(kind)
-
-    def __init__(self: Any, *given: Any, **named: Any) -> None:
-        values = {**defaults, **dict(zip(names, given)), **named}  # noqa: B905 - those left out have defaults
-        for name in names:
-            self.__dict__[name] = values[name] if name in values else makers[name]()
-        if checked:
-            self.__post_init__()
-
-    return __init__
-
-
-def alike(self: Any, other: Any) -> bool:
-    """Equality of dataclasses."""
-    return type(self) is type(other) and self.__dict__ == other.__dict__
-
-
-def hashed(self: Any) -> int:
-    """The hash of a frozen dataclass."""
-    return hash(tuple(self.__dict__.values()))
-
-
-def changed(value: Any, **fields: Any) -> Any:
-    """`dataclasses.replace`, for values whose classes have arrived without their fields."""
-    return type(value)(**{**value.__dict__, **fields})
-
-
-def bound(function: Any, args: tuple, named: dict) -> Any:
-    """A `functools.partial` as a plain function."""
-    return lambda *more, **others: function(*args, *more, **{**named, **others})
-
-
-def together(*kinds: type) -> tuple:
-    """Several classes, for `isinstance`."""
-    return kinds
-
-
-def partially(function: Any, *args: Any, **named: Any) -> Any:
-    """`functools.partial` itself."""
-    return lambda *more, **others: function(*args, *more, **{**named, **others})
-
-
 INSTEAD: dict[Any, Any] = {replace: changed, partial: partially}
 """What modules have that servers do not have, and what does the same there."""
 
 
 def undecorated(function: Any) -> Any:
-    """The function inside decorators that do nothing to its result.
+    """The function inside decorators that do nothing to its result; torch's contexts go along.
 
     Raises:
         Unsendable: for any other decorator, which nnsight would drop without a word.
     """
     while "__wrapped__" in function.__dict__:
-        if not ours(function) and not of_torch(function):
+        if "ctx_factory" in function.__code__.co_freevars and of_torch(function):
+            return function
+        if not ours(function):
             raise Unsendable(
                 f"the function {function.__qualname__} is wrapped by a decorator, which is lost on the way to where "
                 "the model runs, so that another function would run there; write what it does into the function."
@@ -262,6 +234,11 @@ def check_module(module: str, what: str) -> None:
     """
     if allowed(module):
         return
+    if of_users(module) or module == "mechvlm":
+        raise Unsendable(
+            f"{what} is not sent as a whole to where the model runs; write `from {module} import ...`, and functions "
+            "and classes that are named go along."
+        )
     raise Unsendable(
         f"{what} cannot be used where the model runs, since servers have {', '.join(ALLOWED[1:6])} and little else; "
         "use torch, or work out before the run what the function needs, and let it hold the result."

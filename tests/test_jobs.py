@@ -1,6 +1,7 @@
 """What is said of jobs and written down of them, where no server is needed; the rest is in `test_jobs_served.py`."""
 
 import json
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -127,6 +128,27 @@ def test_files_of_no_use_are_passed_over(folder: Path) -> None:
     assert ledger.read("../other") is None
 
 
+def test_jobs_that_have_ended_are_read_once_and_go_after_a_month(monkeypatch: pytest.MonkeyPatch) -> None:
+    job("old", "COLLECTED")
+    job("new", "COLLECTED", sent=ledger.now())
+    open_one = job("open", sent=ledger.now())
+    assert ledger.open_job("f", HOST, KEY) == open_one
+    assert {one.id for one in ledger.listed()} == {"new", "open"}
+    read = list[str]()
+    monkeypatch.setattr(ledger, "read", read.append)
+    ledger.open_job("f", HOST, KEY)
+    assert read == ["open"]
+
+
+def test_a_server_that_takes_a_question_and_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hosts, "ANSWER", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = hosts.Host(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        for ask in (host.deployments, lambda: host.said("j-1")):
+            with pytest.raises(hosts.Unreachable, match="timed out"):
+                ask()
+
+
 def test_the_folder_is_the_user_s_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MECHVLM_JOBS")
     monkeypatch.setattr("sys.platform", "linux")
@@ -208,6 +230,8 @@ FAILURES: dict[str, Callable[[], object]] = {
     ),
     "http://127.0.0.1:1 does not answer ([Errno 111] Connection refused), and no job was sent; look at the address and "
     "the network.": lambda: mv.remote.status(HOST),
+    "http://127.0.0.1:port does not answer (Invalid port: 'port'), and no job was sent; look at the address and the "
+    "network.": lambda: mv.remote.status("http://127.0.0.1:port"),
     "http://127.0.0.1:1 refused the request (it calls its job '../x', HTTP 200); mv.remote.status() says which models "
     "it runs, and mv.remote.compare() on which versions.": (
         lambda: jobs.noted(job(), jobs.ResponseModel(id="../x", status="QUEUED"))
@@ -253,6 +277,14 @@ def test_what_a_server_sends_is_not_run_as_a_program() -> None:
     content = _saved({"found": Trap()})
     with pytest.raises(mv.remote.JobError, match="^the result of job j-1 is not plain data"):
         jobs.unpacked(one, content)
+
+
+def test_a_result_that_came_broken_is_fetched_anew() -> None:
+    one = job(state="COMPLETED")
+    ledger.keep(one, b"half of it")
+    with pytest.raises(mv.remote.JobError, match="^the result of job j-1 came broken from http://127.0.0.1:1 "):
+        jobs.unpacked(one, b"half of it")
+    assert ledger.kept(one) is None and ledger.open_job("f", HOST, KEY) is not None
 
 
 def test_plain_data_comes_back_as_it_was() -> None:

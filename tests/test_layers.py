@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     ),
     "engine": (
         *(
-            *("processes", "shipping"),
+            *("processes", "remade", "shipping"),
             "layout",
             "plan",
             "visit",

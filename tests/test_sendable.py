@@ -3,7 +3,7 @@
 import functools
 import weakref
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import InitVar, dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -66,12 +66,35 @@ def decorated(x: Tensor) -> Tensor:
     return x
 
 
+def whole_package(x: Tensor) -> Tensor:
+    return x if mv else x
+
+
+def flush_left() -> Callable[[Tensor], Tensor]:
+    def inner(x: Tensor) -> Tensor:
+        return x * len("""
+to the margin
+""")
+
+    return inner
+
+
 def named_module(x: Tensor) -> Tensor:
     return x * tiny.WIDTH if functools is None else x
 
 
 halved = mv.Edit(PATTERN, lambda rows: rows * 0.5, rows="each")
 CASES = [
+    (
+        "the module mechvlm is not sent as a whole to where the model runs; write `from mechvlm import ...`, and "
+        "functions and classes that are named go along.",
+        lambda: read(whole_package),
+    ),
+    (
+        "the lines of the function flush_left.<locals>.inner cannot be sent by themselves (unexpected indent); write "
+        "it at the left margin of a file, without nonlocal, and let its arguments hold what it needs.",
+        lambda: read(flush_left()),
+    ),
     (
         "the function decorated is wrapped by a decorator, which is lost on the way to where the model runs, so that "
         "another function would run there; write what it does into the function.",
@@ -239,3 +262,46 @@ def test_what_a_class_of_the_user_s_does_is_part_of_what_its_values_are() -> Non
     Other.__qualname__ = Base.__qualname__
     prints = {fingerprint(scaled(*given)) for given in ((2.0,), (2.0,), (3.0,), (2.0, Other))}
     assert len(prints) == 3
+
+
+@dataclass(order=True)
+class Weighted:
+    """A field that is not compared, one that is made, and one that is only handed over."""
+
+    weight: float
+    note: str = field(default="", compare=False)
+    seen: list = field(init=False, default_factory=list)
+    times: InitVar[float] = 1.0
+
+    def __post_init__(self, times: float) -> None:
+        self.weight *= times
+
+
+def by_weight(x: Tensor) -> float:
+    heaviest = max(Weighted(1.0, times=3.0), Weighted(2.0))
+    return float(x) + heaviest.weight + 10 * len(heaviest.seen) + 100 * (Weighted(1.0, "a") == Weighted(1.0, "b"))
+
+
+def test_dataclasses_are_compared_and_made_as_they_are_here() -> None:
+    assert read(lambda x: by_weight(0 * x[0, 0, 0])) == by_weight(torch.zeros(1)) == 103.0
+
+
+def test_a_function_under_no_grad_passes_no_gradient_elsewhere_either() -> None:
+    @torch.no_grad()
+    def steady(x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+    found = [
+        vlm.run(
+            question(),
+            read=["text.0.resid_post"],
+            edits=[mv.Edit(STREAM, lambda x: x + steady(x))],
+            grad_of=mv.logit_difference("yes", "no"),
+        ).grad["text.0.resid_post"]
+        for vlm in (local(), mv.VLM(local().hf, local().processor, "tiny"))
+    ]
+    assert found[0].equal(found[1])
+
+
+def test_slices_and_numpy_s_numbers_come_back() -> None:
+    assert read(lambda x: [slice(0, len(x)), np.float64(0.5)]) == [slice(0, 1), 0.5]
