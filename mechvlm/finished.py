@@ -15,13 +15,15 @@ from doing one unit twice; where it fails to, both do the same, and either file 
 
 import os
 import uuid
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from errno import ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
 from mechvlm.sites import told
 
@@ -104,9 +106,7 @@ class Folder:
         The system's lock on a file says so, which ends with the process that holds it, however that ends.
         """
         lock = FileLock(self.folder / f"{self.units}-{name}.taken")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        if not had(lock):
             yield False
             return
         try:
@@ -117,6 +117,23 @@ class Folder:
                 Path(lock.lock_file).unlink(missing_ok=True)
 
 
+def had(lock: BaseFileLock) -> bool:
+    """Whether a lock is had, as it is without one where the file system knows none."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="flock not supported")
+            lock.acquire(timeout=0)
+    except Timeout:
+        # What filelock takes where there are no locks is a file, which outlives a process that dies on another machine.
+        return isinstance(lock, SoftFileLock)
+    except NotImplementedError:
+        return True
+    except OSError as error:
+        if error.errno not in (ENOLCK, ENOSYS, ENOTSUP, EOPNOTSUPP):
+            raise
+    return True
+
+
 def opened(path: Path, kind: str) -> xr.Dataset:
     """A finished file.
 
@@ -125,6 +142,8 @@ def opened(path: Path, kind: str) -> xr.Dataset:
     """
     try:
         return xr.open_dataset(path, engine="h5netcdf")
+    except (BlockingIOError, FileNotFoundError, PermissionError):  # not what is in it: a lock, say
+        raise
     except OSError:
         raise ValueError(
             f"{str(path)!r} is no finished part of {kind}; take it out of the folder, and it is made again."

@@ -129,7 +129,7 @@ def worked(
     def left() -> list[int]:
         for path in folder.fresh():
             number = int(path.name.split("-")[1])
-            if not kept:
+            if not kept or number >= len(groups):
                 folder.read(path)  # another's is refused before anything runs
             bar.update(0 if number in kept else len(groups[number]))
             kept[number] = path

@@ -1,5 +1,6 @@
 """Units of work in a folder: each is done once, whoever does it, and all of them find what one process finds."""
 
+import errno
 import subprocess
 import sys
 from collections.abc import Callable
@@ -162,6 +163,32 @@ def test_a_claim_ends_with_the_process_that_holds_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_where_there_are_no_locks_units_are_done_all_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lockless(*_: object) -> None:
+        raise OSError(vars(errno)[kind], "no locks")
+
+    monkeypatch.setattr("fcntl.flock", lockless)
+    folder = Folder(tmp_path, "same", "part")
+    folder.folder.joinpath("part-1.taken").write_text("12345\nelsewhere\n")  # of one that died on another machine
+    for name in ("0", "1"):
+        with folder.claim(name) as mine:
+            assert mine
+
+
+def test_another_work_with_more_units_that_begins_meanwhile_is_refused(tmp_path: Path) -> None:
+    def work(_: Any) -> Any:
+        yield from ()
+        Folder(tmp_path, "another", "part").keep(7, xr.Dataset())
+        return xr.Dataset()
+
+    assert "holds another experiment" in refused(
+        lambda: list(units.worked(vlm(), prompts()[:2], [[0], [1]], work, tmp_path))
+    )
+
+
 def test_a_unit_that_fails_is_free_again(tmp_path: Path) -> None:
     folder = Folder(tmp_path, "same", "part")
     with pytest.raises(Stopped):
@@ -212,6 +239,13 @@ def test_a_sweep_is_divided_among_processes_and_is_whole_in_each(tmp_path: Path)
     assert len(list(tmp_path.glob("points-*.nc"))) >= units.STRETCHES * 2
     np.testing.assert_allclose(found, swept(None), atol=1e-6)
     xr.testing.assert_equal(found, swept(tmp_path))
+
+
+def test_a_sweep_elsewhere_is_one_job_however_many_processes_there_are(tmp_path: Path) -> None:
+    model = mv.VLM(vlm().hf, vlm().processor, remote="local")
+    with seated(Process(0, 2)):
+        mv.sweep(model, prompts()[0], lambda head: [mv.ablate_heads(0, [head])], YES, out=tmp_path, head=range(4))
+    assert len(mv.remote.traffic(model)) == 2  # and what tells the weights
 
 
 def test_an_evaluation_is_the_same_whoever_answered(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def swept(
 def swept_and_clean(
     vlm: VLM,
     prompts: Sequence[Prompt],
-    points: Callable[[Prompt], Points],
+    points: Callable[[Prompt], Points] | Sequence[Callable[[Prompt], Points]],
     metrics: Sequence[Metric],
     batch_size: int | None = None,
     out: str | Path | None = None,
@@ -120,13 +120,14 @@ def swept_and_clean(
     """What `swept` and `clean_values` return, elsewhere as one job.
 
     Args:
-        vlm, prompts, points, metrics, batch_size, out, axes: as in `swept`.
+        points: as in `swept`, or one for each prompt, since a prompt may be there twice.
+        vlm, prompts, metrics, batch_size, out, axes: as in `swept`.
     """
 
     def one(number: int) -> Work[list[Any]]:
         kept = None if out is None else Path(out) / f"prompt-{number}"
-        about = vlm, prompts[number]
-        sweep = sweeping(*about, points(prompts[number]), metrics[number], batch_size, kept, **axes)
+        about, own = (vlm, prompts[number]), points if callable(points) else points[number]
+        sweep = sweeping(*about, own(prompts[number]), metrics[number], batch_size, kept, **axes)
         return beside([sweep, valued(*about, metrics[number])])
 
     found = each(vlm, prompts, one, out, ["swept"])

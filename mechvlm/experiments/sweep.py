@@ -136,7 +136,8 @@ def measuring(
     """
     measure, values = vlm.metric(metric), np.full(len(variants), np.nan)
     shards = None if out is None else Shards(out, sweep_print(vlm, prompt, variants, measure))
-    parts = stretches(len(variants)) if shards is not None else [range(len(variants))]
+    # Elsewhere a sweep is whole: a process that had a part of one and waited for part of another would hold others up.
+    parts = [range(len(variants))] if shards is None or vlm.place.remote else stretches(len(variants))
     there, how = np.zeros(len(variants), bool), [] if out is None else [f"read from {Path(str(out)).name}"]
 
     def left() -> list[int]:

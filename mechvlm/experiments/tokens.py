@@ -8,6 +8,7 @@ Rule this module guards: a set is compared with random sets of as many other ima
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,9 @@ def ablate_image_tokens(
     metrics, sites = metric_of_each(metric, asked), input_sites(vlm, "image_features")
     drawn = _drawn(asked, [_places(prompt, checked_mapping("sets", sets, prompt)) for prompt in asked], controls, seed)
     source = _source(vlm, asked, to, sites, None if out is None else Path(out) / "means")
-    sets_of = {id(prompt): own for prompt, own in zip(asked, drawn, strict=True)}
 
-    def points(prompt: Prompt) -> Points:
-        own, given = sets_of[id(prompt)], source(prompt)
+    def points(own: dict[str, list[list[int]]], prompt: Prompt) -> Points:
+        given = source(prompt)
 
         def away(set: str, sample: int) -> list[Edit]:  # the axis is named so
             return without(sites, given, np.array(own[set][sample + 1]))
@@ -112,7 +112,8 @@ def ablate_image_tokens(
         return away
 
     axes = {"set": list(drawn[0]), "sample": range(-1, controls)}
-    run, clean = swept_and_clean(vlm, asked, points, metrics, batch_size, out, **axes)
+    ways = [partial(points, own) for own in drawn]
+    run, clean = swept_and_clean(vlm, asked, ways, metrics, batch_size, out, **axes)
     found = run - clean
     effect, random = found.sel(sample=-1, drop=True), found.sel(sample=slice(0, None))
     effects = {"effect": effect, "random": random, **averaged(effect, clusters)}
