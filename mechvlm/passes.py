@@ -29,6 +29,9 @@ from mechvlm.shapes import Parts
 from mechvlm.visit import Visit
 from mechvlm.walk import at, walk
 
+LARGEST = 256 << 20
+"""Bytes of encodings, mostly of pictures, above which what is asked for at once is sent as more than one job."""
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -105,15 +108,30 @@ def forward(
 
 
 def forwards(vlm: Any, passes: Iterable[Pass]) -> Iterator[Run]:
-    """Several forward passes: one after the other in this process, or one job elsewhere."""
+    """Several forward passes: one after the other in this process; elsewhere one job, or several for many pictures."""
     if not vlm.place.remote:
         for one in passes:
             yield shown(vlm, one.plan, passed(vlm.model, vlm.arch, vlm.shape.logit_cap, Visit(one.plan), one))
         return
-    listed = list(passes)
-    found = vlm.place.ask(vlm.model, all_passed, vlm.arch, vlm.shape.logit_cap, listed) if listed else []
-    for one, shows in zip(listed, found, strict=True):
-        yield shown(vlm, one.plan, shows)
+    for some in by_size(passes):
+        found = vlm.place.ask(vlm.model, all_passed, vlm.arch, vlm.shape.logit_cap, some)
+        for one, shows in zip(some, found, strict=True):
+            yield shown(vlm, one.plan, shows)
+
+
+def by_size(passes: Iterable[Pass]) -> Iterator[list[Pass]]:
+    """Passes in as few lists as there are jobs to send, each with no more than `LARGEST` of encodings where it can."""
+    some: list[Pass] = []
+    sizes: dict[int, int] = {}
+    for one in passes:
+        size = sum(x.nbytes for x in one.batch.values())
+        if some and id(one.batch) not in sizes and sum(sizes.values()) + size > LARGEST:
+            yield some
+            some, sizes = [], {}
+        some.append(one)
+        sizes[id(one.batch)] = size
+    if some:
+        yield some
 
 
 def all_passed(model: Any, arch: Parts, cap: float | None, passes: Sequence[Pass]) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ import linecache
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -222,5 +223,5 @@ def job_of(model: Any, asked: tuple, server: Server) -> Backend:
     from mechvlm.fingerprints import fingerprint  # which knows models, whose places these are
 
     env = model._remoteable_get_env()
-    known = fingerprint(*asked, sorted(env.items())) if asked else ""
+    known = fingerprint(*asked, sorted(env.items()), version("mechvlm")) if asked else ""
     return JobBackend(model.to_model_key(), server, env, known, payload=payload)

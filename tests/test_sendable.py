@@ -17,6 +17,7 @@ import zoo
 from torch import Tensor
 
 import mechvlm as mv
+from mechvlm import passes
 from mechvlm.fingerprints import fingerprint
 from mechvlm.passes import pass_of
 from mechvlm.places import packed
@@ -239,6 +240,16 @@ def test_prompts_are_held_as_long_as_their_batches_are_known_by_their_place_in_m
     pass_of(local(), held, prompt)
     del prompt
     assert seen() is not None
+
+
+def test_many_pictures_are_sent_in_several_jobs_and_many_runs_of_one_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, here = (mv.VLM(local().hf, local().processor, "tiny", remote=how) for how in ("local", False))
+    asked = [{"prompt": vlm.prompt(tiny.picture(number), "is there")} for number in (0, 1, 2)]
+    monkeypatch.setattr(passes, "LARGEST", 2 * sum(x.nbytes for x in question().encoding.values()))
+    wanted = [run.logits for run in here.runs(asked)]
+    assert all(one.logits.equal(other) for one, other in zip(vlm.runs(asked), wanted, strict=True))
+    assert len(mv.remote.traffic(vlm)) == 2
+    assert len([*vlm.runs(asked[:1] * 5)]) == 5 and len(mv.remote.traffic(vlm)) == 3
 
 
 def test_what_a_class_of_the_user_s_does_is_part_of_what_its_values_are() -> None:
