@@ -46,5 +46,7 @@ def without_weights(path: str, processor: Any, **settings: Any) -> Any:
     if Path(path).is_dir():
         _ID_CACHE[path] = path  # else nnsight asks the hub what the model is called there
     model = TransformersModel(path, task="image-text-to-text", processor=processor, **settings)
+    for name in ("token", "cache_dir"):  # nnsight sends what the model was made with
+        model.kwargs.pop(name, None)
     model._module.eval()
     return model

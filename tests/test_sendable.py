@@ -1,6 +1,7 @@
 """What users' functions may name and hold where they run elsewhere; the rest is refused in words, before it is sent."""
 
 import functools
+import io
 import weakref
 from collections.abc import Callable
 from dataclasses import InitVar, dataclass, field, replace
@@ -21,6 +22,7 @@ from mechvlm import passes
 from mechvlm.fingerprints import fingerprint
 from mechvlm.passes import pass_of
 from mechvlm.places import packed
+from mechvlm.shipping import Courier
 
 STREAM = mv.Site("resid_post", 1)
 PATTERN = mv.Site("pattern", 1)
@@ -250,6 +252,14 @@ def test_many_pictures_are_sent_in_several_jobs_and_many_runs_of_one_in_one(monk
     assert all(one.logits.equal(other) for one, other in zip(vlm.runs(asked), wanted, strict=True))
     assert len(mv.remote.traffic(vlm)) == 2
     assert len([*vlm.runs(asked[:1] * 5)]) == 5 and len(mv.remote.traffic(vlm)) == 3
+
+
+def test_the_hub_s_token_is_not_sent() -> None:
+    vlm = mv.load("demo", remote="http://127.0.0.1:9", token="hf_secret", cache_dir="a_folder")
+    held = io.BytesIO()
+    Courier(held).dump(vlm.model)
+    assert b"language_model" in held.getvalue()
+    assert not any(word in held.getvalue() for word in (b"hf_secret", b"a_folder"))
 
 
 def test_what_a_class_of_the_user_s_does_is_part_of_what_its_values_are() -> None:
