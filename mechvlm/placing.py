@@ -88,6 +88,7 @@ def place_of(device: Any) -> torch.device:
         own = f"cuda:{here().local % max(1, torch.cuda.device_count())}" if here().count > 1 else "cuda"
         asked = own if torch.cuda.is_available() else "cpu"
         place = torch.device("cuda", device) if type(device) is int else torch.device(device or asked)
+        place = torch.device(own) if place == torch.device("cuda") else place
     except (RuntimeError, TypeError):
         raise ValueError(f"there is no device {told(device)}; give 'cpu', 'cuda' or 'cuda:0'.") from None
     there = {

@@ -12,6 +12,7 @@ takes the worker's place, and what comes back is what one process would have fou
 """
 
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from importlib.util import find_spec
@@ -28,6 +29,8 @@ __all__ = ("Pool", "here")
 
 Model = str | Path | Callable[[], VLM]
 """What a worker loads: as `mv.load` takes it, or a function that makes a model."""
+FREED = 10.0
+"""Seconds until what a closed pool held is surely there again."""
 
 
 class Worker:
@@ -196,13 +199,30 @@ def _room(workers: int, gpus: float | None) -> dict[str, Any]:
 
     there = ray.cluster_resources()
     each = (1.0 if there.get("GPU") else 0.0) if gpus is None else number("gpus", gpus)
-    what, asked = ("GPU", each) if each else ("CPU", 1.0)
-    if workers * asked > there.get(what, 0.0):
-        raise ValueError(
-            f"workers={workers} ask for {workers * asked:g} {what}s, and Ray has {there.get(what, 0.0):g}; give fewer "
-            f"workers, or start Ray with more (ray.init(num_{what.lower()}s=...))."
-        )
+    for what, one in (("GPU", each), ("CPU", 1.0)):
+        if workers * one > there.get(what, 0.0):
+            raise ValueError(
+                f"workers={workers} ask for {workers * one:g} {what}s, and Ray has {there.get(what, 0.0):g}; give "
+                f"fewer workers, or start Ray with more (ray.init(num_{what.lower()}s=...))."
+            )
+    for what, one in (("GPU", each), ("CPU", 1.0)):
+        free = _free(what, workers * one)
+        if workers * one > free + 1e-6:
+            raise ValueError(
+                f"workers={workers} ask for {workers * one:g} {what}s, and of Ray's only {free:g} are free; close what "
+                "holds the others, such as another pool, or give fewer workers."
+            )
     return {"num_cpus": 1, "num_gpus": each, "scheduling_strategy": "SPREAD"}
+
+
+def _free(what: str, wanted: float) -> float:
+    """How much of the cluster nobody holds; what was let go just now comes back after a moment."""
+    import ray
+
+    end = time.monotonic() + FREED
+    while (free := float(ray.available_resources().get(what, 0.0))) < wanted and time.monotonic() < end:
+        time.sleep(0.2)
+    return free
 
 
 def first_line(error: Exception) -> str:

@@ -306,6 +306,15 @@ def test_softened_heads_mix_in_each_positions_own_value(queries: list[int] | Non
 # -- image tokens ----------------------------------------------------------------------------------------------------
 
 
+def test_a_prompt_that_is_there_twice_has_random_sets_of_its_own_each_time() -> None:
+    prompt, other = asked()[:2]
+    sets = {"few": prompt.image[2:5]}
+    found = mv.ablate_image_tokens(vlm(), [prompt, other, prompt], YES, sets, to="zero", controls=3)
+    again = mv.ablate_image_tokens(vlm(), [prompt, other], YES, sets, to="zero", controls=3)
+    np.testing.assert_allclose(found.random[:2], again.random, atol=1e-6)
+    assert not np.allclose(found.random[0], found.random[2], atol=1e-3)
+
+
 def test_replaced_image_tokens_equal_a_plain_hook_on_the_projector() -> None:
     prompt = asked()[0]
     sets = {"few": prompt.image[2:5], "one": [prompt.image[7]]}

@@ -226,6 +226,7 @@ def test_each_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     with seated(Process(3, 4, local=3)):
         assert [str(place_of(one)) for one in (None, "cpu", "cuda:0")] == ["cuda:1", "cpu", "cuda:0"]
+        assert str(place_of("cuda")) == "cuda:1"
     assert str(place_of(None)) == "cuda"
 
 
@@ -305,6 +306,12 @@ def test_another_work_in_the_same_folder_is_refused(tmp_path: Path) -> None:
             f"out='{tmp_path}' holds another experiment: the model, the prompts or another argument is not the same; "
             "give another folder, or empty this one."
         )
+
+
+def test_an_answer_by_other_settings_is_another_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    EXPERIMENTS["generated"](tmp_path)
+    monkeypatch.setattr(vlm().hf.generation_config, "repetition_penalty", 50.0)
+    assert "holds another experiment" in refused(lambda: EXPERIMENTS["generated"](tmp_path))
 
 
 def test_a_file_that_is_no_part_is_refused(tmp_path: Path) -> None:

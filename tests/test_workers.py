@@ -68,6 +68,8 @@ np.savez(OUT / f"found-{here().number}.npz", **job(mv.load("demo"), OUT, True))
 POOLED = """
 import json
 
+import ray
+
 
 def dying(vlm):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -86,6 +88,7 @@ if __name__ == "__main__":
         told = {"died": pool.died, "raised": said(lambda: pool.run(lambda vlm: job(vlm, OUT, 1 / 0)))}
         told["folder"] = said(lambda: pool.run(mv.evaluate.pope, mv.evaluate.read_pope("demo", "adversarial")[:12]))
         told["many"] = said(lambda: mv.workers.Pool("demo", 10_000))
+        told["busy"] = said(lambda: mv.workers.Pool("demo", int(ray.cluster_resources()["CPU"]), gpus=0))
         told["again"] = pool.run(lambda vlm: vlm.name)
         told["dead"] = said(lambda: pool.run(dying))
     (OUT / "told.json").write_text(json.dumps(told))
@@ -141,6 +144,7 @@ def test_workers_that_ray_starts_find_what_one_finds(tmp_path: Path) -> None:
     assert told["folder"].startswith("this is process ")
     assert told["many"].startswith("workers=10000 ask for 10000 ")
     assert told["many"].endswith("...)).") and "s, and Ray has " in told["many"]
+    assert " are free; close what holds the others, such as another pool, or give fewer " in told["busy"]
     assert told["dead"].startswith("2 workers died and replacements=1 (the last: ")
     assert told["dead"].endswith(
         "); what they finished is kept, so the same job with the same out= goes on from there."

@@ -105,7 +105,9 @@ def attention_profile(
         looks = yield from asking.generated(group, max_new_tokens) if generated else asking.looks(group)
         return _averages(vlm, looks, group, asking)
 
-    what = ["attention_profile", generated, chosen, gone, even, max_new_tokens if generated else 0]
+    settings = vlm.hf.generation_config if generated else None
+    own = None if settings is None else [max_new_tokens, settings.to_dict()]
+    what = ["attention_profile", generated, chosen, gone, even, own]
     found = zip(groups, worked(vlm, asked, groups, work, out, what), strict=True)
     averages, n_keys, n_queries = _table(found, gone)
     where = queries if isinstance(queries, str) else ", ".join(map(str, queries))
