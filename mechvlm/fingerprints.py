@@ -164,8 +164,13 @@ def names_in(code: CodeType) -> set[str]:
 
 def weights_print(vlm: Any) -> list[str]:
     """A model's weights: of each its shape, its sum, its squares' sum, and where its largest values stand."""
-    found: list[str] = vlm.place.ask(vlm.model, prints_of)
-    return found
+    if not vlm.embedding.is_meta or not vlm.place.remote:
+        found: list[str] = vlm.place.ask(vlm.model, prints_of)
+        return found
+    # A server's weights stay what they are, and each of many sweeps would ask for them in a job of its own.
+    kept: list[str] = vlm.place.weights
+    kept += () if kept else vlm.place.ask(vlm.model, prints_of)
+    return list(kept)
 
 
 def prints_of(model: Any) -> list[str]:

@@ -58,11 +58,13 @@ class There:
         backend: makes what sends a captured block and brings its results, from a model and from what is asked of it.
         name: what it is called, for records.
         traffic: bytes sent and bytes brought back, compressed as they travel, of each job so far.
+        weights: what the model's weights are (`mechvlm.fingerprints`), once it was asked.
     """
 
     backend: Callable[[Any, tuple], Any]
     name: str
     traffic: list[tuple[int, int]] = field(default_factory=list, compare=False)
+    weights: list[str] = field(default_factory=list, compare=False)
 
     remote = True
 

@@ -6,17 +6,21 @@ import sys
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
+import torch
 import xarray as xr
 import zoo
 
 import mechvlm as mv
 from mechvlm import evaluate, units
+from mechvlm.fingerprints import weights_print
 from mechvlm.finished import Folder
+from mechvlm.places import There
 from mechvlm.placing import place_of
 from mechvlm.processes import Process, alone, here, launched, seated
 
@@ -247,6 +251,15 @@ def test_a_sweep_elsewhere_is_one_job_however_many_processes_there_are(tmp_path:
     with seated(Process(0, 2)):
         mv.sweep(model, prompts()[0], lambda head: [mv.ablate_heads(0, [head])], YES, out=tmp_path, head=range(4))
     assert len(mv.remote.traffic(model)) == 2  # and what tells the weights
+
+
+def test_a_server_is_asked_once_which_weights_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[object]()
+    monkeypatch.setattr(There, "ask", lambda *what: asked.append(what) or ["lm_head.weight (2, 2)"])
+    place, nowhere = There(lambda *_: None, "there"), torch.empty(1, device="meta")
+    model = SimpleNamespace(place=place, model=None, embedding=nowhere)
+    assert weights_print(model) == weights_print(model) == ["lm_head.weight (2, 2)"]
+    assert len(asked) == 1
 
 
 def test_an_evaluation_is_the_same_whoever_answered(tmp_path: Path) -> None:
