@@ -31,9 +31,7 @@ YES = mv.logit_difference("yes", "no")
 QUESTION = "is there a red dog in the image ?"
 Case = tuple[str, Callable[[], object]]
 
-with_accelerate = pytest.mark.skipif(
-    find_spec("accelerate") is None, reason="accelerate is not installed; runs where the test extra is"
-)
+with_accelerate = zoo.second_environment
 with_bitsandbytes = pytest.mark.skipif(
     find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed; runs in the second environment of .ci/run"
 )

@@ -12,10 +12,12 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+import zoo
 
 import mechvlm as mv
 from mechvlm.places import answered
 
+pytestmark = zoo.second_environment
 YES = mv.logit_difference("yes", "no")
 
 

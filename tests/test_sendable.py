@@ -83,7 +83,7 @@ to the margin
 
 
 def named_module(x: Tensor) -> Tensor:
-    return x * tiny.WIDTH if functools is None else x
+    return x if functools is None else x + 0
 
 
 halved = mv.Edit(PATTERN, lambda rows: rows * 0.5, rows="each")
