@@ -11,6 +11,8 @@ Rule this module guards: what is sent refers to `ALLOWED` modules and to nothing
 ('builtins', 'torch', 'math')
 """
 
+import __future__
+
 import dis
 import inspect
 import io
@@ -49,6 +51,7 @@ KEPT_OUT = ("__annotations__", "__dataclass_fields__", PARAMS, "__match_args__",
 
 ABSENT = ("open", "exec", "compile", "locals", "bin", "breakpoint", "exit", "quit", "help", "license")
 """Python's own functions that servers take away from shipped code."""
+SAYING = ("LOAD", "STORE", "BINARY", "UNARY", "COMPARE", "CONTAINS", "IS_OP")
 INSTEAD_OF = {
     "mechvlm.imagemap.ImageMap": "the positions that are wanted",
     "xarray.core.dataset.Dataset": "its numbers, torch.as_tensor(x.values)",
@@ -56,7 +59,6 @@ INSTEAD_OF = {
     "PIL.Image.Image": "its numbers, torch.as_tensor(numpy.array(picture))",
 }
 """What users' functions like to hold and is not sent, and what they may hold instead."""
-
 
 REMEMBERED: dict[FunctionType, tuple] = {}
 """How functions of this package are sent: reading their source takes longer than many a run."""
@@ -154,6 +156,8 @@ class Courier(CustomCloudPickler):
         if not ours(inner):
             check_code(inner.__code__, inner)
         made, given, *rest = sent if inner is function else CustomCloudPickler.reducer_override(self, inner)
+        if not ours(inner):
+            check_source(given[0] if len(given) == 7 else "", inner)
         if len(given) == 7:
             # It is found in its source by the name that stands there, which is not always the one it goes by.
             given = (given[0], inner.__code__.co_name, *given[2:4], None, *given[5:])
@@ -262,6 +266,38 @@ def check_held(kind: type) -> None:
 def named(kind: type) -> str:
     """A class's module and name."""
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def check_source(source: str, function: FunctionType) -> None:
+    """Refuse a function whose lines are not what runs here: it would be another one there.
+
+    Raises:
+        Unsendable: where there are no lines, or they have been changed since they were read.
+    """
+    code = function.__code__
+    if not source and not str(function.__module__).startswith("namedtuple_"):
+        raise Unsendable(
+            f"the function {function.__qualname__} is known by its compiled code alone, which another Python may not "
+            "run; write it into a file or into a cell of a notebook."
+        )
+    if not source or "__class__" in code.co_freevars or "@pytest_ar" in function.__globals__:
+        return  # named tuples' own, methods that call super(), and what pytest has rewritten
+    flags = code.co_flags & __future__.annotations.compiler_flag
+    made = compile(source, code.co_filename, "exec", flags, dont_inherit=True).co_consts
+    if not any(steps(one) == steps(code) for one in made if isinstance(one, CodeType)):
+        raise Unsendable(
+            f"the function {function.__qualname__} does something else here than its lines in {code.co_filename} say, "
+            "which are what is sent; import that file anew."
+        )
+
+
+def steps(code: CodeType) -> list[tuple[str, str]]:
+    """What code does with names and values, wherever it finds those that it does not hold itself."""
+    kinds = {"LOAD_GLOBAL": "LOAD_NAME", "LOAD_DEREF": "LOAD_NAME", "LOAD_METHOD": "LOAD_ATTR"}
+    said = [step for step in dis.get_instructions(code) if step.opname.startswith(SAYING)]
+    said = [step for step in said if step.opname != "LOAD_CLOSURE" and not isinstance(step.argval, CodeType)]
+    own = [(kinds.get(step.opname, step.opname), repr(step.argval)) for step in said]
+    return own + [step for inner in code.co_consts if isinstance(inner, CodeType) for step in steps(inner)]
 
 
 def check_code(code: CodeType, function: FunctionType) -> None:
