@@ -135,11 +135,13 @@ def worked(
             kept[number] = path
         return [number for number in range(len(groups)) if number not in kept]
 
+    def keeping(number: int) -> Work[None]:
+        folder.keep(number, (yield from work(groups[number])))  # as it ends, and not when all have
+
     with bar:
         if vlm.place.remote and here().count == 1:
-            waiting = left()
-            for number, found in zip(waiting, together(vlm, [work(groups[at]) for at in waiting]), strict=True):
-                folder.keep(number, found)
+            for _ in together(vlm, [keeping(number) for number in left()]):
+                pass
         for number in taken(folder, len(groups), left):
             with alone():
                 folder.keep(number, done(vlm, work(groups[number])))

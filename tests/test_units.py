@@ -253,6 +253,19 @@ def test_a_sweep_elsewhere_is_one_job_however_many_processes_there_are(tmp_path:
     assert len(mv.remote.traffic(model)) == 2  # and what tells the weights
 
 
+def test_what_is_finished_elsewhere_is_kept_though_what_comes_behind_it_fails(tmp_path: Path) -> None:
+    def work(group: Any) -> Any:
+        yield from ()  # as generations do, each of which is a job of its own
+        if group == [1]:
+            raise Stopped
+        return xr.Dataset()
+
+    model = mv.VLM(vlm().hf, vlm().processor, remote="local")
+    with pytest.raises(Stopped):
+        list(units.worked(model, prompts()[:2], [[0], [1]], work, tmp_path))
+    assert len(list(tmp_path.glob("part-000000-*.nc"))) == 1
+
+
 def test_a_server_is_asked_once_which_weights_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[object]()
     monkeypatch.setattr(There, "ask", lambda *what: asked.append(what) or ["lm_head.weight (2, 2)"])
