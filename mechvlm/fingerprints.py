@@ -169,19 +169,22 @@ def weights_print(vlm: Any) -> list[str]:
         return found
     # A server's weights stay what they are, and each of many sweeps would ask for them in a job of its own.
     kept: list[str] = vlm.place.weights
-    kept += () if kept else vlm.place.ask(vlm.model, prints_of)
+    kept += () if kept else vlm.place.ask(vlm.model, prints_of) or ["known by the model's name and revision alone"]
     return list(kept)
 
 
 def prints_of(model: Any) -> list[str]:
-    """The same, where the model runs.
+    """The same, where the model runs; nothing where code runs beside the weights, and not with them.
 
     Args:
         model: the nnsight model.
     """
     found = []
     for name, _ in model._module.named_parameters():
-        weight = held(model._module, name)
+        try:
+            weight = held(model._module, name)
+        except ValueError:
+            return []
         flat = whole_numbers_of(weight.detach()).flatten()
         sums = flat.sum(dtype=torch.float64), torch.linalg.vector_norm(flat, dtype=torch.float64)
         numbers = " ".join(f"{float(one):.7e}" for one in sums)

@@ -275,6 +275,13 @@ def test_a_server_is_asked_once_which_weights_it_has(monkeypatch: pytest.MonkeyP
     assert len(asked) == 1
 
 
+def test_weights_that_cannot_be_seen_where_code_runs_are_known_by_the_models_name(monkeypatch: Any) -> None:
+    monkeypatch.setattr(There, "ask", lambda _, model, function: function(model))
+    place, apart = There(lambda *_: None, "there"), SimpleNamespace(_module=torch.nn.Linear(2, 2, device="meta"))
+    model = SimpleNamespace(place=place, model=apart, embedding=apart._module.weight)
+    assert weights_print(model) == ["known by the model's name and revision alone"]
+
+
 def test_an_evaluation_is_the_same_whoever_answered(tmp_path: Path) -> None:
     rows = [{"question_id": at, "image": str(at // 3), "text": ASKED[at % 3], "label": "yes"} for at in range(9)]
     pictures = {str(number): tiny.picture(number) for number in range(3)}
