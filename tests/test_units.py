@@ -268,7 +268,12 @@ def test_what_is_finished_elsewhere_is_kept_though_what_comes_behind_it_fails(tm
 
 def test_a_server_is_asked_once_which_weights_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = list[object]()
-    monkeypatch.setattr(There, "ask", lambda *what: asked.append(what) or ["lm_head.weight (2, 2)"])
+
+    def ask(*what: object) -> list[str]:
+        asked.append(what)
+        return ["lm_head.weight (2, 2)"]
+
+    monkeypatch.setattr(There, "ask", ask)
     place, nowhere = There(lambda *_: None, "there"), torch.empty(1, device="meta")
     model = SimpleNamespace(place=place, model=None, embedding=nowhere)
     assert weights_print(model) == weights_print(model) == ["lm_head.weight (2, 2)"]
