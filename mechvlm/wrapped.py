@@ -12,6 +12,9 @@ from nnsight import NNsight
 
 from mechvlm.devices import hooks_of
 
+OUTPUT = ".*has a submodule named 'output'"
+"""What nnsight says of Q-Formers; mechvlm never asks for their submodules of that name."""
+
 
 class Traced(NNsight):
     """The nnsight model inside; what it is called with is placed by accelerate's hooks where there are any."""
@@ -29,8 +32,7 @@ class Traced(NNsight):
 def in_nnsight(hf_model: torch.nn.Module) -> Any:
     """A model inside nnsight."""
     with warnings.catch_warnings():
-        # Q-Formers have submodules called `output`; mechvlm never asks for those.
-        warnings.filterwarnings("ignore", message=".*has a submodule named 'output'")
+        warnings.filterwarnings("ignore", message=OUTPUT)
         return Traced(hf_model)
 
 
@@ -45,7 +47,9 @@ def without_weights(path: str, processor: Any, **settings: Any) -> Any:
 
     if Path(path).is_dir():
         _ID_CACHE[path] = path  # else nnsight asks the hub what the model is called there
-    model = TransformersModel(path, task="image-text-to-text", processor=processor, **settings)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=OUTPUT)
+        model = TransformersModel(path, task="image-text-to-text", processor=processor, **settings)
     for name in ("token", "cache_dir"):  # nnsight sends what the model was made with
         model.kwargs.pop(name, None)
     model._module.eval()

@@ -99,7 +99,8 @@ def started(folder: Path, script: str, *launcher: str) -> None:
     """Run a script behind a launcher, to its end."""
     path = folder / "script.py"
     path.write_text(JOB + script)
-    paths = [str(Path(mv.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    shimmed = str(Path(__file__).parent / "shimmed")
+    paths = [shimmed, str(Path(mv.__file__).parents[1]), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment = {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     words = [sys.executable, *launcher, str(path), str(folder)]
