@@ -21,6 +21,8 @@ def made_for(kind: Any, asked: Any) -> dict[str, Callable[..., Any]]:
     """
     made: dict[str, Callable[..., Any]] = {"__init__": init_of(kind)} if asked.init else {}
     names = [one.name for one in fields(kind) if one.compare]
+    if "__slots__" in vars(kind):
+        made["__setstate__"] = state_of([one.name for one in fields(kind)])
     if asked.eq:
         made |= {"__eq__": compared(names, operator.eq), "__hash__": hash_of(names)}
     return made | ({name: compared(names, by) for name, by in ORDERS.items()} if asked.order else {})
@@ -46,6 +48,17 @@ def init_of(kind: Any) -> Callable[..., None]:
             self.__post_init__(*[values[name] for name in handed])
 
     return __init__
+
+
+def state_of(names: list[str]) -> Callable[[Any, Any], None]:
+    """What sets the fields of a class with slots: a list of values, or as Python itself sends them."""
+
+    def __setstate__(self: Any, state: Any) -> None:
+        given = dict(zip(names, state, strict=True)) if isinstance(state, list) else state[1]
+        for name, value in given.items():
+            object.__setattr__(self, name, value)
+
+    return __setstate__
 
 
 def compared(names: list[str], by: Callable[[Any, Any], bool]) -> Callable[[Any, Any], Any]:

@@ -42,7 +42,7 @@ MACHINERY = ("nnsight", "cloudpickle", "copyreg", "_codecs", "_collections_abc",
 """What unpickling itself refers to."""
 MADE = (
     "__init__", "__eq__", "__hash__", "__repr__", "__setattr__", "__delattr__", "__replace__", "__lt__", "__le__",
-    "__gt__", "__ge__",
+    "__gt__", "__ge__", "__getstate__", "__setstate__",
 )  # fmt: skip
 """Functions that `dataclasses` makes, without source."""
 PARAMS = "__dataclass_params__"
@@ -51,6 +51,7 @@ KEPT_OUT = ("__annotations__", "__dataclass_fields__", PARAMS, "__match_args__",
 
 ABSENT = ("open", "exec", "compile", "locals", "bin", "breakpoint", "exit", "quit", "help", "license")
 """Python's own functions that servers take away from shipped code."""
+SOURCELESS = ("<string>", replace.__code__.co_filename)
 SAYING = ("LOAD", "STORE", "BINARY", "UNARY", "COMPARE", "CONTAINS", "IS_OP")
 INSTEAD_OF = {
     "mechvlm.imagemap.ImageMap": "the positions that are wanted",
@@ -187,8 +188,8 @@ def ours(thing: Any) -> bool:
 
 
 def generated(value: Any) -> bool:
-    """Whether an entry of a class's dictionary is a function without a file of its own."""
-    return not isinstance(value, FunctionType) or inspect.unwrap(value).__code__.co_filename == "<string>"
+    """Whether an entry of a class's dictionary is a function without a file of its own, or of `dataclasses`."""
+    return not isinstance(value, FunctionType) or inspect.unwrap(value).__code__.co_filename in SOURCELESS
 
 
 INSTEAD: dict[Any, Any] = {replace: changed, partial: partially}

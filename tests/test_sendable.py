@@ -326,6 +326,21 @@ def by_weight(x: Tensor) -> float:
     return float(x) + heaviest.weight + 10 * len(heaviest.seen) + 100 * (Weighted(1.0, "a") == Weighted(1.0, "b"))
 
 
+@dataclass(frozen=True, slots=True)
+class Fixed:
+    factor: float
+
+
+@dataclass(slots=True)
+class Loose:
+    factor: float
+
+
+def test_values_with_slots_go_along() -> None:
+    fixed, loose = Fixed(2.0), Loose(3.0)
+    assert read(lambda x: len(x) * fixed.factor + Fixed(4.0).factor + 10 * loose.factor + Loose(5.0).factor) == 41.0
+
+
 def test_dataclasses_are_compared_and_made_as_they_are_here() -> None:
     assert read(lambda x: by_weight(0 * x[0, 0, 0])) == by_weight(torch.zeros(1)) == 103.0
 
