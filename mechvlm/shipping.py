@@ -287,7 +287,7 @@ def check_source(source: str, function: FunctionType) -> None:
     made = compile(source, code.co_filename, "exec", flags, dont_inherit=True).co_consts
     if not any(steps(one) == steps(code) for one in made if isinstance(one, CodeType)):
         raise Unsendable(
-            f"the function {function.__qualname__} does something else here than its lines in {code.co_filename} say, "
+            f"the function {function.__qualname__} does something else here than its lines say in the file, "
             "which are what is sent; import that file anew."
         )
 
