@@ -1,4 +1,4 @@
-"""For processes that tests start, what `conftest.py` does in its own: torchvision of PyPI under a CPU build of torch."""
+"""For processes that tests start, what `conftest.py` does in its own: PyPI's torchvision under a CPU build of torch."""
 
 import sys
 
@@ -15,7 +15,7 @@ class Shim:
             self.library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys.torchvision_shim = self  # which has to live as long as the process
 
 
-sys.meta_path.insert(0, Shim())
+SHIM = Shim()  # which has to live as long as the process
+sys.meta_path.insert(0, SHIM)
