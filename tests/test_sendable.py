@@ -192,11 +192,6 @@ CASES = [
         "the positions that are wanted.",
         lambda: read(holding(question().images[0])),
     ),
-    (
-        "what was read is numpy.float32, which cannot be sent from where the model runs; return tensors, numbers, "
-        "texts, or lists, tuples and mappings of them.",
-        lambda: read(lambda x: np.float32(x.sum())),
-    ),
 ]
 """Tried by test_errors.py."""
 
@@ -295,7 +290,7 @@ def test_what_a_class_of_the_user_s_does_is_part_of_what_its_values_are() -> Non
             return 2.0
 
     def scaled(factor: float, base: type = Base) -> Any:
-        class Scaled(base):  # type: ignore[misc]
+        class Scaled(base):
             def __call__(self, x: Tensor) -> Tensor:
                 return x * factor
 
