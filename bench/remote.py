@@ -22,8 +22,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import loopback  # noqa: E402
+import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 import torch  # noqa: E402
+import xarray as xr  # noqa: E402
 
 import mechvlm as mv  # noqa: E402
 
@@ -46,6 +48,17 @@ def calls(prompts: int) -> dict[str, Callable[[mv.VLM], Any]]:
     return {"a run": run, f"a profile of {prompts} prompts": profile, "a sweep over heads": heads}
 
 
+def check_equal(one: Any, other: Any) -> None:
+    """Assert that a call gives the same here and there, to 1e-6 of the largest number, or of 1."""
+    if isinstance(one, xr.Dataset):
+        pairs = [(one[name], other[name]) for name in one.data_vars if one[name].dtype.kind == "f"]
+    else:
+        pairs = [(one, other) if isinstance(one, xr.DataArray) else (one.logits, other.logits)]
+    for here, there in pairs:
+        largest = max(1.0, float(np.nanmax(np.abs(np.asarray(here)))))
+        np.testing.assert_allclose(np.asarray(there), np.asarray(here), rtol=0, atol=1e-6 * largest)
+
+
 def seconds(call: Callable[[mv.VLM], Any], vlm: mv.VLM, rounds: int) -> float:
     """The median time of a call, the first one aside."""
     times = []
@@ -64,7 +77,7 @@ def measure(server: loopback.Server, layers: int, width: int, rounds: int, promp
     modules = len(list(here.hf.modules()))
     for name, call in calls(prompts).items():
         there = mv.load(str(folder), remote=server.url)
-        call(there)
+        check_equal(call(here), call(there))
         traffic = mv.remote.traffic(there)
         own, sent = seconds(call, here, rounds), seconds(call, there, rounds)
         size = f"{layers} | {width} | {weights / 1e6:.2f} | {modules}"

@@ -239,6 +239,7 @@ def test_the_position_that_looks_is_counted_from_the_first(vlm: mv.VLM, prompts:
     assert mv.attention_map(vlm, prompts[0], 1, query=[-1, 4])["query"].values.tolist() == [last, 4]
 
 
+@pytest.mark.here  # it watches pieces in this process
 @pytest.mark.parametrize("queries", ["last", "text", "all"])
 def test_no_map_of_all_queries_by_all_keys_is_made(
     vlm: mv.VLM, prompts: list[mv.Prompt], queries: str, monkeypatch: pytest.MonkeyPatch
