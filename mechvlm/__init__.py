@@ -14,7 +14,8 @@ Metrics: logit_difference, log_probability, probability, rank, kl_divergence.
 Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose_response, deletion_curve,
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
 attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs.
+segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
+attribution_patching.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -74,6 +75,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.accuracy import accuracy as accuracy
     from mechvlm.experiments.accuracy import answer_accuracy as answer_accuracy
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
+    from mechvlm.experiments.attributed_patches import attribution_patching as attribution_patching
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
     from mechvlm.experiments.bends import u_shape as u_shape
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
@@ -151,6 +153,7 @@ _LATER = {
     "gradient_tokens": "mechvlm.experiments.tokens",
     "norm_outliers": "mechvlm.experiments.tokens",
     "answer_probabilities": "mechvlm.experiments.answers",
+    "attribution_patching": "mechvlm.experiments.attributed_patches",
     "gradient_attribution": "mechvlm.experiments.attribution",
     "language_prior_collapse": "mechvlm.experiments.collapse",
     "knockout_answers": "mechvlm.experiments.decoding",

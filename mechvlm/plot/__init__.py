@@ -7,7 +7,8 @@ them; texts that come from data are shown as they are.
 Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Ablations: `effects`,
 `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
 logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
-`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer).
+`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer),
+`attributed` (estimates against patches).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
 `reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
@@ -23,6 +24,7 @@ from mechvlm.plot.ablations import ablation_order as ablation_order
 from mechvlm.plot.ablations import effects as effects
 from mechvlm.plot.ablations import head_search as head_search
 from mechvlm.plot.ablations import token_sets as token_sets
+from mechvlm.plot.attributed import attributed as attributed
 from mechvlm.plot.causes import flow as flow
 from mechvlm.plot.causes import tracing as tracing
 from mechvlm.plot.charts import bars as bars
@@ -54,6 +56,7 @@ from mechvlm.plot.zones import zone_curve as zone_curve
 __all__ = [
     "ablation_order",
     "association",
+    "attributed",
     "bars",
     "collapse_curves",
     "comparison",

@@ -1,0 +1,151 @@
+"""How far an estimate of many patches can be trusted: some of them are made, those estimated highest and random ones.
+
+Rule this module guards: what was patched is told apart by how it was chosen. Nodes chosen by their estimate say how
+good the top of the list is; only nodes drawn at random say anything of what the estimate passed over.
+
+>>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
+1.0
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from jaxtyping import Float
+
+AMONG = ("top", "random", "both")
+UNSEEN = 0.05
+"""How likely a draw may be to have met none of the worst nodes, for `missed_share`."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One patch that can be made.
+
+    Attributes:
+        place: a position, or the name of a span.
+        head: None where all of the activation is patched.
+    """
+
+    kind: str
+    layer: int
+    place: Any
+    head: int | None
+    estimate: float
+    drawn: str
+
+
+def chosen_nodes(estimates: Mapping[str, xr.DataArray], count: int, seed: int) -> dict[str, list[Node]]:
+    """For each kind so many nodes with the largest estimates by size, and as many of the others at random.
+
+    Args:
+        estimates: by kind, over layer, position or span, and maybe head; what is not a number is no node.
+        count: of each; fewer where there are no more.
+
+    Example:
+        >>> table = xr.DataArray([[1.0, -3.0, 2.0]], dims=["layer", "position"], coords={"layer": [0]})
+        >>> found = chosen_nodes({"mlp_out": table.assign_coords(position=[0, 1, 2])}, 1, seed=0)
+        >>> [(node.place, node.drawn) for node in found["mlp_out"]][0]
+        (1, 'top')
+    """
+    found: dict[str, list[Node]] = {}
+    for number, (kind, table) in enumerate(estimates.items()):
+        values = table.values.ravel()
+        size = np.where(np.isfinite(values), np.abs(values), -1.0)
+        order = np.argsort(-size, kind="stable")[: int((size >= 0).sum())]
+        top, rest = order[:count], order[count:]
+        random = np.random.default_rng([seed, number]).choice(rest, min(count, len(rest)), replace=False)
+        picked = [*((at, "top") for at in top), *((at, "random") for at in random)]
+        found[kind] = [_node(kind, table, int(at), drawn) for at, drawn in picked]
+    return found
+
+
+def _node(kind: str, table: xr.DataArray, at: int, drawn: str) -> Node:
+    """The node at a place of a table, counted through all of it."""
+    layer, place, *head = np.unravel_index(at, table.shape)
+    named = table[table.dims[1]].values[place].item()
+    whole = int(table.layer.values[layer])
+    return Node(kind, whole, named, int(head[0]) if head else None, float(table.values.flat[at]), drawn)
+
+
+def checked(nodes: Mapping[str, Sequence[Node]], exact: Mapping[str, np.ndarray], count: int, dim: str) -> xr.Dataset:
+    """What was estimated beside what the patches did, and how well the two agree, for each kind.
+
+    Args:
+        exact: by kind, of each of its nodes.
+        count: how many nodes were asked for.
+        dim: what a node's place is, "position" or "span".
+
+    Returns:
+        `estimate` and `exact` over axes kind and node, and `pearson` and so on over kind; see `attribution_patching`.
+    """
+    kinds, most = list(nodes), max(map(len, nodes.values()))
+
+    def table(of: Any, fill: Any) -> tuple[list[str], np.ndarray]:
+        rows = [[of(node) for node in nodes[kind]] for kind in kinds]
+        return ["kind", "node"], np.array([row + [fill] * (most - len(row)) for row in rows])
+
+    values = {kind: np.array([node.estimate for node in nodes[kind]]) for kind in kinds}
+    drawn = {kind: np.array([node.drawn for node in nodes[kind]]) for kind in kinds}
+    agreed = [[_both(values[kind], exact[kind], drawn[kind], among) for among in AMONG] for kind in kinds]
+    ends = [_ends(values[kind], exact[kind], drawn[kind], count) for kind in kinds]
+    padded = [np.append(exact[kind], np.full(most - len(exact[kind]), np.nan)) for kind in kinds]
+    found: dict[str, Any] = {
+        "estimate": table(lambda node: node.estimate, np.nan),
+        "exact": (["kind", "node"], np.array(padded)),
+        "pearson": (["kind", "among"], np.array(agreed)[..., 0]),
+        "spearman": (["kind", "among"], np.array(agreed)[..., 1]),
+        **{name: (["kind"], np.array(ends)[:, at]) for at, name in enumerate(("precision", "missed", "missed_share"))},
+    }
+    places: dict[str, Any] = {
+        "node_layer": table(lambda node: node.layer, -1),
+        f"node_{dim}": table(lambda node: node.place, -1 if dim == "position" else ""),
+        "node_head": table(lambda node: -1 if node.head is None else node.head, -1),
+        "drawn": table(lambda node: node.drawn, ""),
+    }
+    return xr.Dataset(found, coords={"kind": kinds, "node": np.arange(most), "among": list(AMONG), **places})
+
+
+def _both(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, among: str) -> tuple[float, float]:
+    """Pearson's and Spearman's correlation among the nodes of one choice, or of both."""
+    here = drawn == among if among != "both" else np.ones(len(drawn), bool)
+    return correlation(estimate[here], exact[here]), correlation(ranks(estimate[here]), ranks(exact[here]))
+
+
+def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, count: int) -> tuple[float, float, float]:
+    """How many of the top are in truth, the largest error of a random node, and how many others may have a larger."""
+    top, random = drawn == "top", drawn == "random"
+    least = np.sort(np.abs(exact))[::-1][top.sum() - 1]
+    precision = float((np.abs(exact[top]) >= least).mean())
+    if not random.any():
+        return precision, float("nan"), 0.0
+    missed = float(np.abs(exact - estimate)[random].max())
+    return precision, missed, 0.0 if random.sum() < count else 1 - UNSEEN ** (1 / random.sum())
+
+
+def ranks(values: Float[np.ndarray, " value"]) -> Float[np.ndarray, " value"]:
+    """Each value's place in the order, from 1; equal ones share the mean of theirs.
+
+    Example:
+        >>> ranks(np.array([5.0, 1.0, 5.0]))
+        array([2.5, 1. , 2.5])
+    """
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    places: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[which]
+    return places
+
+
+def correlation(one: Float[np.ndarray, " value"], other: Float[np.ndarray, " value"]) -> float:
+    """Pearson's correlation; not a number for fewer than two values, or where one of the two does not vary.
+
+    Example:
+        >>> correlation(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
+        nan
+    """
+    if len(one) < 2:
+        return float("nan")
+    first, second = one - one.mean(), other - other.mean()
+    size = float(np.sqrt((first**2).sum() * (second**2).sum()))
+    return float((first * second).sum()) / size if size > 0 else float("nan")

@@ -1,0 +1,81 @@
+"""Estimates of patches against the patches themselves.
+
+>>> figure = attributed(attribution_patching(vlm, real, null, yes, kinds=["z"], layers=[4], verify=3))
+>>> [trace.name for trace in figure.data]
+['estimate = exact', 'z, top', 'z, random']
+"""
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from mechvlm.plot.look import INK, PALETTE, finished, plain
+
+GREY = "#8a8a8a"
+SYMBOLS = {"top": "circle", "random": "circle-open"}
+
+
+def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
+    """What each patched node was estimated to change, across, against what its patch changed, up, with the diagonal.
+
+    A node far above or below the middle and near the upright axis is one that the estimate passed over. All estimates
+    are drawn with `patched_positions(found.mlp_out)`, `heatmap` or, at image tokens, `over_image`.
+
+    Args:
+        found: what `attribution_patching` returns with `verify`.
+        caption: by default says how many nodes of each kind were patched, and how well the two agree.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> found = mv.attribution_patching(vlm, real, null, yes, kinds=["attn_out"], layers=[2, 4], verify=5)
+        >>> mv.plot.attributed(found, title="Attribution patching against patching")
+    """
+    if not isinstance(found, xr.Dataset) or not {"estimate", "exact", "pearson"} <= set(found.data_vars):
+        raise TypeError(
+            f"attributed draws what attribution_patching returns where some nodes are patched too, and was given a "
+            f"{type(found).__name__}; make it with mv.attribution_patching(vlm, source, target, metric, verify=20)."
+        )
+    both = np.stack([found.estimate.values, found.exact.values])
+    ends = [float(np.nanmin(both)), float(np.nanmax(both))]
+    figure = go.Figure()
+    line = {"color": GREY, "dash": "dash", "width": 1.5}
+    figure.add_scatter(x=ends, y=ends, mode="lines", name="estimate = exact", line=line, hoverinfo="skip")
+    for number, kind in enumerate(map(str, found["kind"].values)):
+        for drawn, symbol in SYMBOLS.items():
+            one = found.sel(kind=kind)
+            one = one.isel(node=np.flatnonzero(one.drawn.values == drawn))
+            if not one.sizes["node"]:
+                continue
+            ink = PALETTE[number % len(PALETTE)]
+            marker = {"symbol": symbol, "size": 8, "color": ink, "line": {"width": 1.5, "color": ink}}
+            look = {"mode": "markers", "marker": marker, "hovertext": _texts(one), "hoverinfo": "text"}
+            figure.add_scatter(x=one.estimate.values, y=one.exact.values, name=f"{kind}, {drawn}", **look)
+    figure.update_xaxes(title_text=f"estimate ({found.exact.attrs['units']})", zerolinecolor=INK)
+    figure.update_yaxes(title_text=f"exact ({found.exact.attrs['units']})", zerolinecolor=INK)
+    figure.update_layout(showlegend=True)
+    return finished(figure, title, caption or _said(found), width=460, height=460)
+
+
+def _texts(one: xr.Dataset) -> list[str]:
+    """What is said of each node of a kind."""
+    place = "node_span" if "node_span" in one.coords else "node_position"
+    columns = (one[name].values for name in ("node_layer", place, "node_head", "estimate", "exact"))
+    return [
+        f"layer {layer}, {place.removeprefix('node_')} {plain(str(at))}"
+        + (f", head {head}" if head >= 0 else "")
+        + f"<br>estimate {estimate:+.4g}<br><b>exact {exact:+.4g}</b>"
+        for layer, at, head, estimate, exact in zip(*columns, strict=True)
+    ]
+
+
+def _said(found: xr.Dataset) -> str:
+    """How well estimates and patches agree, kind by kind."""
+    parts = [
+        f"{kind}: r {float(found.pearson.sel(kind=kind, among='top')):.3f} among the top, "
+        f"{float(found.pearson.sel(kind=kind, among='random')):.3f} among random nodes, largest error of these "
+        f"{float(found.missed.sel(kind=kind)):.3g}"
+        for kind in map(str, found["kind"].values)
+    ]
+    return f"Up to {found.attrs['verify']} nodes by estimate and as many at random of each kind. {'; '.join(parts)}."
