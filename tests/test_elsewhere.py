@@ -122,6 +122,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "attention_profile, of a generation": lambda case: mv.attention_profile(
         case.vlm, case.real, "generated", max_new_tokens=3
     ),
+    "attribution_patching": lambda case: mv.attribution_patching(case.vlm, case.real, case.null, METRIC, verify=2),
     "attention_rollout": lambda case: mv.attention_rollout(case.vlm, case.real, without_bos=True),
     "causal_trace": lambda case: mv.causal_trace(case.vlm, case.real, METRIC, samples=2, layers=[0, 2]),
     "deletion_curve": lambda case: mv.deletion_curve(

@@ -1332,6 +1332,10 @@ def patched(**settings: Any) -> object:
     return mv.patch_spans(vlm(), real(), real(), YES, **settings)
 
 
+def attributed(**settings: Any) -> object:
+    return mv.attribution_patching(vlm(), real(), real(), YES, **settings)
+
+
 def pairs_patched(*pairs: Any, **settings: Any) -> object:
     return mv.patch_pairs(vlm(), pairs or [paired()], **{"only_right": False, "controls": 0, "layers": [0], **settings})
 
@@ -1364,6 +1368,29 @@ PATCHING: list[Case] = [
     (
         "this model has no cross_z in layers 0, 1, 2; choose from q, k, v, scores, pattern, z.",
         lambda: mv.patch_heads(vlm(), real(), real(), YES, kind="cross_z"),
+    ),
+    (
+        "kinds='z' is no list of kinds; write for instance ['resid_pre', 'z'].",
+        lambda: attributed(kinds="z"),
+    ),
+    (
+        "'pattern' cannot be estimated by position; choose from resid_pre, q, k, v, z, attn_out, resid_mid, mlp_out, "
+        "resid_post.",
+        lambda: attributed(kinds=["z", "pattern"]),
+    ),
+    (
+        "this model has no z in layer 1, so no patch of it can be estimated; choose from resid_pre, attn_out, "
+        "resid_mid, mlp_out, resid_post.",
+        lambda: mv.attribution_patching(
+            zoo.build("mllama"), asked_of("mllama"), asked_of("mllama"), YES, ["z"], layers=[0, 1]
+        ),
+    ),
+    ("positions='all' is not known; choose from 'each', 'span'.", lambda: attributed(positions="all")),
+    ("verify=-1 patches nothing; give 0 or more nodes.", lambda: attributed(verify=-1)),
+    (
+        "attributed draws what attribution_patching returns where some nodes are patched too, and was given a "
+        "DataArray; make it with mv.attribution_patching(vlm, source, target, metric, verify=20).",
+        lambda: mv.plot.attributed(by_position()),  # type: ignore[arg-type]
     ),
     (
         "the prompts hold no image, so there are no features; make them with vlm.prompt(image, text).",
