@@ -150,7 +150,7 @@ def test_the_picture_moves_as_one_where_it_enters_behind_later_layers_too() -> N
     real, null = (zoo.ask(vlm, tiny.picture(number, 60, 40)) for number in (0, 1))
     metric = mv.logit_difference(30, 31)
     found = mv.attribution_patching(vlm, real, null, metric, kinds=["resid_pre"], positions="span", verify=1)
-    sites = ["image_features", *(mv.Site("deepstack", layer) for layer in range(vlm.shape.deepstack))]
+    sites = [mv.Site("image_features"), *(mv.Site("deepstack", layer) for layer in range(vlm.shape.deepstack))]
     one, other = vlm.run(real, sites), vlm.run(null, sites, grad_of=metric)
     expected = sum(float(((one[site] - other[site]) * other.grad[site]).sum()) for site in sites)
     assert float(found.resid_pre.sel(layer=0, span="image")) == pytest.approx(expected, rel=1e-4)
