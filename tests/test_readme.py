@@ -77,7 +77,7 @@ def test_every_line_of_the_table_of_causes_runs() -> None:
     for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
         names[name] = eval(code, names)
     rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert len(rows) == 11
+    assert len(rows) == 12
     engines = {code.split("(")[0]: eval(code, names).attrs.get("engine", "none") for code in rows}
     assert engines.pop("mv.knockout_answers") == "none"  # which generates, and is no sweep
     assert all(engine.startswith("rerun from the edited layer") for engine in engines.values()), engines
