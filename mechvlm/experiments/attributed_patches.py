@@ -37,8 +37,8 @@ HEADS = {"q": "head", "k": "kv_head", "v": "kv_head", "z": "head"}
 STREAM = ("resid_pre", "resid_mid", "resid_post")
 KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 MISSED = (
-    "missed: the largest |exact - estimate| of the random nodes, which is no bound on that of the nodes that were not "
-    "patched; missed_share: at 95 % fewer of those that were not among the top have a larger one"
+    "missed: the largest |exact - estimate| of the random nodes, no bound on that of the nodes that were not patched; "
+    "missed_share: at 95 % confidence no larger share of the nodes that are not among the top has a larger one"
 )
 
 
@@ -84,10 +84,10 @@ def attribution_patching(
         coordinates node_layer, node_position (or node_span), node_head (-1 for all) and drawn, "top" or "random".
         `pearson` and `spearman` of the two over axes kind and among ("top", "random", "both"); "both" has half its
         nodes from the top, and is no correlation over all nodes unless they were all patched. Over kind: `precision`,
-        the share of the top nodes that are as high by exact size among those patched, above which it is not among all;
-        `missed`, the largest difference
-        of a random node; and `missed_share`, of the nodes that are not among the top, the largest share that may have
-        a larger one and still go unseen by the draw in 1 of 20. `missed` bounds no node that was not patched.
+        the share of the top nodes that are as high by exact size among those patched; among all nodes it is that or
+        less. `missed`, the largest difference of a random node, which bounds no node that was not patched; and
+        `missed_share`: a larger share than this of the nodes that are not among the top, each with a larger difference
+        than `missed`, would have gone unseen in fewer than 1 of 20 draws.
 
     Raises:
         ValueError: where positions cannot be matched; for another kind, another word for `positions`, a negative
