@@ -50,6 +50,7 @@ from mechvlm.imagemap import Grid
 from mechvlm.layout import Layout
 from mechvlm.load import type_of
 from mechvlm.matching import check_matched
+from mechvlm.nodes import Node
 from mechvlm.refusals import ENCODER_DECODER
 from mechvlm.run import of_row
 from mechvlm.visit import Visit, check_result
@@ -810,6 +811,11 @@ GENERATION: list[Case] = [
 
 YES = mv.logit_difference("yes", "no")
 LATER: list[Case] = [
+    (
+        "'a3.x5' names no node; write for instance 'image', 'a3.h5' or 'm3' for what writes, and 'a3.h5<q>', "
+        "'a3.kv1<v>', 'm3' or 'logits' for what reads.",
+        lambda: Node.parse("a3.x5"),
+    ),
     (
         "the prompts are about 1 pictures, and zones are tested on halves of them; give prompts about at least 4.",
         lambda: mv.methods.viar.audit(vlm(), [real(), real()]),

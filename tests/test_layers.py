@@ -27,6 +27,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "archs",
             "refusals",
             "shapes",
+            "nodes",
         ),
         *(
             "pixels",
@@ -57,7 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "placing",
             "generating",
             *("sent", "ledger", "hosts", "failures", "jobs", "places", "wrapped"),
-            "weights",
+            *("weights", "writes"),
             "unembedding",
             "passes",
             *("rounds", "start", "reach", "schedule", "handed", "between", "rerun", "points"),
