@@ -42,6 +42,7 @@ import mechvlm as mv
 from mechvlm import plan, shapes
 from mechvlm.archs import ARCHS
 from mechvlm.batch import check_gradients, check_kernel, check_padding
+from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.experiments.inputs import squares_of
 from mechvlm.experiments.saliency import completeness
 from mechvlm.generating import check_copies, check_sampling
@@ -811,6 +812,31 @@ GENERATION: list[Case] = [
 
 YES = mv.logit_difference("yes", "no")
 LATER: list[Case] = [
+    (
+        "there is no edge m2 -> a1.h0<q> in this model; see mechvlm.nodes for what writes, what reads, and what stands "
+        "before what.",
+        lambda: circuit_metrics(vlm(), real(), real(), [[("m2", "a1.h0<q>", None)]], YES),
+    ),
+    (
+        "the edge m0 -> logits is at 'sky'; choose from bos, prefix, image, question, last.",
+        lambda: circuit_metrics(vlm(), real(), real(), [[("m0", "logits", "sky")]], YES),
+    ),
+    (
+        "batch_size=0 runs nothing; give 1 or more.",
+        lambda: circuit_metrics(vlm(), real(), real(), [], YES, batch_size=0),
+    ),
+    (
+        "layers of mllama attend to the picture's features beside the residual stream, so a circuit of its parts "
+        "cannot be run; patch their heads with mv.patch_heads(..., kind='cross_z').",
+        lambda: circuit_metrics(zoo.build("mllama"), asked_of("mllama"), asked_of("mllama"), [], YES),
+    ),
+    (
+        "steer by 1 at text.1.resid_post is an edit of the residual stream, which a circuit's parts are given piece by "
+        "piece; run circuits of vlm.without_edits(), or edit what a part writes.",
+        lambda: circuit_metrics(
+            vlm().with_edits([mv.steer("text.1.resid_post", torch.ones(1), 1.0)]), real(), real(), [], YES
+        ),
+    ),
     (
         "'a3.x5' names no node; write for instance 'image', 'a3.h5' or 'm3' for what writes, and 'a3.h5<q>', "
         "'a3.kv1<v>', 'm3' or 'logits' for what reads.",

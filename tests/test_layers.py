@@ -60,7 +60,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             *("sent", "ledger", "hosts", "failures", "jobs", "places", "wrapped"),
             *("weights", "writes"),
             "unembedding",
-            "passes",
+            *("passes", "wired"),
             *("rounds", "start", "reach", "schedule", "handed", "between", "rerun", "points"),
             "vlm",
             *("placing", "load", "fingerprints", "finished", "units", "workers", "shared"),

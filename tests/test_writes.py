@@ -10,7 +10,8 @@ from mechvlm.plan import key_of
 from mechvlm.writes import write_sites, writing, written
 
 
-@pytest.mark.parametrize("name", zoo.each_kind(zoo.VARIANTS))
+@zoo.second_environment
+@pytest.mark.parametrize("name", zoo.VARIANTS)
 def test_what_parts_write_sums_to_the_stream_that_is_unembedded(name: str) -> None:
     if zoo.there(name):
         pytest.skip(zoo.there(name))

@@ -1,0 +1,265 @@
+"""A model run as a circuit: along the edges that are kept goes what its parts write, along all others another run's.
+
+Each reader of the residual stream (the queries, keys and values of each head, each MLP, the logits) is given a stream
+of its own: the sum of what the parts before it wrote, each as it is in this run where the edge is kept, and as it was
+in the other run where it is not. Readers that are given the same stream share a row of the batch, and each head is put
+together in the circuit's first row from the rows that its queries, keys and values were read from. So a circuit is one
+forward pass with a few rows, on every architecture, and nothing of a layer is computed by other means than the model's.
+
+Rule this module guards: all edges give the prompt's own run, and none the other's, to rounding.
+
+>>> wires_of(vlm.shape, [[("m7", "logits", None)]], [0] * len(real), [""]).rows
+1
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mechvlm.nodes import Node, feeds, readers, writers
+from mechvlm.passes import Pass, of_groups, passed
+from mechvlm.plan import Plan
+from mechvlm.shapes import Parts, Shape
+from mechvlm.visit import Visit
+from mechvlm.writes import Writing, head_writes, written
+
+Edges = Sequence[tuple[str, str, str | None]]
+"""Of a circuit: who writes, who reads, and at the positions of which span; None for all."""
+END = ("end", 0)
+
+
+@dataclass(frozen=True)
+class Wires:
+    """Which stream each reader of some circuits is given.
+
+    Attributes:
+        circuits: how many.
+        rows: of the batch, for each circuit.
+        writers: names, in forward order.
+        spans: of each position, the number of its span.
+        masks: for each moment at which streams are put together, the edges that are kept, `circuit row writer span`.
+            Moments are ("pre", layer), ("mid", layer) and ("end", 0).
+        places: for each reader, the row of the batch that it reads, of each circuit.
+        between: for each layer, whether its MLP reads behind its attention.
+    """
+
+    circuits: int
+    rows: int
+    writers: tuple[str, ...]
+    spans: Int[Tensor, " pos"]
+    masks: dict[tuple, Bool[Tensor, "circuit row writer span"]]
+    places: dict[str, Int[Tensor, " circuit"]]
+    between: tuple[bool, ...]
+
+    @property
+    def first(self) -> Int[Tensor, " circuit"]:
+        """The row of the batch in which each circuit is put together."""
+        return torch.arange(self.circuits) * self.rows
+
+
+def wires_of(shape: Shape, circuits: Sequence[Edges], of_position: Sequence[int], spans: Sequence[str]) -> Wires:
+    """The streams that the readers of some circuits are given.
+
+    Args:
+        of_position: the number of each position's span.
+        spans: their names.
+    """
+    names, numbers = writers(shape), {name: number for number, name in enumerate(writers(shape))}
+    moments: dict[tuple, list[str]] = {}
+    for reader in readers(shape):
+        moments.setdefault(_moment(shape, reader), []).append(reader)
+    kept = [_by_reader(edges) for edges in circuits]
+    streams = {
+        moment: [_together([by.get(reader, frozenset()) for reader in those]) for by in kept]
+        for moment, those in moments.items()
+    }
+    rows = max(len(different) for each in streams.values() for different, _ in each)
+    masks, places = {}, {}
+    for moment, those in moments.items():
+        mask = torch.zeros(len(circuits), rows if moment[0] == "pre" else 1, len(names), len(spans), dtype=torch.bool)
+        for circuit, (different, _) in enumerate(streams[moment]):
+            for row, edges in enumerate(different):
+                for writer, span in edges:
+                    mask[circuit, row, numbers[writer], slice(None) if span is None else spans.index(span)] = True
+        masks[moment] = mask
+        for number, reader in enumerate(those):
+            rows_of = [circuit * rows + which[number] for circuit, (_, which) in enumerate(streams[moment])]
+            places[reader] = torch.tensor(rows_of)
+    between = tuple("resid_mid" in kinds for kinds in shape.kinds["text"])
+    return Wires(len(circuits), rows, names, torch.tensor(of_position), masks, places, between)
+
+
+def _moment(shape: Shape, reader: str) -> tuple:
+    """When a reader's stream is put together."""
+    node = Node.parse(reader)
+    if node.kind == "logits":
+        return END
+    behind = node.kind == "mlp" and feeds(shape, f"a{node.layer}.h0", reader)
+    return ("mid" if behind else "pre", node.layer)
+
+
+def _by_reader(edges: Edges) -> dict[str, frozenset]:
+    """For each reader, from whom and where it is given what is written in this run."""
+    found: dict[str, set] = {}
+    for writer, reader, span in edges:
+        found.setdefault(reader, set()).add((writer, span))
+    return {reader: frozenset(those) for reader, those in found.items()}
+
+
+def _together(asked: Sequence[frozenset]) -> tuple[list[frozenset], list[int]]:
+    """Streams without those that are there already, and which of them each reader is given."""
+    different = list(dict.fromkeys(asked))
+    return different, [different.index(one) for one in asked]
+
+
+class Wired(Visit):
+    """What happens while circuits are walked.
+
+    Args:
+        plan: of the run, for its rows; it reads nothing.
+        other: what each part wrote in the other run, `pos d_model`.
+        image: positions of the image tokens.
+    """
+
+    def __init__(
+        self, plan: Plan, model: Any, how: Writing, wires: Wires, other: Mapping[str, Tensor], image: Sequence[int]
+    ) -> None:
+        Visit.__init__(self, plan)
+        self.model, self.how, self.wires, self.image = model, how, wires, list(image)
+        self.other = other
+        shape = (wires.circuits, len(wires.writers), *other["embed"].shape)
+        # How far what each part writes here is from what it wrote in the other run; later parts have written nothing.
+        self.changes = other["embed"].new_zeros(shape)
+        self.base = other["embed"].new_zeros((wires.circuits, *other["embed"].shape))
+        self.z: Tensor | None = None
+        self.before: list[str] = []
+
+    def touch(self, site: tuple, x: Tensor) -> Tensor:
+        """Give each reader its stream, and take down what each part writes."""
+        kind, layer, tower = site
+        if tower != "text":
+            return Visit.touch(self, site, x)
+        if kind == "resid_pre":
+            if layer == 0:
+                self.enter(x[0])
+            return Visit.touch(self, site, self.streams(("pre", layer), x))
+        if kind == "resid_mid":
+            return Visit.touch(self, site, self.streams(("mid", layer), x))
+        if kind == "resid_post":
+            return Visit.touch(self, site, self.streams(END, x))
+        x = Visit.touch(self, site, x)
+        if kind in ("q", "k", "v"):
+            return self.put_together(kind, layer, x)
+        if kind == "deepstack":
+            self.note(f"d{layer}", x.reshape(-1, x.shape[-1])[: len(self.image)])
+        elif kind == "z":
+            self.z = x[self.wires.first.to(x.device)]
+            if not self.how.behind[layer]:
+                self.heads(layer, None)
+        elif kind == "attn_out":
+            self.heads(layer, x[self.wires.first.to(x.device)])
+        elif kind == "mlp_out":
+            rows = self.wires.places[f"m{layer}"] if not self.wires.between[layer] else self.wires.first
+            self.wrote(f"m{layer}", x[rows.to(x.device)])
+        return x
+
+    def enter(self, first: Float[Tensor, "pos d_model"]) -> None:
+        """Take down what enters the first layer, which is the prompt's own."""
+        image = torch.zeros_like(first)
+        image[self.image] = first[self.image]
+        self.wrote("embed", first - image)
+        self.wrote("image", image)
+
+    def note(self, name: str, at_image: Float[Tensor, "token d_model"]) -> None:
+        """Take down what deep-stack adds, which is known before the layers run."""
+        whole = torch.zeros_like(self.other["embed"])
+        whole[self.image] = at_image.to(whole)
+        self.changes[:, self.wires.writers.index(name)] = whole - self.other[name]
+
+    def wrote(self, name: str, x: Tensor) -> None:
+        """Take down what a part writes, `pos d_model`, or one of them for each circuit."""
+        self.changes[:, self.wires.writers.index(name)] = x.to(self.changes) - self.other[name]
+        self.base += self.other[name]
+
+    def heads(self, layer: int, out: Float[Tensor, "circuit pos d_model"] | None) -> None:
+        """Take down what the heads of a layer write."""
+        assert self.z is not None
+        size = self.z.shape[:2]
+        flat = None if out is None else out.flatten(0, 1)
+        parts, bias = head_writes(self.model, self.how, layer, self.z.flatten(0, 1), flat)
+        for head, part in enumerate(parts.unflatten(0, size).unbind(2)):
+            self.wrote(f"a{layer}.h{head}", part)
+        self.base += (bias if bias.ndim == 1 else bias.unflatten(0, size)).to(self.base)
+
+    def streams(self, moment: tuple, x: Float[Tensor, "row pos d_model"]) -> Float[Tensor, "row pos d_model"]:
+        """The rows with the streams that are read at a moment."""
+        if moment[0] == "pre" and (added := f"d{moment[1] - 1}") in self.wires.writers:
+            self.base += self.other[added]
+        mask = self.wires.masks[moment].to(x)
+        found = self.base.unsqueeze(1).repeat(1, mask.shape[1], 1, 1)
+        for span in range(mask.shape[-1]):
+            here = (self.wires.spans == span).nonzero()[:, 0].to(found.device)
+            change = torch.einsum("crw,cwpd->crpd", mask[..., span].to(found), self.changes[:, :, here])
+            found[:, :, here] += change
+        x = x.clone()
+        rows = torch.arange(self.wires.rows)[: mask.shape[1]]
+        at = (self.wires.first[:, None] + rows).flatten().to(x.device)
+        x[at] = found.flatten(0, 1).to(x)
+        return x
+
+    def put_together(self, kind: str, layer: int, x: Tensor) -> Tensor:
+        """Each circuit's first row with every head from the row in which its stream is."""
+        name = "h" if kind == "q" else "kv"
+        new = x.clone()
+        first = self.wires.first.to(x.device)
+        for head in range(x.shape[2]):
+            rows = self.wires.places[f"a{layer}.{name}{head}<{kind}>"].to(x.device)
+            new[first, :, head] = x[rows, :, head]
+        return new
+
+
+def run_wired(
+    model: Any, arch: Parts, cap: float | None, how: Writing, others: Sequence[Pass], image: list, wired: Sequence
+) -> list[Tensor]:
+    """A metric of each of some circuits, run where the model is.
+
+    Args:
+        others: passes over the prompts whose writes go along edges that are not kept; of several, their mean.
+        image: positions of the image tokens.
+        wired: for each pass over circuits the pass, and its wires.
+    """
+    other = mean_writes(model, arch, cap, how, others, image)
+    found = []
+    for one, wires in wired:
+        visit = Wired(one.plan, model, how, wires, other, image)
+        shows = passed(model, arch, cap, visit, one, wired_sites(how, wires))
+        found.append(shows["metric"][wires.first])
+    return found
+
+
+def wired_sites(how: Writing, wires: Wires) -> list[tuple]:
+    """The sites at which circuits are put together."""
+    found: list[tuple] = []
+    for layer, behind in enumerate(how.behind):
+        kinds = ["resid_pre", "q", "k", "v", "z", *(["attn_out"] if behind else [])]
+        kinds += [*(["resid_mid"] if wires.between[layer] else []), "mlp_out"]
+        kinds += ["deepstack"] if layer in how.added else []
+        found += [(kind, layer, "text") for kind in kinds]
+    return [*found, ("resid_post", len(how.behind) - 1, "text")]
+
+
+def mean_writes(
+    model: Any, arch: Parts, cap: float | None, how: Writing, passes: Sequence[Pass], image: Sequence[int]
+) -> dict[str, Tensor]:
+    """What each part wrote, over the runs of some prompts with the same positions."""
+    total: dict[str, Tensor] = {}
+    for one in passes:
+        shows = passed(model, arch, cap, Visit(one.plan), one)
+        read: dict[tuple, Any] = {site: of_groups(steps[0]) for site, steps in shows["saved"].items()}
+        for name, part in written(model, how, read, image).items():
+            total[name] = part + total[name] if name in total else part
+    return {name: part / len(passes) for name, part in total.items()}
