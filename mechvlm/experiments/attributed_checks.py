@@ -25,7 +25,8 @@ class Node:
     """One patch that can be made.
 
     Attributes:
-        place: a position, or the name of a span.
+        layer: -1 for what has none.
+        place: a position, or a key of cross-attention, or the name of a span.
         head: None where all of the activation is patched.
     """
 
@@ -64,19 +65,23 @@ def chosen_nodes(estimates: Mapping[str, xr.DataArray], count: int, seed: int) -
 
 def _node(kind: str, table: xr.DataArray, at: int, drawn: str) -> Node:
     """The node at a place of a table, counted through all of it."""
-    layer, place, *head = np.unravel_index(at, table.shape)
-    named = table[table.dims[1]].values[place].item()
-    whole = int(table.layer.values[layer])
-    return Node(kind, whole, named, int(head[0]) if head else None, float(table.values.flat[at]), drawn)
+    where = dict(zip(table.dims, map(int, np.unravel_index(at, table.shape)), strict=True))
+    layer = int(table.layer.values[where.pop("layer")]) if "layer" in where else -1
+    (dim, place), *heads = where.items()
+    named = table[dim].values[place].item()
+    return Node(kind, layer, named, heads[0][1] if heads else None, float(table.values.flat[at]), drawn)
 
 
-def checked(nodes: Mapping[str, Sequence[Node]], exact: Mapping[str, np.ndarray], count: int, dim: str) -> xr.Dataset:
+def checked(
+    nodes: Mapping[str, Sequence[Node]], exact: Mapping[str, np.ndarray], count: int, dim: str, sized: bool = False
+) -> xr.Dataset:
     """What was estimated beside what the patches did, and how well the two agree, for each kind.
 
     Args:
         exact: by kind, of each of its nodes.
         count: how many nodes were asked for.
         dim: what a node's place is, "position" or "span".
+        sized: whether estimates have no sign, so that they are compared with the sizes of what the patches did.
 
     Returns:
         `estimate` and `exact` over axes kind and node, and `pearson` and so on over kind; see `attribution_patching`.
@@ -89,8 +94,9 @@ def checked(nodes: Mapping[str, Sequence[Node]], exact: Mapping[str, np.ndarray]
 
     values = {kind: np.array([node.estimate for node in nodes[kind]]) for kind in kinds}
     drawn = {kind: np.array([node.drawn for node in nodes[kind]]) for kind in kinds}
-    agreed = [[_both(values[kind], exact[kind], drawn[kind], among) for among in AMONG] for kind in kinds]
-    ends = [_ends(values[kind], exact[kind], drawn[kind], count) for kind in kinds]
+    truth = {kind: np.abs(exact[kind]) if sized else exact[kind] for kind in kinds}
+    agreed = [[_both(values[kind], truth[kind], drawn[kind], among) for among in AMONG] for kind in kinds]
+    ends = [_ends(values[kind], truth[kind], drawn[kind], count) for kind in kinds]
     padded = [np.append(exact[kind], np.full(most - len(exact[kind]), np.nan)) for kind in kinds]
     found: dict[str, Any] = {
         "estimate": table(lambda node: node.estimate, np.nan),

@@ -1,45 +1,54 @@
 """Which patches would matter, all of them at once? Attribution patching, beside some of the patches themselves.
 
-Rule this module guards: an estimate is of a patch that `mv.patch_positions`, `mv.patch_spans` or `mv.patch_heads`
-makes, of the same positions and the same of the picture, so that it can be held against it.
+What can be patched is in `mechvlm.experiments.attributed_nodes`, the passes in `mechvlm.experiments.attributed_passes`,
+and the softmax made anew in `mechvlm.experiments.rescored`.
+
+Rule this module guards: an estimate is of a patch that `mv.patch_positions`, `mv.patch_spans`, `mv.patch_heads` or
+`mv.patch_features` makes, of the same positions and the same of the picture, so that it can be held against it.
 
 >>> found = attribution_patching(vlm, source=real, target=null, metric=yes, kinds=["z"])
 >>> found.z.dims
 ('layer', 'position', 'head')
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 import xarray as xr
-from torch import Tensor
 
-from mechvlm.batch import metric_values
-from mechvlm.edits import Edit
 from mechvlm.experiments.attributed_checks import Node, checked, chosen_nodes
+from mechvlm.experiments.attributed_nodes import STREAM, Nodes, tables
+from mechvlm.experiments.attributed_passes import Way, drops_of, estimated, path_of
 from mechvlm.experiments.exchange import layers_of, matched, patched_with
-from mechvlm.experiments.patches import features_patch, from_run
+from mechvlm.experiments.inputs import PIXELS
+from mechvlm.experiments.paths import points_of
 from mechvlm.experiments.record import metric_name, metric_unit, record
-from mechvlm.experiments.sight import deepstack_layers, image_coordinates, image_dim
-from mechvlm.experiments.sight import named as layers_named
-from mechvlm.experiments.sweep import measuring, numbers
+from mechvlm.experiments.sight import deepstack_layers
+from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
-from mechvlm.plan import key_of
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done, unsaid
-from mechvlm.run import Run
-from mechvlm.sites import Site, listed, told, whole
+from mechvlm.sites import PATTERN_KINDS, Site, told, whole
 from mechvlm.vlm import VLM
 
-HEADS = {"q": "head", "k": "kv_head", "v": "kv_head", "z": "head"}
-STREAM = ("resid_pre", "resid_mid", "resid_post")
-KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
+METHODS = {
+    "atp": "estimate: (source - target) times the metric's gradient at the target, to first order",
+    "qk": "estimate: as atp; of queries and keys the change of the pattern times the metric's gradient there",
+    "drop": "estimate: the size of atp's with one layer left out of the gradient, averaged over layers; no sign",
+    "atp*": "estimate: as drop, with queries and keys as in qk; no sign",
+    "ig": "estimate: (source - target) times the metric's gradient, averaged over the path from target to source",
+}
+PATHS = ("embed", "image_features", "pixels")
+RULES = ("midpoint", "left", "right", "gauss-legendre")
+STEPS = 5
 MISSED = (
     "missed: the largest |exact - estimate| of the random nodes, no bound on that of the nodes that were not patched; "
     "missed_share: at 95 % confidence no larger share of the nodes that are not among the top has a larger one"
 )
+UNSIGNED = "; of estimates without sign, |exact| is what they are held against"
 
 
 def attribution_patching(
@@ -48,208 +57,217 @@ def attribution_patching(
     target: Prompt,
     metric: Metric,
     kinds: Sequence[str] = ("resid_pre", "attn_out", "mlp_out", "z"),
-    positions: str = "each",
+    positions: str | Mapping[str, Sequence[int]] | Callable[[Prompt], Mapping[str, Sequence[int]]] = "each",
     layers: Sequence[int] | None = None,
     verify: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
+    method: str = "atp",
+    steps: int | None = None,
+    path: str | None = None,
+    rule: str | None = None,
+    tower: str = "text",
 ) -> xr.Dataset:
-    """About how much each patch from one prompt into another would change a metric: all patches from two passes.
+    """About how much each patch from one prompt into another would change a metric: all patches from a few passes.
 
     To first order a patch changes the metric by the difference of the two activations times the metric's gradient in
     the target's run. That is the patch where all that follows is linear. Where it is not the two differ, and most where
-    attention or the metric is saturated, so that the gradient is next to nothing while the patch is not; or where a
-    normalised stream changes much, as at the first layer. `verify` makes some of the patches, to see by how much.
+    attention or the metric is saturated, so that the gradient is next to nothing while the patch is not; where what a
+    node adds is cancelled by what later layers make of it; or where a normalised stream changes much, as at the first
+    layer. `method` has an answer to each of them, at a price. `verify` makes some of the patches, to see by how much an
+    estimate is wrong.
 
     Args:
         source, target: as in `patch_spans`. Of a minimal pair `*pair.prompts(vlm)`, with `pair.metric`.
-        kinds: of the language model's layers: "resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out",
-            "resid_post". Those of heads are estimated head by head.
-        positions: "each" by itself, or "span", summed over each of the target's spans, as if patched together.
-        layers: None means all that can reach the answer.
+        kinds: "resid_pre", "q", "k", "v", "z", "cross_z", "attn_out", "resid_mid", "mlp_out", "resid_post" of the
+            layers that have them, those of heads head by head; and without a layer "embed", the words' embeddings, and
+            "image_features", all that the picture hands to the language model, by image token (by key where layers
+            attend to it instead).
+        positions: "each" by itself; "span", summed over each of the target's spans, as if patched together; or
+            positions by name, or a function from the target to them, such as `mv.image_regions`.
+        layers: of the tower; None means all that can reach the answer.
         verify: how many nodes of each kind, those with the largest estimates by size, are also patched exactly, and as
             many again, drawn at random from the others. A node is one patch: a position or span in one layer, and of
             one head. 0: none.
         seed: of the draw.
-        batch_size: patches in one forward pass; see `sweep`.
+        batch_size: patches in one forward pass; see `sweep`. Of "drop", "atp*" and "ig" the passes in one forward and
+            backward pass too, by default a quarter of a sweep's.
+        method: "atp", as above: two forward passes and one backward pass.
+            "qk": of queries and keys the change of the pattern, whose softmax is made anew with the source's, times the
+            gradient behind it. So saturated attention is not passed over. Of several keys under one name the softmax is
+            made anew for all of them at once. The same passes; other kinds are as in "atp".
+            "drop": for each layer a pass over the target in which no gradient flows through what that layer's attention
+            and MLP add, and of the estimates their sizes' mean over the passes that reach the node. So the effects of
+            a node along two ways that cancel do not hide each other. It has no sign, and takes as many forward and
+            backward passes as the tower has layers (from the first one that is asked for).
+            "atp*": both. "ig": the gradient's mean over `steps` points of the path from the target's inputs to the
+            source's, each of which is a forward and backward pass.
+        steps: of "ig"; 5 unless given.
+        path: of "ig", what is moved along it: "embed", words and picture where they enter the language model;
+            "image_features" or "pixels", the picture alone, between prompts of the same words.
+        rule: of "ig", where on the path from 0 (target) to 1 (source) the points are: "midpoint" (k - 1/2)/steps,
+            "right" k/steps, "left" (k - 1)/steps, for k from 1 to steps, or "gauss-legendre", which has weights.
+        tower: "vision" for the vision tower's own positions (its patches, in its own order; all tiles of a picture
+            together, as in `patch_spans`), "qformer" for the Q-Former's. The path then begins at the pixels.
 
     Returns:
         A variable for each kind, named as it is, over axes layer, position (or span) and, for kinds of heads, head (or
         kv_head), in the metric's unit: positive where the patch is to raise the metric. Layers without the kind are not
-        numbers. Positions say token, span, and for image tokens image, tile, row and column, elsewhere -1. `attrs` hold
-        `source_metric` and `target_metric`. As in `patch_spans`, with the residual stream of image tokens goes what
-        deep-stack adds to them behind later layers.
+        numbers. Positions of the text say token, span, and for image tokens image, tile, row and column, elsewhere -1.
+        `attrs` hold `source_metric` and `target_metric`, and `signed`, 0 for "drop" and "atp*". As in `patch_spans`,
+        with the residual stream of image tokens goes what deep-stack adds to them behind later layers. Of "ig" also
+        `completeness_gap`: by how much the estimates at the path's inputs miss the difference of the two metrics in
+        sum, and the same relative to it; it falls with `steps`. On the path of "embed" the sum of `resid_pre` at layer
+        0 is theirs, but for features that are keys.
 
         With `verify` moreover `estimate` and `exact`, the change of the metric, over axes kind and node, with
-        coordinates node_layer, node_position (or node_span), node_head (-1 for all) and drawn, "top" or "random".
-        `pearson` and `spearman` of the two over axes kind and among ("top", "random", "both"); "both" has half its
-        nodes from the top, and is no correlation over all nodes unless they were all patched. Over kind: `precision`,
-        the share of the top nodes that are as high by exact size among those patched; among all nodes it is that or
-        less. `missed`, the largest difference of a random node, which bounds no node that was not patched; and
-        `missed_share`: a larger share than this of the nodes that are not among the top, each with a larger difference
-        than `missed`, would have gone unseen in fewer than 1 of 20 draws.
+        coordinates node_layer (-1 for none), node_position (or node_span), node_head (-1 for all) and drawn, "top" or
+        "random". `pearson` and `spearman` of the two over axes kind and among ("top", "random", "both"); "both" has
+        half its nodes from the top, and is no correlation over all nodes unless they were all patched. Over kind:
+        `precision`, the share of the top nodes that are as high by exact size among those patched; among all nodes it
+        is that or less. `missed`, the largest difference of a random node, which bounds no node that was not patched;
+        and `missed_share`: a larger share than this of the nodes that are not among the top, each with a larger
+        difference than `missed`, would have gone unseen in fewer than 1 of 20 draws. Estimates without a sign are
+        compared with the size of the change.
 
     Raises:
-        ValueError: where positions cannot be matched; for another kind, another word for `positions`, a negative
-            `verify`, or a layer without the kind.
+        ValueError: where positions cannot be matched; for another kind, method, path or rule, positions that are not
+            there, a negative `verify`, a layer without the kind; `steps`, `path` or `rule` of a method that has no
+            path; a path behind the nodes, or of the picture alone where words differ.
         TypeError: for kinds that are no list.
 
     Example:
         >>> found = mv.attribution_patching(vlm, real, null, yes, kinds=["mlp_out"], layers=[0, 4], verify=3)
         >>> mv.plot.attributed(found)
         >>> mv.plot.patched_positions(found.mlp_out)
+        >>> mv.attribution_patching(vlm, real, null, yes, ["q", "k"], mv.image_regions, method="atp*").q.dims
+        ('layer', 'span', 'head')
 
     Source:
         Nanda (2023), "Attribution Patching: Activation Patching At Industrial Scale"; Kramár et al. (2024), "AtP*: An
-        efficient and scalable method for localizing LLM behaviour to components", section 2, and section 3 on where it
-        fails.
+        efficient and scalable method for localizing LLM behaviour to components", section 2, section 3.1 on queries and
+        keys, section 3.2 on layers left out: the paper divides by the number of layers less one, which are the passes
+        that reach its nodes, and so it is here; the residual stream and what enters it are reached by all. Hanna et al.
+        (2024), "Have Faith in Faithfulness", section 3, on gradients averaged between two inputs.
     """
-    chosen = layers_of(vlm, "text", layers)
-    matched(vlm, source, target, chosen)
-    held = _kinds(vlm, kinds, chosen, layers is not None)
-    count = _checked(positions, verify)
-    later = deepstack_layers(vlm) if target.image and any(kind in STREAM for kind in held) else []
-    source_end, target_end, products = done(vlm, _estimated(vlm, source, target, metric, held, later))
-    tables = _tables(vlm, target, products, held, chosen, later)
-    if positions == "span":
-        tables = {kind: _by_span(table, target) for kind, table in tables.items()}
-    said = {"long_name": f"estimated change of {metric_name(metric)}", "units": metric_unit(metric)}
-    found = xr.Dataset({kind: table.assign_attrs(said) for kind, table in tables.items()})
+    chosen = layers_of(vlm, tower, layers)
+    matched(vlm, source, target, chosen, tower)
+    nodes = Nodes.of(vlm, target, kinds, chosen, tower, positions, layers is not None)
+    count = whole("verify", verify)
+    if count < 0:
+        raise ValueError(f"verify={count} patches nothing; give 0 or more nodes.")
+    way, how = _way(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
+    source_end, target_end, sums = done(vlm, estimated(vlm, source, target, metric, nodes, way, batch_size))
+    if way.inputs:
+        gap = abs(float(sums["inputs"]) - (source_end - target_end))
+        how |= {"completeness_gap": gap, "completeness_gap_relative": gap / max(abs(source_end - target_end), 1e-300)}
+    if way.sized:
+        sums = {key: values / _passes(vlm, key) for key, values in sums.items()}
+    made = tables(vlm, target, nodes, sums)
+    signed = {"long_name": f"estimated {'size of the ' * way.sized}change of {metric_name(metric)}"}
+    found = xr.Dataset({kind: one.assign_attrs(signed, units=metric_unit(metric)) for kind, one in made.items()})
     about: dict[str, str | int | float] = {
-        **patched_with(vlm, "denoise", later),
-        "value": "estimate: (source - target) times the metric's gradient at the target, to first order",
+        **patched_with(vlm, "denoise", nodes.later),
+        **how,
+        "signed": int(not way.sized),
         "source_metric": source_end,
         "target_metric": target_end,
     }
     if count:
-        nodes = chosen_nodes(tables, count, whole("seed", seed))
-        exact, engine = done(vlm, _patched(vlm, source, target, metric, nodes, later, batch_size))
+        picked = chosen_nodes(made, count, whole("seed", seed))
+        exact, engine = done(vlm, _patched(vlm, source, target, metric, nodes, picked, batch_size))
         changed = {kind: values - target_end for kind, values in exact.items()}
-        dim = "span" if positions == "span" else "position"
-        found = found.merge(_with_units(checked(nodes, changed, count, dim), metric))
-        about |= {"verify": count, "seed": whole("seed", seed), "engine": engine, "missed_says": MISSED}
+        dim = "position" if nodes.places is None else "span"
+        found = found.merge(_with_units(checked(picked, changed, count, dim, way.sized), metric))
+        said = MISSED + UNSIGNED * way.sized
+        about |= {"verify": count, "seed": whole("seed", seed), "engine": engine, "missed_says": said}
     return found.assign_attrs(record(vlm, [source, target], metric, **about))
 
 
-def _kinds(vlm: VLM, kinds: Any, layers: Sequence[int], given: bool) -> dict[str, list[int]]:
-    """The kinds that are asked for, and which of the layers have each."""
-    asked = listed(kinds)
-    if not asked:
-        raise TypeError(f"kinds={told(kinds)} is no list of kinds; write for instance ['resid_pre', 'z'].")
-    wrong = [kind for kind in asked if kind not in KINDS]
-    if wrong:
-        raise ValueError(f"{told(wrong[0])} cannot be estimated by position; choose from {', '.join(KINDS)}.")
-    held = {kind: [at for at in layers if kind in vlm.shape.kinds["text"][at]] for kind in asked}
-    for kind, having in held.items():
-        without = [at for at in layers if at not in having]
-        if not having or (without and given):
-            here = [one for one in KINDS if all(one in vlm.shape.kinds["text"][at] for at in without)]
-            raise ValueError(
-                f"this model has no {kind} in {layers_named(without)}, so no patch of it can be estimated; choose from "
-                f"{', '.join(here)}."
-            )
-    return held
+def _way(
+    vlm: VLM, source: Prompt, target: Prompt, nodes: Nodes, method: str, asked: Mapping[str, Any]
+) -> tuple[Way, dict[str, str | int | float]]:
+    """How gradients are taken, and what a record says of it."""
+    if method not in METHODS:
+        raise ValueError(f"method={told(method)} is not known; choose from {', '.join(map(repr, METHODS))}.")
+    given = [name for name, value in asked.items() if value is not None]
+    if given and method != "ig":
+        raise ValueError(
+            f"{given[0]}={told(asked[given[0]])} is of a path, and method={method!r} has none; say method='ig'."
+        )
+    how: dict[str, str | int | float] = {"method": method, "value": METHODS[method], "tower": nodes.tower}
+    if method == "ig":
+        return _path(vlm, source, target, nodes, asked, how)
+    if method in ("qk", "atp*"):
+        _check_rescored(vlm, nodes)
+    if method in ("atp", "qk"):
+        return Way(rescored=method == "qk"), how
+    if nodes.tower == "qformer":
+        raise ValueError(
+            f"method={method!r} leaves out what a layer adds, and a Q-Former's norms stand behind its sums, so that no "
+            "layer adds anything by itself; choose from 'atp', 'qk', 'ig'."
+        )
+    every = layers_of(vlm, nodes.tower, None)
+    if len(every) < 2:
+        raise ValueError(
+            f"method={method!r} leaves out one layer of several, and this tower has {len(every)}; choose 'atp'."
+        )
+    first = min((layer if layer is not None else 0 for layer in (site.layer for site in nodes.sites)), default=0)
+    variants, weights = drops_of(nodes.tower, every, first)
+    how["passes"] = len(variants)
+    return Way(variants, weights, sized=True, rescored=method == "atp*"), how
 
 
-def _checked(positions: object, verify: object) -> int:
-    """How many nodes of each sort are patched."""
-    if positions not in ("each", "span"):
-        raise ValueError(f"positions={told(positions)} is not known; choose from 'each', 'span'.")
-    count = whole("verify", verify)
-    if count < 0:
-        raise ValueError(f"verify={count} patches nothing; give 0 or more nodes.")
-    return count
-
-
-def _estimated(
-    vlm: VLM,
-    source: Prompt,
-    target: Prompt,
-    metric: Metric,
-    held: Mapping[str, Sequence[int]],
-    later: Sequence[int],
-) -> Work[tuple[float, float, dict[tuple, Tensor]]]:
-    """The metric of both prompts, and the products at each site, summed over the last axis where the model runs."""
-    measure, kept = vlm.metric(metric), dict[tuple, Tensor]()
-    sites = [Site(kind, layer) for kind, layers in held.items() for layer in layers]
-    sites += [Site("deepstack", layer) for layer in later]
-
-    # Both runs are of one job, so that what the first one kept is there for the second, wherever they run.
-    def keep(read: dict, _gradients: dict) -> None:
-        kept.update(read)
-
-    def products(read: dict, gradients: dict) -> dict[tuple, Tensor]:
-        def product(key: tuple) -> Tensor:
-            difference = kept.pop(key).double() - read[key].double()
-            return (difference * gradients[key].double()).sum(-1)
-
-        return {key: product(key) for key in list(read)}
-
-    value = partial(metric_values, measure)
-    runs = yield [
-        {"prompt": source, "read": sites, "value": value, "reduce": keep},
-        {"prompt": target, "read": sites, "value": value, "reduce": products, "grad_of": measure},
-    ]
-    first, second = runs
-    ends: list[Any] = [first.metric, second.metric]
-    return float(ends[0][0]), float(ends[1][0]), second.reduced
-
-
-def _tables(
-    vlm: VLM,
-    target: Prompt,
-    products: Mapping[tuple, Tensor],
-    held: Mapping[str, Sequence[int]],
-    layers: Sequence[int],
-    later: Sequence[int],
-) -> dict[str, xr.DataArray]:
-    """Estimates of each kind over layer, position and head."""
-    coordinates = {"layer": list(layers), **_coordinates(target)}
-    added = {at: numbers(products[key_of(Site("deepstack", at))].flatten()) for at in later}
-    found = {}
-    for kind, having in held.items():
-        dims, sizes = ["layer", "position"], [len(layers), len(target)]
-        own: dict[str, Any] = dict(coordinates)
-        if kind in HEADS:
-            dims, of = [*dims, HEADS[kind]], HEADS[kind]
-            sizes.append((vlm.shape.kv_heads if of == "kv_head" else vlm.shape.heads)["text"])
-            own[of] = range(sizes[-1])
-        table = np.full(sizes, np.nan)
-        for layer in having:
-            row = numbers(products[key_of(Site(kind, layer))][0])
-            for at, values in added.items():
-                if kind in STREAM and at >= layer:
-                    row[target.image] += values
-            table[layers.index(layer)] = row
-        found[kind] = xr.DataArray(table, dims=dims, coords=own)
-    return found
-
-
-def _coordinates(target: Prompt) -> dict[str, Any]:
-    """What stands at each position, and which part of the picture it is of."""
-    spans = {position: name for name, held in target.spans.items() for position in held}
-    everywhere = range(len(target))
-    found: dict[str, Any] = {
-        "position": np.arange(len(target)),
-        "token": ("position", list(target.tokens)),
-        "span": ("position", [spans[at] for at in everywhere]),
+def _path(
+    vlm: VLM, source: Prompt, target: Prompt, nodes: Nodes, asked: Mapping[str, Any], how: dict[str, str | int | float]
+) -> tuple[Way, dict[str, str | int | float]]:
+    """The path of integrated gradients."""
+    path = "embed" if asked["path"] is None else asked["path"]
+    rule = "midpoint" if asked["rule"] is None else asked["rule"]
+    if path not in PATHS:
+        raise ValueError(f"path={told(path)} is not known; choose from {', '.join(map(repr, PATHS))}.")
+    if rule not in RULES:
+        raise ValueError(f"rule={told(rule)} is not known; choose from {', '.join(map(repr, RULES))}.")
+    count = STEPS if asked["steps"] is None else asked["steps"]
+    shares, weights = points_of(count, rule if rule == "gauss-legendre" else "midpoint")
+    if rule in ("left", "right"):
+        shares = [share + (0.5 if rule == "right" else -0.5) / len(shares) for share in shares]
+    if nodes.tower != "text" and path != "pixels":
+        raise ValueError(
+            f"the path of {path!r} begins behind the {nodes.tower} tower, so no gradient reaches it; say path='pixels'."
+        )
+    if path != "embed" and not torch.equal(source.encoding["input_ids"], target.encoding["input_ids"]):
+        raise ValueError(
+            f"the words of source and target differ, and a path of {path!r} moves the picture alone; say path='embed', "
+            "which moves both."
+        )
+    picture = (Site("image_features"), *(Site("deepstack", at) for at in deepstack_layers(vlm)))
+    inputs = {
+        "embed": (Site("embed"), *(picture if target.image else ())),
+        "image_features": picture,
+        "pixels": (PIXELS,),
     }
-    if not target.image or image_dim(target) == "key":
-        return found
-    shown: dict[str, Any] = image_coordinates(target)
-    for name in ("image", "tile", "row", "column"):
-        column = np.full(len(target), -1)
-        column[shown["position"]] = shown[name][1]
-        found[name] = ("position", column)
-    return found
+    way = Way(weights=weights, inputs=inputs[path])
+    way = replace(way, variants=path_of(way.inputs, shares, way.kept))
+    return way, {**how, "path": path, "steps": len(shares), "rule": rule}
 
 
-def _by_span(table: xr.DataArray, target: Prompt) -> xr.DataArray:
-    """Estimates summed over each span."""
-    plain = table.drop_vars(set(table.coords) - set(table.dims))
-    sums = [plain.sel(position=positions).sum("position", skipna=False) for positions in target.spans.values()]
-    together = xr.concat(sums, xr.Variable("span", list(target.spans)), coords="minimal", compat="override")
-    return together.transpose("layer", "span", ...)
+def _check_rescored(vlm: VLM, nodes: Nodes) -> None:
+    """Refuse to make a softmax anew key by key where an edit of the model's own stands behind it."""
+    behind = [edit for edit in vlm.edits if edit.site.kind in PATTERN_KINDS and edit.bias is None]
+    wrong = [edit for edit in behind if edit.site.tower == nodes.tower and edit.site.layer in nodes.held.get("k", ())]
+    if wrong:
+        raise ValueError(
+            f"{wrong[0]} is an edit of the model's own, and how it changes with one key is not known; leave 'k' or its "
+            "layer out, or choose method='atp'."
+        )
+
+
+def _passes(vlm: VLM, key: tuple) -> int:
+    """In how many of the passes a node has a gradient: not in that which leaves its own layer out."""
+    kind, layer, tower = key
+    every = vlm.shape.live[tower]
+    return every if layer is None or kind in STREAM else every - 1
 
 
 def _patched(
@@ -257,29 +275,17 @@ def _patched(
     source: Prompt,
     target: Prompt,
     metric: Metric,
-    nodes: Mapping[str, Sequence[Node]],
-    later: Sequence[int],
+    nodes: Nodes,
+    picked: Mapping[str, Sequence[Node]],
     batch_size: int | None,
 ) -> Work[tuple[dict[str, np.ndarray], str]]:
     """The metric of the target with each node patched, by kind, and how they were run."""
-    every = [node for some in nodes.values() for node in some]
-    sites = [*dict.fromkeys(Site(node.kind, node.layer) for node in every), *(Site("deepstack", at) for at in later)]
-    (run,) = yield [{"prompt": source, "read": sites, "value": unsaid}]
-    variants = [_edits(run, target, node, later) for node in every]
-    values, how = yield from measuring(vlm, target, variants, metric, batch_size)
-    ends = np.cumsum([len(some) for some in nodes.values()])
-    return dict(zip(nodes, np.split(values, ends[:-1]), strict=True)), how
-
-
-def _edits(run: Run, target: Prompt, node: Node, later: Sequence[int]) -> list[Edit]:
-    """The patch of a node, with what deep-stack adds to its image tokens where it is of the residual stream."""
-    positions = [node.place] if isinstance(node.place, int) else target.spans[node.place]
-    heads = None if node.head is None else [node.head]
-    made = from_run(run, Site(node.kind, node.layer), positions, heads, positions)
-    image = {position: token for token, position in enumerate(target.image)}
-    own = [image[position] for position in positions if position in image]
-    added = [Site("deepstack", at) for at in later if node.kind in STREAM and at >= node.layer and own]
-    return [made, *(features_patch(site, run[site], own) for site in added)]
+    every = [node for some in picked.values() for node in some]
+    sites = dict.fromkeys([*(nodes.site(node.kind, node.layer) for node in every), *nodes.added])
+    (run,) = yield [{"prompt": source, "read": list(sites), "value": unsaid}]
+    values, how = yield from measuring(vlm, target, [nodes.edits(run, node) for node in every], metric, batch_size)
+    ends = np.cumsum([len(some) for some in picked.values()])
+    return dict(zip(picked, np.split(values, ends[:-1]), strict=True)), how
 
 
 def _with_units(found: xr.Dataset, metric: Metric) -> xr.Dataset:

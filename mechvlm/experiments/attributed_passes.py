@@ -1,0 +1,225 @@
+"""The passes that estimates are made of: differences of two runs, times gradients of one run or of several.
+
+Gradients are those of the target's run; of that run with what one layer adds left out of the way back, for each layer;
+or of runs on the way from the target to the source.
+
+Rule this module guards: no activation leaves where the model runs. What is summed over the last axis, and over the
+positions of a node, is summed there, for each pass before its size is taken, since a patch is of all of a node at once.
+
+>>> drops_of("text", range(3), first=0)[1]
+[1.0, 1.0, 1.0]
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mechvlm.batch import metric_values
+from mechvlm.edits import Edit
+from mechvlm.experiments.attributed_nodes import FEATURES, STREAM, Nodes
+from mechvlm.experiments.paths import edits_to
+from mechvlm.experiments.rescored import heads_of, key_changes, query_changes
+from mechvlm.experiments.sweep import asked_of, numbers, rows_for
+from mechvlm.lazy_attention import Attention
+from mechvlm.metrics import Metric
+from mechvlm.plan import key_of
+from mechvlm.prompt import Prompt
+from mechvlm.readings import lazy
+from mechvlm.rounds import Work
+from mechvlm.sites import Site
+from mechvlm.vlm import VLM
+
+FIXED = ("q", "k")
+"""The kinds whose softmax can be made anew."""
+Held = dict[Any, Any]
+Products = dict[tuple, Tensor]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How gradients are taken.
+
+    Attributes:
+        variants: the edits of each pass over the target.
+        weights: what each pass counts.
+        sized: whether the sizes of what each pass estimates are summed, or its signed values.
+        rescored: whether the softmax is made anew for queries and keys.
+        inputs: what is moved from the target's to the source's, along a path; none where gradients are at the target.
+        kept: what one pass of a job leaves for the next, by ("source", site) and ("target", site).
+    """
+
+    variants: list[list[Edit]] = field(default_factory=lambda: [[]])
+    weights: list[float] = field(default_factory=lambda: [1.0])
+    sized: bool = False
+    rescored: bool = False
+    inputs: tuple[Site, ...] = ()
+    kept: Held = field(default_factory=dict)
+
+
+def dropped(gradient: Tensor) -> Tensor:
+    """A gradient that does not flow.
+
+    Example:
+        >>> dropped(torch.ones(2)).tolist()
+        [0.0, 0.0]
+    """
+    return torch.zeros_like(gradient)
+
+
+def drops_of(tower: str, layers: Sequence[int], first: int) -> tuple[list[list[Edit]], list[float]]:
+    """A pass for each layer, in which no gradient flows through what its attention and MLP add; and what each counts.
+
+    Args:
+        layers: all that can reach the answer.
+        first: where the first node is. A layer before it changes no gradient there, so all of those are one pass.
+
+    Example:
+        >>> variants, weights = drops_of("text", range(4), first=2)
+        >>> [len(edits) for edits in variants], weights
+        ([0, 2, 2], [2.0, 1.0, 1.0])
+    """
+    behind = [layer for layer in layers if layer >= first]
+    variants = [
+        [Edit(Site(kind, layer, tower), dropped, on="grad", label="drop") for kind in ("attn_out", "mlp_out")]
+        for layer in behind
+    ]
+    before = len(layers) - len(behind)
+    return ([[], *variants], [float(before), *[1.0] * len(behind)]) if before else (variants, [1.0] * len(behind))
+
+
+def path_of(inputs: Sequence[Site], shares: Sequence[float], kept: Held) -> list[list[Edit]]:
+    """For each share of the way from the target to the source the edits that move the inputs there.
+
+    Args:
+        kept: where both runs' inputs will be once these have run.
+
+    Example:
+        >>> len(path_of([mv.Site("embed")], [0.25, 0.75], {}))
+        2
+    """
+    return [edits_to({site: partial(_between, kept, key_of(site), share) for site in inputs}) for share in shares]
+
+
+def _between(kept: Held, key: tuple, share: float) -> Tensor:
+    target = kept["target", key]
+    moved: Tensor = target + share * (kept["source", key] - target)
+    return moved
+
+
+def estimated(
+    vlm: VLM, source: Prompt, target: Prompt, metric: Metric, nodes: Nodes, way: Way, size: int | None
+) -> Work[tuple[float, float, dict[Any, np.ndarray]]]:
+    """The metric of both prompts, and estimates by site, over position, span or key.
+
+    Args:
+        way: where it is a path, what is estimated at its inputs is under "inputs", summed.
+        size: passes in one batch; by default a quarter of a sweep's.
+    """
+    measure, kept = vlm.metric(metric), way.kept
+    anew: dict[tuple, list[str]] = {}
+    for site in nodes.sites if way.rescored else ():
+        if site.kind in FIXED:
+            anew.setdefault(("pattern", site.layer, site.tower), []).append(site.kind)
+    sites = [site for site in nodes.sites if not (way.rescored and site.kind in FIXED)]
+    plain = dict.fromkeys([*sites, *nodes.added, *way.inputs])
+    places = None if nodes.places is None else list(nodes.places.values())
+    made: dict[Site, Any] = {
+        Site(*key): lazy(partial(_rescored, kept, key, kinds, places)) for key, kinds in anew.items()
+    }
+    passes = max(1, rows_for(target) // 4) if size is None else size
+    about = {
+        "sites": [key_of(site) for site in sites],
+        "added": [key_of(site) for site in nodes.added],
+        "inputs": [key_of(site) for site in way.inputs],
+        **{"anew": anew, "sized": way.sized, "length": nodes.length, "image": nodes.image, "keyed": nodes.keyed},
+        "places": places,
+    }
+    add = partial(_add, about, kept, {}, list(way.weights), passes)
+    one = {"value": partial(metric_values, measure)}
+    read = {**plain, **dict.fromkeys(made, lazy(heads_of))}
+    asked: list[Mapping[str, Any]] = [{"prompt": source, "read": read, "reduce": partial(_keep, kept, "source"), **one}]
+    if way.inputs:
+        asked.append({"prompt": target, "read": plain, "reduce": partial(_keep, kept, "target"), **one})
+    asked += asked_of(target, way.variants, {**plain, **made}, passes, measure, add, one["value"])
+    start, end, *more = yield asked
+    last: Any = [end, *more][-1]
+    ends: list[Any] = [start.metric, end.metric]
+    return float(ends[0][0]), float(ends[1][0]), {key: numbers(x) for key, x in last.reduced.items()}
+
+
+def _keep(kept: Held, whose: str, read: Held, _gradients: Held) -> None:
+    """Leave what a run read to the next."""
+    for key, value in read.items():
+        kept[whose, key] = value
+
+
+def _rescored(
+    kept: Held, key: tuple, kinds: Sequence[str], places: Sequence[Sequence[int]] | None, attention: Attention
+) -> tuple[Tensor, ...]:
+    """The changes by queries and by keys of one layer, `batch place head`, once the gradient is known."""
+    if attention.z_gradient is None:
+        return tuple(attention.q.new_zeros(attention.q.shape[0], 1) for _ in kinds)
+    q, k = kept["source", key]
+    found = [query_changes(attention, q) if kind == "q" else key_changes(attention, k, places) for kind in kinds]
+    return tuple(one.transpose(1, 2) for one in found)
+
+
+def _add(about: Held, kept: Held, total: Held, left: list, passes: int, read: Held, gradients: Held) -> Held | None:
+    """Add what a batch of passes estimates; all of it is returned after the last one."""
+    own = left[:passes]
+    del left[:passes]
+    for row, weight in enumerate(own):
+        known = {key: _row(held, row, len(own)) for key, held in gradients.items()}
+        last, products = not left and row == len(own) - 1, {}
+        for key in [key for key in known if key not in about["anew"]]:
+            there = kept["target", key] if about["inputs"] else _row(read[key], row, len(own))
+            given = kept.pop(("source", key)) if last else kept["source", key]
+            products[key] = (given.double() - there.double()) * known[key].double()
+        found = {key: _at_nodes(about, key, products) for key in about["sites"]}
+        for (_, *where), kinds in about["anew"].items():
+            for kind, value in zip(kinds, known["pattern", *where], strict=True):
+                by_position = value.double().sum(0)
+                found[kind, *where] = by_position if kind == "k" else _under(about["places"], by_position)
+        if about["inputs"]:
+            found["inputs"] = sum(float(products[key].sum()) for key in about["inputs"]) * torch.ones(())
+        for key, value in found.items():
+            total[key] = total.get(key, 0.0) + weight * (value.abs() if about["sized"] else value)
+    return None if left else total
+
+
+def _row(held: Any, row: int, rows: int) -> Any:
+    """One row's part of a reading, or of several."""
+    if isinstance(held, list):
+        return held[row]
+    return tuple(one.chunk(rows)[row] for one in held) if isinstance(held, tuple) else held.chunk(rows)[row]
+
+
+def _at_nodes(about: Held, key: tuple, products: Products) -> Tensor:
+    """The products at a site, summed over all that a patch of a node changes, over position, span or key, and head."""
+    kind, layer = key[:2]
+    added = [
+        products[other].sum(-1).flatten()
+        for other in about["added"]
+        if kind in (*STREAM, FEATURES) and (layer is None or other[1] >= layer)
+    ]
+    if kind != FEATURES:
+        found = products[key].sum(-1).sum(0)  # all tiles of a picture together
+        if added:
+            found[about["image"]] += torch.stack(added).sum(0)
+        return _under(about["places"], found)
+    tokens = torch.stack([products[key].sum(-1).flatten(), *added]).sum(0)
+    if about["keyed"]:
+        return tokens
+    found = tokens.new_zeros(about["length"])
+    found[about["image"]] = tokens
+    return _under(about["places"], found)
+
+
+def _under(places: Sequence[Sequence[int]] | None, values: Tensor) -> Tensor:
+    """Values by position as they are, or summed under each name."""
+    return values if places is None else torch.stack([values[list(some)].sum(0) for some in places])
