@@ -186,7 +186,7 @@ def _add(about: Held, kept: Held, total: Held, left: list, passes: int, read: He
                 by_position = value.double().sum(0)
                 found[kind, *where] = by_position if kind == "k" else _under(about["places"], by_position)
         if about["inputs"]:
-            found["inputs"] = sum(float(products[key].sum()) for key in about["inputs"]) * torch.ones(())
+            found["inputs"] = torch.stack([products[key].sum() for key in about["inputs"]]).sum()
         for key, value in found.items():
             total[key] = total.get(key, 0.0) + weight * (value.abs() if about["sized"] else value)
     return None if left else total

@@ -214,7 +214,7 @@ def runs_of(
 def asked_of(
     prompt: Prompt,
     variants: Sequence[Sequence[Edit]],
-    read: Mapping[Site, Callable[[torch.Tensor], Any] | None] | None = None,
+    read: Mapping[Site, Any] | None = None,
     batch_size: int | None = None,
     grad_of: Metric | None = None,
     reduce: Callable[[dict, dict], Any] | None = None,

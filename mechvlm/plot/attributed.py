@@ -18,6 +18,7 @@ SYMBOLS = {"top": "circle", "random": "circle-open"}
 def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
     """What each patched node was estimated to change, across, against what its patch changed, up, with the diagonal.
 
+    Estimates without a sign ("drop", "atp*") are drawn against the size of the change.
     A node far above or below the middle and near the upright axis is one that the estimate passed over. All estimates
     are drawn with `patched_positions(found.mlp_out)`, `heatmap` or, at image tokens, `over_image`.
 
@@ -37,23 +38,26 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
             f"attributed draws what attribution_patching returns where some nodes are patched too, and was given a "
             f"{type(found).__name__}; make it with mv.attribution_patching(vlm, source, target, metric, verify=20)."
         )
-    both = np.stack([found.estimate.values, found.exact.values])
+    # Estimates without sign are of sizes.
+    signed = bool(found.attrs.get("signed", 1))
+    exact, said = (found.exact, "exact") if signed else (np.abs(found.exact), "|exact|")
+    both = np.stack([found.estimate.values, exact.values])
     ends = [float(np.nanmin(both)), float(np.nanmax(both))]
     figure = go.Figure()
     line = {"color": GREY, "dash": "dash", "width": 1.5}
-    figure.add_scatter(x=ends, y=ends, mode="lines", name="estimate = exact", line=line, hoverinfo="skip")
+    figure.add_scatter(x=ends, y=ends, mode="lines", name=f"estimate = {said}", line=line, hoverinfo="skip")
     for number, kind in enumerate(map(str, found["kind"].values)):
         for drawn, symbol in SYMBOLS.items():
-            one = found.sel(kind=kind)
+            one = found.assign(drawn_at=exact).sel(kind=kind)
             one = one.isel(node=np.flatnonzero(one.drawn.values == drawn))
             if not one.sizes["node"]:
                 continue
             ink = PALETTE[number % len(PALETTE)]
             marker = {"symbol": symbol, "size": 8, "color": ink, "line": {"width": 1.5, "color": ink}}
             look = {"mode": "markers", "marker": marker, "hovertext": _texts(one), "hoverinfo": "text"}
-            figure.add_scatter(x=one.estimate.values, y=one.exact.values, name=f"{kind}, {drawn}", **look)
+            figure.add_scatter(x=one.estimate.values, y=one.drawn_at.values, name=f"{kind}, {drawn}", **look)
     figure.update_xaxes(title_text=f"estimate ({found.exact.attrs['units']})", zerolinecolor=INK)
-    figure.update_yaxes(title_text=f"exact ({found.exact.attrs['units']})", zerolinecolor=INK)
+    figure.update_yaxes(title_text=f"{said} ({found.exact.attrs['units']})", zerolinecolor=INK)
     figure.update_layout(showlegend=True)
     return finished(figure, title, caption or _said(found), width=460, height=460)
 
