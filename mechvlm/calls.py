@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from mechvlm.masks import Sees, sees_of
-from mechvlm.towers import Block
+from mechvlm.sites import RAW_KINDS
+from mechvlm.towers import PROJECTIONS, Block
 
 Offer = Callable[[str, Tensor], Tensor]
 
@@ -25,6 +26,14 @@ def call_of(module: Any, block: Block, offer: Offer, length: int | None = None) 
         length: how many positions the text has by now; None where the keys are not those of the text.
     """
     return Chunked(module, offer) if block.interface is None else Call(module, block.interface, block.causal, length)
+
+
+def projected(module: Any, block: Block, kinds: set[str]) -> dict[str, Tensor]:
+    """What a language model's heads project the stream to, by kind, inside a trace and before the call is looked at."""
+    wanted = [(kind, name) for kind, name in zip(RAW_KINDS, PROJECTIONS, strict=True) if kind in kinds]
+    if wanted and block.interface is not None:
+        attrgetter(block.interface)(module.source)  # named before the projections run, or it is not known afterwards
+    return {kind: attrgetter(name)(module).output for kind, name in wanted}
 
 
 MASKED = ("sdpa", "eager")

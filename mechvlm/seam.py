@@ -26,13 +26,13 @@ from mechvlm.attention import Change
 from mechvlm.attention import attend as attended
 from mechvlm.attention import pattern as pattern_of
 from mechvlm.attention import scores as scores_of
-from mechvlm.calls import Call, Chunked, call_of
+from mechvlm.calls import Call, Chunked, call_of, projected
 from mechvlm.fused import Place, change_call, must_recompute, sites
 from mechvlm.layout import Group
 from mechvlm.lazy_attention import Attention
 from mechvlm.plan import name_of
 from mechvlm.readings import Lazy, Reading, Visible
-from mechvlm.sites import CROSS_KINDS
+from mechvlm.sites import CROSS_KINDS, RAW_KINDS
 from mechvlm.towers import Block
 from mechvlm.visit import Attended, Visit, apply_some, narrow, put
 
@@ -49,6 +49,10 @@ def attend(visit: Visit, place: Place, module: Any, block: Block, kinds: set[str
         kinds: what is wanted of q, k, v, scores, pattern and z.
     """
     tower, offer = place[0], partial(offered, visit, place, kinds)
+    for kind, raw in projected(module, block, kinds).items():
+        visit.graph[kind, place[1], tower] = raw
+    if kinds <= set(RAW_KINDS):
+        return
     own = tower == "text" and not place[2]
     call = call_of(module, block, offer, visit.plan.layout.length + visit.step if own else None)
     changed = call.offer(offer)

@@ -36,6 +36,9 @@ LAYER_KINDS = (
 SELF_KINDS = ("q", "k", "v", "scores", "pattern", "z")
 CROSS_KINDS = ("cross_scores", "cross_pattern", "cross_z")
 ATTENTION_KINDS = SELF_KINDS + CROSS_KINDS
+RAW_KINDS = ("raw_q", "raw_k", "raw_v")
+"""What a layer's heads project the stream to, before any norm and rotary embedding; no sites, only gradients of them
+are taken (`mechvlm.reads`)."""
 PATTERN_KINDS = ("scores", "pattern", "cross_scores", "cross_pattern")
 """Those with axes `batch head query key`."""
 

@@ -25,6 +25,7 @@ class Block:
         mlp: the module of the MLP, or its last one.
         attn_out, mlp_out: the module whose output is added to the residual stream, where a norm or a projection stands
             behind the attention or the MLP.
+        pre: the norm that reads the residual stream before attention; None where there is none.
         mid: the norm that reads the residual stream between attention and MLP; None where both read the same stream.
         attn_scale, mlp_scale: from a layer to what multiplies the two outputs on their way to the residual stream.
         interface: the call that every attention module makes with (module, q, k, v, mask), as nnsight names it; None
@@ -38,6 +39,7 @@ class Block:
     mlp: str = "mlp"
     attn_out: str | None = None
     mlp_out: str | None = None
+    pre: str | None = "input_layernorm"
     mid: str | None = "post_attention_layernorm"
     attn_scale: Callable[[Any], Any] | None = None
     mlp_scale: Callable[[Any], Any] | None = None
@@ -86,6 +88,10 @@ class Tower:
     grid: str | None = None
 
 
+PROJECTIONS = ("q_proj", "k_proj", "v_proj")
+"""What the attention modules of language models call their projections to queries, keys and values."""
+
+
 def _tanh_of(gate: str) -> Callable[[Any], Any]:
     return lambda layer: vars_of(layer, gate).tanh()
 
@@ -103,12 +109,12 @@ def _mllama_mlp(layer: Any) -> Any:
 
 
 _PLAIN = Block()
-_CLIP = Block(mid="layer_norm2", causal=False)
+_CLIP = Block(pre="layer_norm1", mid="layer_norm2", causal=False)
 _GEMMA = Block(
     mid="pre_feedforward_layernorm", attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
 )
-_QWEN_VISION = Block(attention="attn", mid="norm2", interface=None, causal=False)
-_BERT = Block(attention="attention.attention", causal=False, norms_after=True)
+_QWEN_VISION = Block(attention="attn", pre="norm1", mid="norm2", interface=None, causal=False)
+_BERT = Block(attention="attention.attention", pre=None, causal=False, norms_after=True)
 _QFORMER = Tower(
     _BERT,
     "encoder.layer",
@@ -133,7 +139,10 @@ TOWER_TYPES: dict[str, Tower] = {
     "glm4v_text": Tower(Block(attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm")),
     "cohere2": Tower(Block(mid=None)),
     "opt": Tower(
-        Block(mlp="fc2", mid="final_layer_norm"), "decoder.layers", "decoder.embed_tokens", "decoder.final_layer_norm"
+        Block(mlp="fc2", pre="self_attn_layer_norm", mid="final_layer_norm"),
+        "decoder.layers",
+        "decoder.embed_tokens",
+        "decoder.final_layer_norm",
     ),
     "mllama_text_model": Tower(
         _PLAIN,
@@ -155,13 +164,14 @@ TOWER_TYPES: dict[str, Tower] = {
     "blip_2_vision_model": Tower(_CLIP, "encoder.layers", "embeddings"),
     "molmo2_vision": Tower(_CLIP, "layers", "patch_embedding"),
     "ovis2_vision": Tower(
-        Block(attention="attention", mlp="ffn", mid="rms_norm2", causal=False),
+        Block(attention="attention", mlp="ffn", pre="rms_norm1", mid="rms_norm2", causal=False),
         "transformer.encoder.layers",
         "transformer.embeddings",
     ),
     "internvl_vision": Tower(
         Block(
             attention="attention",
+            pre="layernorm_before",
             mid="layernorm_after",
             attn_scale=lambda layer: vars_of(layer, "lambda_1"),
             mlp_scale=lambda layer: vars_of(layer, "lambda_2"),
@@ -171,7 +181,7 @@ TOWER_TYPES: dict[str, Tower] = {
         "embeddings",
     ),
     "pixtral": Tower(
-        Block(attention="attention", mlp="feed_forward", mid="ffn_norm", causal=False),
+        Block(attention="attention", mlp="feed_forward", pre="attention_norm", mid="ffn_norm", causal=False),
         "transformer.layers",
         "ln_pre",
         packed=True,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mechvlm.shapes import Parts, Stack
-from mechvlm.sites import CROSS_KINDS, SELF_KINDS
+from mechvlm.sites import CROSS_KINDS, RAW_KINDS, SELF_KINDS
 from mechvlm.towers import Block
 
 Touch = Callable[[tuple, Tensor], Tensor]
@@ -158,8 +158,9 @@ def walk_layer(layer: Any, stack: Stack, place: tuple, kinds: set[str], touch: T
         "attn_out": block.attn_scale and "attn_out" in kinds and block.attn_scale(layer),
         "mlp_out": block.mlp_scale and kinds & {"attn_out", "resid_mid", "mlp_out"} and block.mlp_scale(layer),
     }
-    if block.attention and kinds & set(SELF_KINDS):
-        attend(place, at(layer, block.attention), block, kinds & set(SELF_KINDS))
+    own = kinds & {*SELF_KINDS, *RAW_KINDS}
+    if block.attention and own:
+        attend(place, at(layer, block.attention), block, own)
     if block.cross and kinds & set(CROSS_KINDS):
         attend(place, at(layer, block.cross), block, kinds & set(CROSS_KINDS))
     mid: Tensor | None = None

@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "placing",
             "generating",
             *("sent", "ledger", "hosts", "failures", "jobs", "places", "wrapped"),
-            *("weights", "writes"),
+            *("weights", "writes", "reads"),
             "unembedding",
             *("passes", "wired"),
             *("rounds", "start", "reach", "schedule", "handed", "between", "rerun", "points"),
