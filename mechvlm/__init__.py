@@ -15,7 +15,7 @@ Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
 attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
 segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution.
+attribution_patching, edge_attribution, path_patching, back_patching.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -104,6 +104,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
     from mechvlm.experiments.patching import patch_positions as patch_positions
     from mechvlm.experiments.patching import patch_spans as patch_spans
+    from mechvlm.experiments.path_effects import path_patching as path_patching
     from mechvlm.experiments.profile import attention_map as attention_map
     from mechvlm.experiments.profile import attention_profile as attention_profile
     from mechvlm.experiments.queries import compose_queries as compose_queries
@@ -173,6 +174,7 @@ _LATER = {
     "patch_pairs": "mechvlm.experiments.patch_pairs",
     "patch_positions": "mechvlm.experiments.patching",
     "patch_spans": "mechvlm.experiments.patching",
+    "path_patching": "mechvlm.experiments.path_effects",
     "attention_map": "mechvlm.experiments.profile",
     "attention_profile": "mechvlm.experiments.profile",
     "bridged": "mechvlm.bridge",
