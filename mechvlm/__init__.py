@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.answers import answer_probabilities as answer_probabilities
     from mechvlm.experiments.attributed_patches import attribution_patching as attribution_patching
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
+    from mechvlm.experiments.back_patches import back_patching as back_patching
     from mechvlm.experiments.bends import u_shape as u_shape
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
@@ -157,6 +158,7 @@ _LATER = {
     "answer_probabilities": "mechvlm.experiments.answers",
     "attribution_patching": "mechvlm.experiments.attributed_patches",
     "gradient_attribution": "mechvlm.experiments.attribution",
+    "back_patching": "mechvlm.experiments.back_patches",
     "language_prior_collapse": "mechvlm.experiments.collapse",
     "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",

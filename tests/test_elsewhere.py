@@ -124,6 +124,9 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     ),
     "attribution_patching": lambda case: mv.attribution_patching(case.vlm, case.real, case.null, METRIC, verify=2),
     "attention_rollout": lambda case: mv.attention_rollout(case.vlm, case.real, without_bos=True),
+    "back_patching": lambda case: mv.back_patching(
+        case.vlm, case.both, answers=["yes", "no"], sources=[2, 3], destinations=[0, 1], control="other"
+    ),
     "causal_trace": lambda case: mv.causal_trace(case.vlm, case.real, METRIC, samples=2, layers=[0, 2]),
     "deletion_curve": lambda case: mv.deletion_curve(
         case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC, counts=[0, 4, 16], samples=2
@@ -160,6 +163,9 @@ CALLS: dict[str, Callable[[Case], Any]] = {
         case.vlm, case.real, case.null, METRIC, positions=case.real.image[:4], layers=[1, 2]
     ),
     "patch_spans": lambda case: mv.patch_spans(case.vlm, case.real, case.null, METRIC),
+    "path_patching": lambda case: mv.path_patching(
+        case.vlm, case.real, case.other, METRIC, ["image", "a0.h1", "m1"], {"v": ["a2.kv0<v>", "m3"], "out": "logits"}
+    ),
     "relevancy": lambda case: mv.relevancy(case.vlm, case.real, METRIC),
     "sinks": lambda case: mv.sinks(case.vlm, case.real, threshold=2.0, alpha=1.0, layers=[1, 2]),
     "smooth_grad": lambda case: mv.smooth_grad(case.vlm, case.real, METRIC, at="pixels", samples=3),

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor
 
 import mechvlm as mv
-from mechvlm.experiments import path_effects
 
 YES = mv.logit_difference("yes", "no")
 PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
@@ -122,7 +120,7 @@ def two_stages(
     last = max((int(name[1]) for name in receivers), default=3)
     frozen = [part(site, own[site], everywhere) for site in sites if site[0] == "z" or mlps]
     frozen = [one for one in frozen if int(one[0][1]) < last or (one[0] == f"z{last}" and receivers[0][0] == "m")]
-    patch = part(sender, given[sender.split(".")[0]], positions)
+    patch = part(sender, given[sender.split(".", maxsplit=1)[0]], positions)
     read = [name.split(".")[0] for name in receivers]
     logits, record = hand(target, [*frozen, patch], read)
     if not receivers:

@@ -107,19 +107,21 @@ def put_back(
     positions: Sequence[int] | None = None,
     heads: Sequence[int] | None = None,
     whole: bool = True,
+    of: Site | None = None,
 ) -> Edit:
     """Overwrite some positions and heads of an activation by what a run before kept.
 
     Args:
         name: under which it is kept.
+        of: where it was read; by default the same site.
         positions, heads: None for all; of keys and values, key-value heads.
-        whole: whether the whole activation is kept, or only these positions and heads of it.
+        whole: whether the whole activation is kept, or only as many positions and heads, in their order.
 
     Example:
         >>> put_back({}, "real", mv.Site("z", 3), [48], [5]).label
         'put back real'
     """
-    key = (name, *key_of(site))
+    key = (name, *key_of(of or site))
 
     def overwrite(x: Tensor) -> Tensor:  # batch pos ...
         return with_part(x, part_of(kept[key], positions, heads) if whole else kept[key], positions, heads)

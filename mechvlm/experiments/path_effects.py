@@ -27,6 +27,7 @@ from mechvlm.experiments.path_stages import (
     checked_receivers,
     frozen_edits,
     frozen_sites,
+    positions_in,
     received,
     recording,
     sender_edits,
@@ -39,10 +40,9 @@ from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.experiments.shards import Shards
 from mechvlm.metrics import Metric
 from mechvlm.nodes import Node, feeds
-from mechvlm.plan import check_range
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import done
-from mechvlm.sites import Site, listed, places, told
+from mechvlm.sites import listed, told
 from mechvlm.units import print_of, taken
 from mechvlm.vlm import VLM
 
@@ -114,7 +114,7 @@ def path_patching(
     several = isinstance(receivers, Mapping)
     sets = {str(name): checked_receivers(vlm, one) for name, one in _sets(receivers).items()}
     names = senders_of(vlm, senders, list(sets.values()))
-    paths = Paths(vlm, into, sets, names, _positions(into, positions), _freeze(freeze), batch_size)
+    paths = Paths(vlm, into, sets, names, positions_in(into, positions), _freeze(freeze), batch_size)
     ends, values, how = _measured(paths, source if into is target else target, metric, out)
     table = xr.DataArray(values, dims=["receiver", "sender"], coords={"receiver": list(sets), **_named(names)})
     swept = (table if several else table.isel(receiver=0, drop=True)).rename("metric")
@@ -245,21 +245,6 @@ def _sets(receivers: Any) -> dict[Any, Any]:
     if not receivers:
         raise ValueError("receivers names no sets; write for instance {'answer': 'logits'}.")
     return dict(receivers)
-
-
-def _positions(prompt: Prompt, given: Any) -> tuple[int, ...] | None:
-    """Positions as they were given, or those of a span."""
-    if given is None:
-        return None
-    if isinstance(given, str):
-        if given not in prompt.spans:
-            raise ValueError(
-                f"the prompt has no span {given!r}; choose from {', '.join(prompt.spans)}, or give a list."
-            )
-        return tuple(prompt.spans[given])
-    found = places("positions", given, all_by_none=True)
-    check_range("positions", Site("resid_pre", 0), found, [len(prompt)])
-    return found
 
 
 def _freeze(given: Any) -> tuple[str, ...]:

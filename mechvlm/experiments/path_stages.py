@@ -17,9 +17,10 @@ from mechvlm.experiments.kept import Kept, keep, part_of, put_back, put_features
 from mechvlm.experiments.sight import cross_layers, head_site
 from mechvlm.experiments.sweep import asked_of, values_of_axis
 from mechvlm.nodes import Node, feeds, readers, writers
+from mechvlm.plan import check_range
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import unsaid
-from mechvlm.sites import Site
+from mechvlm.sites import Site, places
 from mechvlm.vlm import VLM
 
 FREEZE = (("heads", "mlps"), ("heads",))
@@ -30,7 +31,7 @@ class Reading:
     """What of a site a set of receivers is.
 
     Attributes:
-        heads: None for all there is.
+        heads: None where there are none.
         anywhere: whether it may change at other positions than those at which a sender is patched.
     """
 
@@ -68,6 +69,30 @@ def reader_of(name: str) -> Node:
 def stream_of(name: str) -> str:
     """The reader that stands where a receiver does, by a name that `mechvlm.nodes` knows."""
     return name.removesuffix("<z>") + "<q>" if name.endswith("<z>") else name
+
+
+def positions_in(prompt: Prompt, given: Any) -> tuple[int, ...] | None:
+    """Positions of a prompt as they were given, as a function of the prompt says, or those of a span; None for all.
+
+    Raises:
+        ValueError: for a span that the prompt has not, or a position out of range.
+
+    Example:
+        >>> positions_in(real, "last"), positions_in(real, lambda prompt: prompt.image[:2])
+        ((48,), (5, 6))
+    """
+    chosen = given(prompt) if callable(given) else given
+    if chosen is None:
+        return None
+    if isinstance(chosen, str):
+        if chosen not in prompt.spans:
+            raise ValueError(
+                f"the prompt has no span {chosen!r}; choose from {', '.join(prompt.spans)}, or give a list."
+            )
+        return tuple(prompt.spans[chosen])
+    found = places("positions", chosen, all_by_none=True)
+    check_range("positions", Site("resid_pre", 0), found, [len(prompt)])
+    return found
 
 
 def checked_receivers(vlm: VLM, receivers: Any) -> list[str]:
@@ -195,17 +220,15 @@ def stages_of(vlm: VLM, receivers: Sequence[str]) -> list[Stage]:
         [(3, 3), (5, 4)]
     """
     nodes = [reader_of(name) for name in receivers]
-    read: dict[Site, list[int]] = {}
-    apart: dict[Site, list[int] | None] = {}
+    read, apart = dict[Site, list[int]](), dict[Site, list[int]]()
     for node in nodes:
         assert node.layer is not None
         if node.kind == "mlp":
-            apart[Site("mlp_out", node.layer)] = None
-        elif node.head is None:
-            apart[head_site(vlm, node.layer)] = None  # the keys are the picture's, so what is taken in is as the query
+            apart[Site("mlp_out", node.layer)] = []
+        elif node.head is None:  # its keys are the picture's, so what all heads take in says what the queries were
+            apart[head_site(vlm, node.layer)] = list(range(vlm.shape.heads["text"]))
         elif node.reads == "z":
-            heads = apart.setdefault(head_site(vlm, node.layer), [])
-            heads += [node.head] if heads is not None else []
+            apart.setdefault(head_site(vlm, node.layer), []).append(node.head)
         else:
             read.setdefault(Site(node.reads, node.layer), []).append(node.head)
     stages = []
@@ -214,7 +237,7 @@ def stages_of(vlm: VLM, receivers: Sequence[str]) -> list[Stage]:
         stages.append(Stage(tuple(Reading(site, tuple(heads)) for site, heads in read.items()), end, end))
     for site, heads in apart.items():
         layer = int(site.layer or 0)
-        reading = Reading(site, None if heads is None else tuple(heads), site.kind == "z")
+        reading = Reading(site, tuple(heads) or None, site.kind == "z")
         stages.append(Stage((reading,), layer + (site.kind == "mlp_out"), layer))
     return stages
 

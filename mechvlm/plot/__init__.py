@@ -8,7 +8,7 @@ Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `de
 `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
 logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer),
-`attributed` (estimates against patches).
+`attributed` (estimates against patches), `senders` (paths, by what writes).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
 `reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
@@ -40,6 +40,7 @@ from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.patched import layers_over_image as layers_over_image
 from mechvlm.plot.patched import patched_pairs as patched_pairs
 from mechvlm.plot.patched import patched_positions as patched_positions
+from mechvlm.plot.paths import senders as senders
 from mechvlm.plot.pictures import over_image as over_image
 from mechvlm.plot.pictures import token_grid as token_grid
 from mechvlm.plot.pictures import tokens_over_image as tokens_over_image
@@ -78,6 +79,7 @@ __all__ = [
     "pixels_over_image",
     "published_beside",
     "reliability_diagram",
+    "senders",
     "sinks_over_image",
     "threshold_curve",
     "token_grid",
