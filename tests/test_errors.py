@@ -1509,8 +1509,99 @@ PATCHING: list[Case] = [
     ),
 ]
 
+
+def path(senders: Any = None, receivers: Any = "logits", **settings: Any) -> object:
+    return mv.path_patching(vlm(), real(), real(), YES, senders, receivers, **settings)
+
+
+def patched_back(*prompts: mv.Prompt, **settings: Any) -> object:
+    return mv.back_patching(vlm(), prompts or [real()], **{"metric": YES, **settings})
+
+
+PATHS: list[Case] = [
+    ("direction='both' is not known; choose from 'denoise', 'noise'.", lambda: path(direction="both")),
+    ("freeze=('mlps',) is not known; choose from ('heads', 'mlps') and ('heads',).", lambda: path(freeze=("mlps",))),
+    ("receivers names no sets; write for instance {'answer': 'logits'}.", lambda: path(receivers={})),
+    (
+        "'a1.kv2<v>' is no receiver of this model; write 'logits', or a list of names such as 'a1.h0<q>', "
+        "'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
+        lambda: path(receivers=["a1.kv2<v>"]),
+    ),
+    (
+        "receivers is empty, and so has no receiver of this model; write 'logits', or a list of names such as "
+        "'a1.h0<q>', 'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
+        lambda: path(receivers=[]),
+    ),
+    (
+        "'logits' takes in the final stream, over which nothing of other receivers is seen; give it by itself, or as a "
+        "set of its own.",
+        lambda: path(receivers=["m1", "logits"]),
+    ),
+    (
+        "no head and no MLP stands before a0.h1<q>; give senders=['embed', 'image'], or a later receiver.",
+        lambda: path(receivers=["a0.h1<q>"]),
+    ),
+    (
+        "'a1' is no sender of this model; write for instance 'a0.h1', 'm0', 'image' or 'embed', or None for every head "
+        "and MLP before a receiver.",
+        lambda: path(["a1"]),
+    ),
+    (
+        "no path leads from m1 to a1.h0<q>, which it does not stand before; give senders that do, or later receivers.",
+        lambda: path(["a0.h1", "m1"], ["a1.h0<z>"]),
+    ),
+    (
+        "nothing of 'image' is at the positions that are patched, of which none is an image token; give others, or "
+        "leave it out of the senders.",
+        lambda: path(["image"], positions="last"),
+    ),
+    (
+        "nothing of 'embed' is at the positions that are patched, which are all image tokens; give others, or leave it "
+        "out of the senders.",
+        lambda: path(["embed"], positions="image"),
+    ),
+    (
+        "the prompt has no span 'picture'; choose from bos, prefix, image, question, last, or give a list.",
+        lambda: path(positions="picture"),
+    ),
+    (
+        "senders draws a variable of path_patching, and was given a DataArray without senders; write for instance "
+        "mv.plot.senders(found.normalised).",
+        lambda: mv.plot.senders(by_position()),  # type: ignore[arg-type]
+    ),
+    (
+        "back_patching measures a metric, or whether answers are right; give one of metric= and answers=.",
+        lambda: patched_back(metric=None),
+    ),
+    (
+        "the answer 'cat' stands beside no other word of ('yes', 'no'); give it and others.",
+        lambda: patched_back(metric=None, answers=["cat"]),
+    ),
+    (
+        "none of the sources [0] is a later layer than one of the destinations [0, 1]; give later sources or earlier "
+        "destinations.",
+        lambda: patched_back(sources=[0]),
+    ),
+    ("control='random' is not known; choose from 'permuted', 'other', None.", lambda: patched_back(control="random")),
+    (
+        "control='other' takes another picture's streams, and all prompts are about one; give more.",
+        lambda: patched_back(control="other"),
+    ),
+    (
+        "prompt 0 is patched at 16 positions and prompt 1, its control, at 15; give pictures with as many tokens, or "
+        "control='permuted'.",
+        lambda: patched_back(
+            real(),
+            vlm().prompt(tiny.picture(1), "is there a red dog ?"),
+            control="other",
+            positions=lambda prompt: prompt.image[len(prompt) - len(real()) :],
+        ),
+    ),
+]
+
 CASES = (
-    PATCHING
+    PATHS
+    + PATCHING
     + SITES
     + MODELS
     + PROMPTS

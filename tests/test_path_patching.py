@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,12 @@ import planted_paths
 import pytest
 import tiny
 import torch
+import zoo
 from torch import Tensor
 
 import mechvlm as mv
+from mechvlm.experiments import path_effects
+from mechvlm.nodes import writers
 
 YES = mv.logit_difference("yes", "no")
 PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
@@ -145,22 +149,22 @@ def value(vlm: mv.VLM, logits: Tensor) -> float:
     return float(vlm.metric(YES)(logits[None])[0])
 
 
-@pytest.mark.parametrize(
-    ("receivers", "mlps"),
-    [
-        ("logits", True),
-        ("logits", False),
-        (["a2.kv1<v>"], True),
-        (["a2.h3<q>", "a2.kv0<k>"], False),
-        (["a1.h2<q>", "a2.kv1<k>"], True),
-        (["a2.h1<z>"], True),
-        (["m2"], True),
-    ],
-)
+CASES = [
+    pytest.param("logits", False),
+    pytest.param(["a2.h3<q>", "a2.kv0<k>", "a1.kv1<v>"], True),
+    pytest.param(["a2.h1<z>"], False),
+    *(
+        pytest.param(*one, marks=zoo.second_environment)
+        for one in [("logits", True), (["a2.kv1<v>"], True), (["a2.h3<q>", "a1.kv0<k>"], False), (["m2"], True)]
+    ),
+]
+
+
+@pytest.mark.parametrize(("receivers", "mlps"), CASES)
 def test_two_stages_of_hooks_give_the_same(
     vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, receivers: Any, mlps: bool
 ) -> None:
-    senders = ["embed", "image", "a0.h1", "a0.h3", "m0", "a1.h2", "m1"]
+    senders = ["embed", "image", "a0.h1", "m0", "a1.h2"]
     freeze = ("heads", "mlps") if mlps else ("heads",)
     positions = [*real.image[3:9], *real.question[-3:], *real.last]
     found = mv.path_patching(vlm, real, other, YES, senders, receivers, positions, freeze)
@@ -171,3 +175,78 @@ def test_two_stages_of_hooks_give_the_same(
         expected.append(value(vlm, two_stages(hand, real, other, hand_name(sender), reads, own, mlps)))
     assert np.abs(found.metric.values - expected).max() < 1e-9
     assert np.abs(found.metric.values - found.attrs["target_metric"]).max() > 1e-3
+
+
+def carried(path: Any, senders: Any, receivers: Any, **settings: Any) -> dict[str, float]:
+    """The share that each sender carries, where it is any at all."""
+    found = mv.path_patching(path.vlm, path.source, path.target, PLANTED, senders, receivers, **settings).normalised
+    return {name: round(share, 12) for name, share in found.to_series().items() if share}
+
+
+def test_of_two_hops_each_edge_carries_all_and_no_other_anything() -> None:
+    path = planted_paths.two_hops()
+    every = list(writers(path.vlm.shape))
+    assert carried(path, ["embed", "image"], ["a0.kv0<v>"]) == {"image": 1.0}
+    assert carried(path, ["embed", "image"], ["a0.h1<q>"]) == {}
+    before = [name for name in every if name[1] in "01" or name in ("embed", "image")]
+    assert carried(path, before, ["a2.kv1<v>"]) == {"a0.h1": 1.0}
+    assert carried(path, before, ["a2.kv0<v>", "a2.kv1<k>", "a2.h2<q>"]) == {}
+    assert carried(path, None, "logits") == {"a2.h2": 1.0}
+    assert carried(path, ["a0.h1"], ["a2.h2<z>"], positions="question") == {"a0.h1": 1.0}
+    assert carried(path, ["a0.h1"], ["a2.h2<z>"], positions="image") == {}
+    assert carried(path, ["a0.h1", "image"], ["a2.kv1<v>"], direction="noise", freeze=("heads",)) == {"a0.h1": 1.0}
+
+
+def test_heads_that_share_keys_and_values_are_one_receiver_and_two_senders() -> None:
+    path = planted_paths.twins()
+    assert carried(path, ["image"], ["a1.kv1<v>"]) == {"image": 1.0}
+    assert carried(path, ["image"], {"two": ["a1.h2<z>"], "three": ["a1.h3<z>"]}) == {
+        ("two", "image"): round(2 / 3, 12),
+        ("three", "image"): round(1 / 3, 12),
+    }
+    direct = carried(path, None, "logits")
+    assert direct == {"a1.h2": round(2 / 3, 12), "a1.h3": round(1 / 3, 12)}
+    assert sum(direct.values()) == pytest.approx(1.0, abs=1e-11)
+
+
+def test_a_direct_path_is_what_the_head_writes_added_to_the_last_stream(
+    vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt
+) -> None:
+    z, end = mv.Site("z", 1), mv.Site("resid_post", 2)
+    source, target = (vlm.run(prompt, [z, end]) for prompt in (real, other))
+    added = (source[z] - target[z])[0, -1, 2] @ vlm.weights.W_O(1, 2)
+    logits = vlm.unembed((target[end][0, -1] + added)[None])
+    found = mv.path_patching(vlm, real, other, YES, ["a1.h2"])
+    assert float(found.metric[0]) == pytest.approx(float(vlm.metric(YES)(logits)[0]), abs=1e-9)
+
+
+def test_of_one_prompt_into_itself_nothing_is_carried(vlm: mv.VLM, real: mv.Prompt) -> None:
+    found = mv.path_patching(vlm, real, real, YES, ["image", "a0.h1", "m1"], ["a2.kv0<v>", "m2"])
+    assert np.abs(found.metric.values - found.attrs["source_metric"]).max() < 1e-9
+    assert "nothing to carry over" in found.attrs["note"]
+
+
+def test_finished_senders_are_read_from_the_folder_and_another_experiment_refused(
+    vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(path_effects, "AT_ONCE", 1)  # each sender is a piece
+    given: Any = (vlm, real, other, YES, ["a0.h1", "a1.h2"], {"v": ["a2.kv0<v>"], "late": ["a1.h0<q>"]})
+    first = mv.path_patching(*given, out=tmp_path)
+    again = mv.path_patching(*given, out=tmp_path)
+    plain = mv.path_patching(*given)
+    assert again.attrs["engine"] == f"read from {tmp_path.name}" != first.attrs["engine"]
+    assert np.array_equal(first.metric, again.metric, equal_nan=True)
+    assert np.allclose(first.metric, plain.metric, atol=1e-12, equal_nan=True)
+    assert np.isnan(first.metric.sel(receiver="late", sender="a1.h2"))
+    with pytest.raises(ValueError, match="holds another sweep"):
+        mv.path_patching(*given, positions="last", out=tmp_path)
+
+
+def test_the_figure_has_a_row_a_layer_and_one_for_what_enters(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt) -> None:
+    found = mv.path_patching(vlm, real, other, YES, ["embed", "a0.h1", "m1"]).normalised
+    figure: Any = mv.plot.senders(found)
+    assert list(figure.layout.yaxis.ticktext) == ["in", "0", "1"]
+    assert list(figure.layout.xaxis.ticktext) == ["h1", "MLP", "words"]
+    drawn = np.array(figure.data[0].z, dtype=float)
+    assert (drawn[0, 2], drawn[1, 0], drawn[2, 1]) == tuple(found.values)
+    assert np.isnan(drawn).sum() == 6

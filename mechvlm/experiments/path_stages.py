@@ -32,7 +32,8 @@ class Reading:
 
     Attributes:
         heads: None where there are none.
-        anywhere: whether it may change at other positions than those at which a sender is patched.
+        anywhere: whether it is recorded at all positions, and not only at those at which a sender is patched, beside
+            which it may change as well, or be changed by other receivers.
     """
 
     site: Site
@@ -172,9 +173,10 @@ def sender_edits(vlm: VLM, kept: Kept, name: str, prompt: Prompt, positions: Seq
     asked = range(len(prompt)) if positions is None else positions
     own = [position for position in asked if (position in image) != (node.kind == "embed")]
     if not own:
+        which = "which are all image tokens" if node.kind == "embed" else "of which none is an image token"
         raise ValueError(
-            f"{name!r} writes at {'positions that are no ' if node.kind == 'embed' else ''}image tokens only, and none "
-            "is among those that are patched; give others, or leave it out of the senders."
+            f"nothing of {name!r} is at the positions that are patched, {which}; give others, or leave it out of the "
+            "senders."
         )
     if node.kind == "deepstack":
         return [put_features(kept, "given", Site("deepstack", node.layer), [image[position] for position in own])]
@@ -231,13 +233,15 @@ def stages_of(vlm: VLM, receivers: Sequence[str]) -> list[Stage]:
             apart.setdefault(head_site(vlm, node.layer), []).append(node.head)
         else:
             read.setdefault(Site(node.reads, node.layer), []).append(node.head)
+    # Where one receiver stands behind another, it is held to its record at every position.
+    several = len({(node.layer, node.kind) for node in nodes}) > 1
     stages = []
     if read:
         end = max(int(site.layer or 0) for site in read)
-        stages.append(Stage(tuple(Reading(site, tuple(heads)) for site, heads in read.items()), end, end))
-    for site, heads in apart.items():
+        stages.append(Stage(tuple(Reading(site, tuple(heads), several) for site, heads in read.items()), end, end))
+    for site, some in apart.items():
         layer = int(site.layer or 0)
-        reading = Reading(site, tuple(heads) or None, site.kind == "z")
+        reading = Reading(site, tuple(some) or None, several or site.kind == "z")
         stages.append(Stage((reading,), layer + (site.kind == "mlp_out"), layer))
     return stages
 
