@@ -15,7 +15,7 @@ Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
 attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
 segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution, path_patching, back_patching.
+attribution_patching, edge_attribution, path_patching, back_patching. Parts of a logit: direct_logit_attribution.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -82,6 +82,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
+    from mechvlm.experiments.direct_logits import direct_logit_attribution as direct_logit_attribution
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.edge_scores import edge_attribution as edge_attribution
     from mechvlm.experiments.heads import find_heads as find_heads
@@ -162,6 +163,7 @@ _LATER = {
     "language_prior_collapse": "mechvlm.experiments.collapse",
     "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",
+    "direct_logit_attribution": "mechvlm.experiments.direct_logits",
     "dose_response": "mechvlm.experiments.dose",
     "edge_attribution": "mechvlm.experiments.edge_scores",
     "information_flow": "mechvlm.experiments.knockout",

@@ -131,6 +131,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "deletion_curve": lambda case: mv.deletion_curve(
         case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC, counts=[0, 4, 16], samples=2
     ),
+    "direct_logit_attribution": lambda case: mv.direct_logit_attribution(case.vlm, case.both, METRIC, by="token"),
     "dose_response": lambda case: mv.dose_response(case.vlm, case.real, METRIC, [-2, 0, 2], [1, 2]),
     "find_heads": lambda case: mv.find_heads(case.vlm, case.both, METRIC, count=2, candidates=HEADS),
     "gradient_attention": lambda case: mv.gradient_attention(case.vlm, case.real, METRIC),

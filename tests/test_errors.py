@@ -1372,6 +1372,68 @@ def pairs_patched(*pairs: Any, **settings: Any) -> object:
     return mv.patch_pairs(vlm(), pairs or [paired()], **{"only_right": False, "controls": 0, "layers": [0], **settings})
 
 
+def direct(metric: Any = YES, given: Any = None, **settings: Any) -> object:
+    return mv.direct_logit_attribution(vlm(), given or real(), metric, **settings)
+
+
+def edited_directly(edit: mv.Edit, by: str) -> object:
+    return mv.direct_logit_attribution(vlm().with_edits([edit]), real(), YES, by=by)
+
+
+WEIGHTS_AND_HEADS: list[Case] = [
+    (
+        "log_probability('yes') is no sum of what parts add to logits; give mv.logit_difference(answer, other), or one "
+        "word for its logit.",
+        lambda: direct(mv.log_probability("yes")),
+    ),
+    (
+        "3.5 is no word whose logit can be taken apart; give mv.logit_difference(answer, other), a word or a token id.",
+        lambda: direct(3.5),
+    ),
+    ("token id 64 is not in the model's vocabulary of 64.", lambda: direct(64)),
+    (
+        "2 words or differences were given for 1 prompts; give one for each, or one for all.",
+        lambda: direct([YES, YES]),
+    ),
+    ("by='head' is not known; choose from 'component', 'span', 'token'.", lambda: direct(by="head")),
+    (
+        "spans say how heads are split, and by='component' splits none; write by='span' with them.",
+        lambda: direct(spans={"some": [1]}),
+    ),
+    (
+        "spans hold position 3 more than once; give spans of positions of the prompt that share none.",
+        lambda: direct(spans={"one": [3], "other": [3, 4]}, by="span"),
+    ),
+    (
+        "spans hold position 99 of 26; give spans of positions of the prompt that share none.",
+        lambda: direct(spans={"one": [99]}, by="span"),
+    ),
+    (
+        "the model's edits change the logits themselves, which no part adds up to; leave those out.",
+        lambda: edited_directly(mv.Edit("logits", lambda x: x * 2), "component"),
+    ),
+    (
+        "the model's edits change text.1.z, so that what its heads take from positions does not sum to them; write "
+        "by='component', or edit the pattern.",
+        lambda: edited_directly(mv.ablate_heads(1, [0]), "span"),
+    ),
+    (
+        "a prompt holds no image, so nothing passes through one; make it with vlm.prompt(image, text).",
+        lambda: direct(given=[real(), blind()], by="token"),
+    ),
+    (
+        "the prompts' image tokens do not lie alike, so that no position means the same in all; ask about them one by "
+        "one, or write by='span'.",
+        lambda: direct(given=[real(), bare().prompt(encoding=tiny.encoding(prefix=4))], by="token"),
+    ),
+    (
+        "direct_logits draws what direct_logit_attribution returns, and was given a Dataset; make it with "
+        "mv.direct_logit_attribution(vlm, prompt, metric).",
+        lambda: mv.plot.direct_logits(xr.Dataset()),
+    ),
+]
+
+
 def by_position(**renamed: str) -> xr.DataArray:
     table = xr.DataArray(np.ones((1, 2)), dims=["layer", "position"], coords={"layer": [0], "position": [0, 1]})
     return table.rename(renamed)
@@ -1602,6 +1664,7 @@ PATHS: list[Case] = [
 CASES = (
     PATHS
     + PATCHING
+    + WEIGHTS_AND_HEADS
     + SITES
     + MODELS
     + PROMPTS
