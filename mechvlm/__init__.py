@@ -32,6 +32,8 @@ from mechvlm import images as images
 from mechvlm.attention_edits import bias_attention as bias_attention
 from mechvlm.attention_edits import cut_attention as cut_attention
 from mechvlm.attention_edits import scale_attention as scale_attention
+from mechvlm.circuit_value import Circuit as Circuit
+from mechvlm.circuit_value import Edge as Edge
 from mechvlm.edits import Edit as Edit
 from mechvlm.edits import ablate_heads as ablate_heads
 from mechvlm.edits import patch as patch
@@ -79,6 +81,9 @@ if TYPE_CHECKING:
     from mechvlm.experiments.attribution import gradient_attribution as gradient_attribution
     from mechvlm.experiments.back_patches import back_patching as back_patching
     from mechvlm.experiments.bends import u_shape as u_shape
+    from mechvlm.experiments.choosing import choose_circuit as choose_circuit
+    from mechvlm.experiments.circuit_overlaps import circuit_overlap as circuit_overlap
+    from mechvlm.experiments.circuit_overlaps import circuit_stability as circuit_stability
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
@@ -158,6 +163,9 @@ _LATER = {
     "norm_outliers": "mechvlm.experiments.tokens",
     "answer_probabilities": "mechvlm.experiments.answers",
     "attribution_patching": "mechvlm.experiments.attributed_patches",
+    "choose_circuit": "mechvlm.experiments.choosing",
+    "circuit_overlap": "mechvlm.experiments.circuit_overlaps",
+    "circuit_stability": "mechvlm.experiments.circuit_overlaps",
     "gradient_attribution": "mechvlm.experiments.attribution",
     "back_patching": "mechvlm.experiments.back_patches",
     "language_prior_collapse": "mechvlm.experiments.collapse",

@@ -40,6 +40,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "encode",
             "edits",
             "attention_edits",
+            *("edge_paths", "circuit_text", "circuit_value"),
             "metrics",
         ),
     ),
@@ -79,6 +80,7 @@ FORBIDDEN_PAIRS = {("plot", "vlm"): "a figure is made from results, never from a
 UPWARDS = {
     ("vlm", "laws"): "vlm.check() runs the laws, which use what every user can",
     ("places", "fingerprints"): "a job is known again by what it asks for, which may be anything that users hand over",
+    ("circuit_value", "experiments"): "circuit.edits() patches what a run of the source had, as experiments do",
     ("run", "circuits"): "run.to_activation_cache() hands a run to TransformerLens, whose circuits take it apart",
 }
 # Foreign packages, and the only modules that may import them.

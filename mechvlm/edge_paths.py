@@ -1,0 +1,131 @@
+"""Which edges lie on a path from what enters a language model to its logits, by the names of their ends.
+
+Rule this module guards: a key-value head belongs to all query heads of its group, and what is read at some positions
+goes on from these positions, except through keys and values, which other positions read.
+
+>>> within = Heads(8, 4)
+>>> on_paths([("image", "a2.kv1<v>", None), ("a2.h3", "logits", None), ("a1.h0", "m1", None)], within)
+[True, True, False]
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mechvlm.nodes import Node
+
+INPUTS = ("embed", "image", "deepstack")
+"""The kinds of nodes that write and do not read."""
+Ends = tuple[str, str, str | None]
+"""Writer, reader and span (None: all positions) of an edge."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What leads from a reader to what its node writes.
+
+    Attributes:
+        heads, kv_heads: of a layer.
+        crossing: layers whose heads look at the picture's features, which no edge brings to them.
+    """
+
+    heads: int
+    kv_heads: int
+    crossing: tuple[int, ...] = ()
+
+    @staticmethod
+    def among(names: Sequence[str]) -> "Heads":
+        """How many heads some writers and readers are of, which have to be all of a model.
+
+        Example:
+            >>> Heads.among(["a0.h0<q>", "a0.h1<q>", "a0.kv0<k>", "a0.kv0<v>", "logits"])
+            Heads(heads=2, kv_heads=1, crossing=())
+        """
+        nodes = [node for node in map(Node.parse, names) if node.kind == "attention"]
+        of_keys = [node.head or 0 for node in nodes if node.reads in ("k", "v")]
+        heads = 1 + max((node.head or 0 for node in nodes if node.reads not in ("k", "v")), default=0)
+        crossing = sorted({node.layer or 0 for node in nodes if node.head is None})
+        return Heads(heads, 1 + max(of_keys, default=heads - 1), tuple(crossing))
+
+    def written(self, reader: str) -> tuple[str, ...]:
+        """The nodes that a reader is part of, as they write.
+
+        Example:
+            >>> Heads(8, 4).written("a3.kv1<v>"), Heads(8, 4).written("m3"), Heads(8, 4).written("logits")
+            (('a3.h2', 'a3.h3'), ('m3',), ())
+        """
+        node = Node.parse(reader)
+        if node.kind != "attention":
+            return (reader,) if node.kind == "mlp" else ()
+        if node.reads == "q" and node.head is not None:
+            return (reader.removesuffix("<q>"),)
+        group = self.heads // max(1, self.kv_heads)
+        some = range(self.heads) if node.head is None else range(node.head * group, (node.head + 1) * group)
+        return tuple(f"a{node.layer}.h{head}" for head in some)
+
+    def readers(self, writer: str) -> tuple[str, ...]:
+        """What the node of a writer reads; nothing for what enters.
+
+        Example:
+            >>> Heads(8, 4).readers("a3.h2")
+            ('a3.h2<q>', 'a3.kv1<k>', 'a3.kv1<v>')
+        """
+        node = Node.parse(writer)
+        if node.kind != "attention":
+            return (writer,) if node.kind == "mlp" else ()
+        if node.layer in self.crossing:
+            return (f"a{node.layer}<q>",)
+        assert node.head is not None
+        key = node.head * self.kv_heads // max(1, self.heads)
+        return (f"{writer}<q>", f"a{node.layer}.kv{key}<k>", f"a{node.layer}.kv{key}<v>")
+
+
+def place_of(name: str) -> tuple[float, int, int]:
+    """Where a node stands in the pass, to put names in forward order; the last number tells nodes of one place apart.
+
+    Example:
+        >>> sorted(["logits", "m1", "a2.h0", "a1.h3", "image"], key=place_of)
+        ['image', 'a1.h3', 'm1', 'a2.h0', 'logits']
+    """
+    node = Node.parse(name)
+    if node.kind == "logits":
+        return math.inf, 0, 0
+    if node.layer is None:
+        return -1.0, ("embed", "image").index(node.kind), 0
+    return float(node.layer), ("attention", "mlp", "deepstack").index(node.kind), node.head or 0
+
+
+def at_other_positions(reader: str) -> bool:
+    """Whether what is read here is used at other positions than it is read at: keys and values are."""
+    return Node.parse(reader).reads in ("k", "v")
+
+
+def on_paths(edges: Sequence[Ends], within: Heads) -> list[bool]:
+    """For each edge, whether it lies on a path of edges from what enters to the logits.
+
+    Args:
+        within: of the model.
+    """
+    crossing = [f"a{layer}.h{head}" for layer in within.crossing for head in range(within.heads)]
+    reached: dict[str, set[str | None]] = {name: {None} for name in crossing}
+    forward = [False] * len(edges)
+    for at in sorted(range(len(edges)), key=lambda at: place_of(edges[at][1])):
+        writer, reader, span = edges[at]
+        forward[at] = Node.parse(writer).kind in INPUTS or _meet(reached.get(writer), span)
+        for name in within.written(reader) if forward[at] else ():
+            reached.setdefault(name, set()).add(None if at_other_positions(reader) else span)
+    needed: dict[str, set[str | None]] = {}
+    kept = [False] * len(edges)
+    for at in sorted(range(len(edges)), key=lambda at: place_of(edges[at][0]), reverse=True):
+        writer, reader, span = edges[at]
+        anywhere = None if at_other_positions(reader) else span
+        leads = reader == "logits" or any(_meet(needed.get(name), anywhere) for name in within.written(reader))
+        kept[at] = forward[at] and leads
+        if kept[at]:
+            needed.setdefault(writer, set()).add(span)
+    return kept
+
+
+def _meet(spans: set[str | None] | None, span: str | None) -> bool:
+    """Whether something is there at a span; None is all positions."""
+    return bool(spans) and (span is None or span in spans or None in spans)
