@@ -15,7 +15,8 @@ Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
 attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
 segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution, path_patching, back_patching. Parts of a logit: direct_logit_attribution.
+attribution_patching, edge_attribution, path_patching, back_patching, arts, of, a, logit, direct_logit_attribution,
+ircuits, ircuit, dge, choose_circuit, circuit_faithfulness, circuit_overlap, circuit_stability.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -90,6 +91,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.direct_logits import direct_logit_attribution as direct_logit_attribution
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.edge_scores import edge_attribution as edge_attribution
+    from mechvlm.experiments.faithfulness import circuit_faithfulness as circuit_faithfulness
     from mechvlm.experiments.heads import find_heads as find_heads
     from mechvlm.experiments.heads import heads_found as heads_found
     from mechvlm.experiments.heads import soft_identity as soft_identity
@@ -164,6 +166,7 @@ _LATER = {
     "answer_probabilities": "mechvlm.experiments.answers",
     "attribution_patching": "mechvlm.experiments.attributed_patches",
     "choose_circuit": "mechvlm.experiments.choosing",
+    "circuit_faithfulness": "mechvlm.experiments.faithfulness",
     "circuit_overlap": "mechvlm.experiments.circuit_overlaps",
     "circuit_stability": "mechvlm.experiments.circuit_overlaps",
     "gradient_attribution": "mechvlm.experiments.attribution",
