@@ -34,7 +34,7 @@ from mechvlm.attention_edits import bias_attention as bias_attention
 from mechvlm.attention_edits import cut_attention as cut_attention
 from mechvlm.attention_edits import scale_attention as scale_attention
 from mechvlm.circuit_value import Circuit as Circuit
-from mechvlm.circuit_value import Edge as Edge
+from mechvlm.edge_paths import Edge as Edge
 from mechvlm.edits import Edit as Edit
 from mechvlm.edits import ablate_heads as ablate_heads
 from mechvlm.edits import patch as patch

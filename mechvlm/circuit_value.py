@@ -7,9 +7,8 @@ circuit when it is loaded, and says nothing of a model that was not written into
 Circuit(2 edges, 3 nodes: image, 1 head, logits)
 """
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,48 +16,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from mechvlm.circuit_text import as_html, as_json, from_json
-from mechvlm.edge_paths import INPUTS, Heads, on_paths, place_of
+from mechvlm.edge_paths import INPUTS, Edge, Heads, on_paths, place_of
 from mechvlm.edits import Edit
 from mechvlm.nodes import Node
 from mechvlm.prompt import Prompt
-from mechvlm.sites import listed, number, told, whole
-
-
-@dataclass(frozen=True)
-class Edge:
-    """What one node reads of what another writes.
-
-    Args:
-        writer, reader: names of nodes; see `mechvlm.nodes`.
-        span: the name of the positions at which it is written and read; None for all.
-        score: how much it matters, by whatever it was chosen; no number where it was not. Edges with other scores are
-            the same edge.
-
-    Raises:
-        ValueError: for a name that does not write or read, or a writer that does not stand before the reader.
-
-    Example:
-        >>> print(mv.Edge("a3.h5", "a5.kv0<v>", "image"))
-        a3.h5 -> a5.kv0<v> (image)
-    """
-
-    writer: str
-    reader: str
-    span: str | None = None
-    score: float = field(default=math.nan, compare=False)
-
-    def __post_init__(self) -> None:
-        first, then = Node.parse(self.writer), Node.parse(self.reader)
-        if first.reads or first.kind == "logits":
-            raise ValueError(f"{self.writer!r} writes nothing; write for instance 'image', 'a3.h5' or 'm3'.")
-        if not then.reads and then.kind not in ("mlp", "logits"):
-            raise ValueError(f"{self.reader!r} reads nothing; write for instance 'a3.h5<q>', 'm3' or 'logits'.")
-        if not place_of(self.writer)[:2] < place_of(self.reader)[:2]:
-            raise ValueError(f"{self.writer} does not stand before {self.reader}, so there is no edge between the two.")
-        object.__setattr__(self, "score", number("score", self.score))
-
-    def __str__(self) -> str:
-        return f"{self.writer} -> {self.reader}" + ("" if self.span is None else f" ({self.span})")
+from mechvlm.sites import listed, told, whole
 
 
 @dataclass(frozen=True, repr=False)
@@ -73,6 +35,7 @@ class Circuit:
         chosen: instead of edges, names of heads and MLPs as they write: "a3.h5", "m3". All edges between them belong
             to the circuit, and all to them from what enters (embeddings, image), and to the logits.
         heads, kv_heads: how many a layer has, which says what heads a key-value head is part of. 0: not known.
+        layers: how many there are, for figures. 0: not known.
         crossing: the layers whose heads look at the picture's features, which no edge brings.
         candidates: how many edges, heads and MLPs, and heads it was chosen from; 0: not known.
         metric, model, note: what it is of, and how it was chosen, for people to read.
@@ -92,6 +55,7 @@ class Circuit:
     chosen: Sequence[str] = ()
     heads: int = 0
     kv_heads: int = 0
+    layers: int = 0
     crossing: Sequence[int] = ()
     candidates: Sequence[int] = (0, 0, 0)
     metric: str = ""
@@ -209,10 +173,19 @@ class Circuit:
         if self.inverted:
             raise ValueError("a circuit of all edges but some cannot be pruned; list the edges that it has.")
         ends = [(edge.writer, edge.reader, edge.span) for edge in self.edges]
-        kept = on_paths(ends, self._known())
+        kept = on_paths(ends, self.within())
         return replace(self, edges=[edge for edge, stays in zip(self.edges, kept, strict=True) if stays])
 
-    def _known(self) -> Heads:
+    def within(self) -> Heads:
+        """Which readers belong to which heads.
+
+        Raises:
+            ValueError: where it is not known how many heads there are.
+
+        Example:
+            >>> mv.Circuit(heads=8, kv_heads=4).within().written("a3.kv1<v>")
+            ('a3.h2', 'a3.h3')
+        """
         if not self.heads:
             raise ValueError(
                 "the circuit does not say how many heads a layer has, which tells what a key-value head is part of; "

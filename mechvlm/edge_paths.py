@@ -1,4 +1,4 @@
-"""Which edges lie on a path from what enters a language model to its logits, by the names of their ends.
+"""Edges by the names of their ends, and which of them lie on a path from what enters a language model to its logits.
 
 Rule this module guards: a key-value head belongs to all query heads of its group, and what is read at some positions
 goes on from these positions, except through keys and values, which other positions read.
@@ -10,14 +10,52 @@ goes on from these positions, except through keys and values, which other positi
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mechvlm.nodes import Node
+from mechvlm.sites import number
 
 INPUTS = ("embed", "image", "deepstack")
 """The kinds of nodes that write and do not read."""
 Ends = tuple[str, str, str | None]
 """Writer, reader and span (None: all positions) of an edge."""
+
+
+@dataclass(frozen=True)
+class Edge:
+    """What one node reads of what another writes.
+
+    Args:
+        writer, reader: names of nodes; see `mechvlm.nodes`.
+        span: the name of the positions at which it is written and read; None for all.
+        score: how much it matters, by whatever it was chosen; no number where it was not. Edges with other scores are
+            the same edge.
+
+    Raises:
+        ValueError: for a name that does not write or read, or a writer that does not stand before the reader.
+
+    Example:
+        >>> print(mv.Edge("a3.h5", "a5.kv0<v>", "image"))
+        a3.h5 -> a5.kv0<v> (image)
+    """
+
+    writer: str
+    reader: str
+    span: str | None = None
+    score: float = field(default=math.nan, compare=False)
+
+    def __post_init__(self) -> None:
+        first, then = Node.parse(self.writer), Node.parse(self.reader)
+        if first.reads or first.kind == "logits":
+            raise ValueError(f"{self.writer!r} writes nothing; write for instance 'image', 'a3.h5' or 'm3'.")
+        if not then.reads and then.kind not in ("mlp", "logits"):
+            raise ValueError(f"{self.reader!r} reads nothing; write for instance 'a3.h5<q>', 'm3' or 'logits'.")
+        if not place_of(self.writer)[:2] < place_of(self.reader)[:2]:
+            raise ValueError(f"{self.writer} does not stand before {self.reader}, so there is no edge between the two.")
+        object.__setattr__(self, "score", number("score", self.score))
+
+    def __str__(self) -> str:
+        return f"{self.writer} -> {self.reader}" + ("" if self.span is None else f" ({self.span})")
 
 
 @dataclass(frozen=True)

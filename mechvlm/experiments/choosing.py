@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from mechvlm.circuit_value import Circuit, Edge
-from mechvlm.edge_paths import Heads, at_other_positions
+from mechvlm.circuit_value import Circuit
+from mechvlm.edge_paths import Edge, Heads, at_other_positions
 from mechvlm.nodes import Node
 from mechvlm.sites import listed, number, told, whole
 
@@ -89,6 +89,7 @@ def choose_circuit(
     about: dict[str, Any] = {"metric": str(attrs.get("metric", "")), "model": str(attrs.get("model", "")), "note": note}
     names = [str(name) for name in table["node" if within is None else "writer"].values]
     kinds = [Node.parse(name).kind for name in names]
+    about["layers"] = 1 + max(Node.parse(name).layer or 0 for name in names)
     counts = (0 if within is None else int(finite.sum()), *(sum(map(kinds.count, some)) for some in NODES))
     if within is None:
         return Circuit(chosen=[names[at] for (at,) in chosen], candidates=counts, **about)

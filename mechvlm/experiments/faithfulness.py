@@ -234,9 +234,14 @@ def _measured(
         **{name: (one, plain[:, at]) for at, name in enumerate(("target_metric", "source_metric"))},
         **{name: (one, area) for name, area in zip(("cpr", "cmd"), areas(sizes[2], faithfulness), strict=True)},
     }
-    about_each = {"n_edges": sizes[0].astype(int), "n_nodes": sizes[1].astype(int), "share": sizes[2]}
-    about_each["named"] = np.array([repr(circuit) for circuit in given])
-    along = {"circuit": np.arange(count), **{name: ("circuit", held) for name, held in about_each.items()}}
+    counted = "heads and MLPs" if any(one.chosen for one in given) else "edges"
+    along = {
+        "circuit": np.arange(count),
+        "n_edges": ("circuit", sizes[0].astype(int)),
+        "n_nodes": ("circuit", sizes[1].astype(int)),
+        "share": ("circuit", sizes[2], {"long_name": f"share of the model's {counted}"}),
+        "named": ("circuit", np.array([repr(circuit) for circuit in given])),
+    }
     coordinates = {**prompt_coordinates(into), **along}
     return with_means(xr.Dataset(values, coords=coordinates), shares(random, *ends.T), clusters)
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from mechvlm.circuit_value import Circuit, Edge
-from mechvlm.edge_paths import INPUTS, Ends, Heads, at_other_positions
+from mechvlm.circuit_value import Circuit
+from mechvlm.edge_paths import INPUTS, Edge, Ends, Heads, at_other_positions
 from mechvlm.experiments.circuit_edits import edge_table, positions_written
 from mechvlm.nodes import Node, readers, writers
 from mechvlm.prompt import Prompt

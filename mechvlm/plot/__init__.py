@@ -9,6 +9,7 @@ Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `de
 logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer),
 `attributed` (estimates against patches), `senders` (paths, by what writes). Parts of a logit by layer: `direct_logits`.
+Circuits: `circuit` (as a graph), `faithfulness` (by size).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
 `reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
@@ -36,6 +37,7 @@ from mechvlm.plot.curves import deletion as deletion
 from mechvlm.plot.direct import direct_logits as direct_logits
 from mechvlm.plot.doses import dose_curves as dose_curves
 from mechvlm.plot.doses import layer_controls as layer_controls
+from mechvlm.plot.faithful import faithfulness as faithfulness
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.patched import layers_over_image as layers_over_image
@@ -50,6 +52,7 @@ from mechvlm.plot.statistics import association as association
 from mechvlm.plot.statistics import comparison as comparison
 from mechvlm.plot.statistics import reliability_diagram as reliability_diagram
 from mechvlm.plot.statistics import threshold_curve as threshold_curve
+from mechvlm.plot.wiring import circuit as circuit
 from mechvlm.plot.zones import head_matrix as head_matrix
 from mechvlm.plot.zones import layer_spans as layer_spans
 from mechvlm.plot.zones import published_beside as published_beside
@@ -60,12 +63,14 @@ __all__ = [
     "association",
     "attributed",
     "bars",
+    "circuit",
     "collapse_curves",
     "comparison",
     "deletion",
     "direct_logits",
     "dose_curves",
     "effects",
+    "faithfulness",
     "flow",
     "gradient_decay",
     "head_matrix",
