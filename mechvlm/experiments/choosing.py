@@ -153,7 +153,9 @@ def _mean(tables: Sequence[xr.DataArray], dims: Sequence[str]) -> xr.DataArray:
 
 
 def _towards(several: Sequence[xr.Dataset]) -> float:
-    """1 where the source's metric is above the target's, -1 where it is below."""
+    """1 where the source's metric is above the target's, -1 where it is below; shares have no sign to turn."""
+    if several[0].attrs.get("method") == "information-flow-routes":
+        return 1.0
     ends = [[one.attrs.get(f"{end}_metric") for end in ("source", "target")] for one in several]
     if any(None in pair for pair in ends):
         raise ValueError(
