@@ -15,8 +15,9 @@ Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
 attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
 segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution, path_patching, back_patching, arts, of, a, logit, direct_logit_attribution,
-ircuits, ircuit, dge, choose_circuit, circuit_faithfulness, circuit_overlap, circuit_stability.
+attribution_patching, edge_attribution, path_patching, back_patching. Parts of a logit:
+direct_logit_attribution. Circuits: Circuit, Edge, choose_circuit, circuit_faithfulness, circuit_overlap,
+circuit_stability.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
