@@ -13,11 +13,11 @@ scale_attention, patch, steer, replace_span. Readings: rows, mass, entropy, top_
 Metrics: logit_difference, log_probability, probability, rank, kl_divergence.
 Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose_response, deletion_curve,
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
-attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution, path_patching, back_patching. Parts of a logit:
-direct_logit_attribution. Circuits: Circuit, Edge, choose_circuit, circuit_faithfulness, circuit_overlap,
-circuit_stability.
+attention_rollout, attention_flow, queries_to_patches, compose_queries, enses, logit_lens, tuned_lens, object_map,
+segmentation_scores, word_share, atching, patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
+attribution_patching, edge_attribution, path_patching, back_patching, arts, of, a, logit, direct_logit_attribution,
+ircuits, ircuit, dge, choose_circuit, circuit_faithfulness, circuit_overlap, circuit_stability, aps, held, against,
+the, model, occlusion, compare_maps.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -87,6 +87,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.circuit_overlaps import circuit_overlap as circuit_overlap
     from mechvlm.experiments.circuit_overlaps import circuit_stability as circuit_stability
     from mechvlm.experiments.collapse import language_prior_collapse as language_prior_collapse
+    from mechvlm.experiments.compared import compare_maps as compare_maps
     from mechvlm.experiments.decoding import knockout_answers as knockout_answers
     from mechvlm.experiments.deletion import deletion_curve as deletion_curve
     from mechvlm.experiments.direct_logits import direct_logit_attribution as direct_logit_attribution
@@ -106,6 +107,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.means import mean_activations as mean_activations
     from mechvlm.experiments.means import mean_features as mean_features
     from mechvlm.experiments.neglect import neglect_heads as neglect_heads
+    from mechvlm.experiments.occlusion import occlusion as occlusion
     from mechvlm.experiments.order import ablate_all_but as ablate_all_but
     from mechvlm.experiments.order import ablate_in_order as ablate_in_order
     from mechvlm.experiments.order import strongest as strongest
@@ -173,6 +175,7 @@ _LATER = {
     "gradient_attribution": "mechvlm.experiments.attribution",
     "back_patching": "mechvlm.experiments.back_patches",
     "language_prior_collapse": "mechvlm.experiments.collapse",
+    "compare_maps": "mechvlm.experiments.compared",
     "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",
     "direct_logit_attribution": "mechvlm.experiments.direct_logits",
@@ -185,6 +188,7 @@ _LATER = {
     "object_map": "mechvlm.experiments.lens_maps",
     "segmentation_scores": "mechvlm.experiments.lens_maps",
     "word_share": "mechvlm.experiments.lens_maps",
+    "occlusion": "mechvlm.experiments.occlusion",
     "patch_features": "mechvlm.experiments.patch_features",
     "patch_heads": "mechvlm.experiments.patch_heads",
     "patch_pairs": "mechvlm.experiments.patch_pairs",

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mechvlm.batch import check_prompts
 from mechvlm.edits import Edit
-from mechvlm.experiments.deletion import without
 from mechvlm.experiments.examples import (
     Points,
     about,
@@ -36,6 +35,7 @@ from mechvlm.experiments.examples import (
 from mechvlm.experiments.inputs import input_sites
 from mechvlm.experiments.means import mean_features
 from mechvlm.experiments.record import one_prompt
+from mechvlm.experiments.removal import without
 from mechvlm.experiments.saliency import integrated_gradients
 from mechvlm.experiments.sight import image_coordinates, image_dim
 from mechvlm.experiments.sweep import numbers
