@@ -1,7 +1,6 @@
 """Prompts as one batch, and what is checked before and after it runs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from mechvlm.metrics import Metric
 from mechvlm.pixels import to_picture
 from mechvlm.plan import Plan
 from mechvlm.prompt import Prompt, checked_pixels, locate
-from mechvlm.shapes import Parts, Shape, kernels_of, shape_of
+from mechvlm.shapes import Parts, Shape, installed, kernels_of, shape_of
 from mechvlm.sites import told, whole
 
 KERNELS = ("sdpa", "eager", "flex_attention", "flash_attention_2")
@@ -315,5 +314,5 @@ def provenance(vlm: Any, prompt: Prompt, edits: Sequence[Edit]) -> dict[str, str
         "attention": vlm.attention,
         "prompt": prompt.text,
         "edits": "; ".join(map(str, edits)) or "none",
-        "versions": ", ".join(f"{p} {version(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
+        "versions": ", ".join(f"{p} {installed(p)}" for p in ("mechvlm", "nnsight", "transformers", "torch")),
     }

@@ -7,6 +7,7 @@ Rule this module guards: what the configuration alone can tell to be unreadable 
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +20,9 @@ from mechvlm.towers import TOWER_TYPES, Block, Tower
 LAYERS = ("num_hidden_layers", "depth")
 HEADS = ("num_attention_heads", "num_heads", "attention_heads")
 """What configurations call the numbers of a tower's layers and heads."""
+
+installed = cache(version)
+"""The version of a package: looked up once, since each look takes milliseconds and every result names four."""
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,7 @@ def shape_of(config: Any) -> Shape:
 
 def caps_logits(row: Arch) -> bool:
     """Whether the installed transformers caps this architecture's logits."""
-    return bool(row.caps_logits) and Version(version("transformers")) >= Version(row.caps_logits)
+    return bool(row.caps_logits) and Version(installed("transformers")) >= Version(row.caps_logits)
 
 
 def live_layers(config: Any, layers: int) -> int:
