@@ -12,7 +12,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; one that tries fails wi
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # notes on random weights and lazy imports, which are not test output
 
+import checked
 import hypothesis
+import jaxtyping
 import loopback
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ if find_spec("torchvision"):
         for operator in ("nms", "qnms"):
             SHIM.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
+jaxtyping.jaxtyped = checked.jaxtyped  # what the hook puts around each function, quicker
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for one another
 
 hypothesis.settings.register_profile("here", deadline=None)
