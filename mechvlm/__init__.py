@@ -13,11 +13,11 @@ scale_attention, patch, steer, replace_span. Readings: rows, mass, entropy, top_
 Metrics: logit_difference, log_probability, probability, rank, kl_divergence.
 Experiments: attention_profile, attention_map, sinks, answer_probabilities, dose_response, deletion_curve,
 gradient_attribution, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, relevancy, span_flow,
-attention_rollout, attention_flow, queries_to_patches, compose_queries, enses, logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share, atching, patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching, edge_attribution, path_patching, back_patching, arts, of, a, logit, direct_logit_attribution,
-ircuits, ircuit, dge, choose_circuit, circuit_faithfulness, circuit_overlap, circuit_stability, aps, held, against,
-the, model, occlusion, compare_maps.
+attention_rollout, attention_flow, queries_to_patches, compose_queries. Maps held against the model: occlusion,
+compare_maps. Lenses: logit_lens, tuned_lens, object_map, segmentation_scores, word_share. Patching: patch_spans,
+patch_positions, patch_heads, patch_features, patch_pairs, path_patching, back_patching. Attribution:
+attribution_patching, edge_attribution, direct_logit_attribution. Circuits: Circuit, Edge, choose_circuit,
+circuit_faithfulness, circuit_overlap, circuit_stability.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+
 from mechvlm.batch import check_fired
 from mechvlm.experiments.attributed_patches import MISSED
 from mechvlm.experiments.edge_checks import edges_patched, patched_exactly
-from mechvlm.experiments.edge_products import Graph, Turn, edges_scored
+from mechvlm.experiments.edge_products import Graph, edges_scored
 from mechvlm.experiments.edge_turns import METHODS, POINTS, turns_of
 from mechvlm.experiments.exchange import matched, patched_with
 from mechvlm.experiments.record import metric_name, metric_unit, record
