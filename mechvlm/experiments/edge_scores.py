@@ -37,8 +37,8 @@ VALUES = {
     "eap-ig": "the same with the gradient averaged on the way from the target's embeddings to the source's",
     "clean-corrupted": "the same with the gradient averaged over the target's run and the source's",
     "ig-activations": "the same with the gradient averaged on the way of the writer's own layer to the source's",
-    "information-flow-routes": "how near the write comes to the sum that the reader reads, in the target's run: a share "
-    "of what all writes come near to it, as a mean over positions",
+    "information-flow-routes": "how near the write comes to the sum that the reader reads, in the target's run, as a "
+    "share of what all writes do; the mean over positions",
     "exact": "the metric where the reader alone is given the source's write, less the target's metric",
 }
 
@@ -103,8 +103,8 @@ def edge_attribution(
         al. (2024), "Have Faith in Faithfulness", section 3 (EAP-IG); Marks et al. (2024), "Sparse Feature Circuits",
         section 2 (gradients between activations); Ferrando and Voita (2024), "Information Flow Routes", section 2.
     """
-    everything = range(vlm.shape.layers["text"])
-    matched(vlm, source, target, everything)
+    matched(vlm, source, target, range(vlm.shape.layers["text"]))
+    _check_edits(vlm)
     count = _checked(method, steps, points, verify)
     chosen = _spans(target, spans)
     graph = graph_of(vlm, target, list(chosen.values()))
@@ -188,6 +188,17 @@ def _checked(method: object, steps: object, points: object, verify: object) -> i
     if count and method == "exact":
         raise ValueError(f"verify={count} patches edges that method='exact' patches anyway; leave it out.")
     return count
+
+
+def _check_edits(vlm: VLM) -> None:
+    """Refuse a model in which the stream is something else than the sum of what its parts write."""
+    kinds = ("resid_pre", "attn_out", "resid_mid", "resid_post")
+    edited = [edit for edit in vlm.edits if edit.site.kind in kinds and edit.site.tower == "text"]
+    if edited:
+        raise ValueError(
+            f"{edited[0]} is an edit of sums of what parts write, and edges are of the parts; take the edges of "
+            "vlm.without_edits(), or edit z or mlp_out."
+        )
 
 
 def _spans(target: Prompt, spans: Any) -> dict[str, list[int]]:

@@ -64,8 +64,7 @@ def turns_of(
         return Turn(what, keeps, weight, **more)
 
     if method == "information-flow-routes":
-        more = {"read": stream_sites(vlm), "routes": True}
-        return [one(source, "source"), one(target, "target", **more)], kept
+        return [one(source, "source"), one(target, "target", read=stream_sites(vlm), routes=True)], kept
     if method == "eap":
         return [one(source, "source"), one(target, "target", 1.0)], kept
     if method == "clean-corrupted":
