@@ -114,7 +114,7 @@ def test_scores_are_those_of_a_pass_in_which_every_reader_has_an_input_of_its_ow
             score = float(found.score.sel(writer=writer, reader=reader, span=span))
             assert score == pytest.approx(float(products[other.spans[span]].sum()), abs=1e-10)
             sizes.append(abs(score))
-    assert max(sizes) > 0.1 and np.mean(np.array(sizes) > 1e-5) > 0.3
+    assert max(sizes) > 0.1 and np.mean(np.array(sizes) > 1e-5) > 0.2
 
 
 def test_spans_add_up_to_all_positions(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, found: xr.Dataset) -> None:

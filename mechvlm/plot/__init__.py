@@ -8,8 +8,8 @@ Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `de
 `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
 logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
 `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer),
-`attributed` (estimates against patches), `senders` (paths, by what writes). Parts of a logit by layer: `direct_logits`.
-Circuits: `circuit` (as a graph), `faithfulness` (by size).
+`attributed` (estimates against patches), `senders` (paths, by what writes), `edges` (their scores, as a graph). Parts of a
+logit by layer: `direct_logits`. Circuits: `circuit` (as a graph), `faithfulness` (by size).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
 `reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
@@ -38,6 +38,7 @@ from mechvlm.plot.direct import direct_logits as direct_logits
 from mechvlm.plot.doses import dose_curves as dose_curves
 from mechvlm.plot.doses import layer_controls as layer_controls
 from mechvlm.plot.faithful import faithfulness as faithfulness
+from mechvlm.plot.graph import edges as edges
 from mechvlm.plot.lenses import words_by_layer as words_by_layer
 from mechvlm.plot.marks import sinks_over_image as sinks_over_image
 from mechvlm.plot.patched import layers_over_image as layers_over_image
@@ -69,6 +70,7 @@ __all__ = [
     "deletion",
     "direct_logits",
     "dose_curves",
+    "edges",
     "effects",
     "faithfulness",
     "flow",

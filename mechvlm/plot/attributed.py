@@ -23,7 +23,7 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
     are drawn with `patched_positions(found.mlp_out)`, `heatmap` or, at image tokens, `over_image`.
 
     Args:
-        found: what `attribution_patching` returns with `verify`.
+        found: what `attribution_patching` or `edge_attribution` returns with `verify`.
         caption: by default says how many nodes of each kind were patched, and how well the two agree.
 
     Raises:
@@ -64,6 +64,8 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
 
 def _texts(one: xr.Dataset) -> list[str]:
     """What is said of each node of a kind."""
+    if "node_writer" in one.coords:
+        return _edge_texts(one)
     place = "node_span" if "node_span" in one.coords else "node_position"
     columns = (one[name].values for name in ("node_layer", place, "node_head", "estimate", "exact"))
     return [
@@ -72,6 +74,19 @@ def _texts(one: xr.Dataset) -> list[str]:
         + f"<br>estimate {estimate:+.4g}<br><b>exact {exact:+.4g}</b>"
         for layer, at, head, estimate, exact in zip(*columns, strict=True)
     ]
+
+
+def _edge_texts(one: xr.Dataset) -> list[str]:
+    """What is said of each edge."""
+    names = [
+        f"{plain(str(a))} -> {plain(str(b))}"
+        for a, b in zip(one.node_writer.values, one.node_reader.values, strict=True)
+    ]
+    spans = (
+        [f", {plain(str(span))}" for span in one.node_span.values] if "node_span" in one.coords else [""] * len(names)
+    )
+    columns = zip(names, spans, one.estimate.values, one.exact.values, strict=True)
+    return [f"{name}{span}<br>estimate {x:+.4g}<br><b>exact {y:+.4g}</b>" for name, span, x, y in columns]
 
 
 def _said(found: xr.Dataset) -> str:
