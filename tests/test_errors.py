@@ -1629,7 +1629,7 @@ PATHS: list[Case] = [
     (
         "senders draws a variable of path_patching, and was given a DataArray without senders; write for instance "
         "mv.plot.senders(found.normalised).",
-        lambda: mv.plot.senders(by_position()),  # type: ignore[arg-type]
+        lambda: mv.plot.senders(by_position()),
     ),
     (
         "back_patching measures a metric, or whether answers are right; give one of metric= and answers=.",

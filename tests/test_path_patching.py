@@ -245,16 +245,20 @@ def test_finished_senders_are_read_from_the_folder_and_another_experiment_refuse
     vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(path_effects, "AT_ONCE", 1)  # each sender is a piece
-    given: Any = (vlm, real, other, YES, ["a0.h1", "a1.h2"], {"v": ["a2.kv0<v>"], "late": ["a1.h0<q>"]})
-    first = mv.path_patching(*given, out=tmp_path)
-    again = mv.path_patching(*given, out=tmp_path)
-    plain = mv.path_patching(*given)
+
+    def patched(**more: Any) -> Any:
+        receivers = {"v": ["a2.kv0<v>"], "late": ["a1.h0<q>"]}
+        return mv.path_patching(vlm, real, other, YES, ["a0.h1", "a1.h2"], receivers, **more)
+
+    first = patched(out=tmp_path)
+    again = patched(out=tmp_path)
+    plain = patched()
     assert again.attrs["engine"] == f"read from {tmp_path.name}" != first.attrs["engine"]
     assert np.array_equal(first.metric, again.metric, equal_nan=True)
     assert np.allclose(first.metric, plain.metric, atol=1e-12, equal_nan=True)
     assert np.isnan(first.metric.sel(receiver="late", sender="a1.h2"))
     with pytest.raises(ValueError, match="holds another sweep"):
-        mv.path_patching(*given, positions="last", out=tmp_path)
+        patched(positions="last", out=tmp_path)
 
 
 @zoo.second_environment

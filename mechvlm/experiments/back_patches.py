@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from torch import Tensor, stack
 
 from mechvlm.batch import check_prompts, metric_values
 from mechvlm.edits import Edit
@@ -24,11 +23,12 @@ from mechvlm.experiments.examples import metric_of_each, prompt_coordinates, uni
 from mechvlm.experiments.exchange import layers_of, patched_with, window_of
 from mechvlm.experiments.kept import Kept, Leg, keep, legs_run, part_of, put_back
 from mechvlm.experiments.knockout import clusters_of, interval
+from mechvlm.experiments.margins import margin
 from mechvlm.experiments.path_stages import positions_in
 from mechvlm.experiments.record import metric_name, record, word_list
 from mechvlm.experiments.sight import deepstack_layers
 from mechvlm.experiments.sight import named as layers_named
-from mechvlm.metrics import Metric, log_probability
+from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work
 from mechvlm.sites import Site, told
@@ -184,31 +184,6 @@ class _Patched:
         ends, (values,), engine = yield from legs_run(self.vlm, self.prompt, first, legs, measure, batch_size)
         own, control = values[: len(self.pairs)], values[len(self.pairs) :]
         return arrays(clean=ends[0][0], metric=own, control=control if other else np.full(len(own), np.nan)), engine
-
-
-def margin(vlm: VLM, answer: str, words: Sequence[str] = YES_NO) -> Metric:
-    """A metric: by how much the right word's log-probability exceeds that of the likeliest other word.
-
-    Args:
-        answer: one of `words`; each counts in all its single-token spellings.
-
-    Raises:
-        ValueError: for an answer that is none of the words, or a single word.
-
-    Example:
-        >>> bool(margin(vlm, "yes")(vlm.run(real).logits) > 0)
-        True
-    """
-    allowed = list(word_list(words))
-    if answer not in allowed or len(allowed) < 2:
-        raise ValueError(f"the answer {answer!r} stands beside no other word of {told(words)}; give it and others.")
-    measures = [vlm.metric(log_probability(word)) for word in (answer, *(one for one in allowed if one != answer))]
-
-    def margin(logits: Tensor) -> Tensor:  # batch vocab
-        right, *others = (measure(logits) for measure in measures)
-        return right - stack(others).amax(0)
-
-    return margin
 
 
 def _metrics(

@@ -80,7 +80,7 @@ def positions_in(prompt: Prompt, given: Any) -> tuple[int, ...] | None:
 
     Example:
         >>> positions_in(real, "last"), positions_in(real, lambda prompt: prompt.image[:2])
-        ((48,), (5, 6))
+        ((48,), (3, 4))
     """
     chosen = given(prompt) if callable(given) else given
     if chosen is None:
