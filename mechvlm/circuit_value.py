@@ -242,7 +242,8 @@ class Circuit:
 
         For chosen nodes this is the circuit. For edges it is more: a node that has any edge writes to everyone, so
         edges left out between two of its nodes are back; `mv.circuit_faithfulness` leaves them out. A node is patched
-        at the spans where none of its edges is.
+        at the spans where none of its edges is. Heads are patched before a norm that stands behind attention (Gemma,
+        GLM), which is then that of the patched heads, while a circuit has each run's own.
 
         Args:
             vlm: the model.

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
-from scipy.stats import hypergeom
 
 from mechvlm.circuit_value import Circuit
 from mechvlm.sites import listed, told, whole
@@ -158,6 +157,8 @@ def _total(of: str, one: int, other: int) -> int:
 
 def _common(mine: set[Any], theirs: set[Any], total: int) -> dict[str, float]:
     """What two sets share, and what two random ones of their sizes would."""
+    from scipy.stats import hypergeom  # slow to import
+
     shared, either = len(mine & theirs), len(mine | theirs)
     row = {"shared": shared, "overlap": shared / either if either else np.nan, "expected": np.nan, "p_value": np.nan}
     if total:

@@ -13,7 +13,7 @@ import numpy as np
 import plotly.graph_objects as go
 
 from mechvlm.circuit_value import Circuit
-from mechvlm.edge_paths import Edge
+from mechvlm.edge_paths import Edge, place_of
 from mechvlm.nodes import Node
 from mechvlm.plot.look import INK, PALETTE, finished, plain, tick_step
 
@@ -29,9 +29,9 @@ MOST = 2000
 def circuit(found: Circuit, title: str = "", caption: str = "") -> go.Figure:
     """A circuit, layer by layer from left to right: heads as circles by their number, MLPs as squares below.
 
-    Lines are edges, the broader the higher the score, dotted where it is negative; their colour is the span at which
-    they are, or, where there are no spans, what is read: queries, keys, values, by an MLP, by the logits. An edge into
-    keys or values is drawn to each head of the group that writes in the circuit.
+    Lines are edges, the broader the larger the score by size, dotted where it has another sign than most have; their
+    colour is the span at which they are, or, where there are no spans, what is read: queries, keys, values, by an MLP,
+    by the logits. An edge into keys or values is drawn to each head of the group that writes in the circuit.
 
     Args:
         found: a circuit of edges, or of chosen nodes, which are drawn without the edges between all of them.
@@ -122,16 +122,20 @@ def _draw_nodes(figure: go.Figure, found: Circuit, places: Places) -> None:
 def _draw_edges(figure: go.Figure, found: Circuit, places: Places, shown: list[Edge]) -> None:
     """Lines in groups of one colour, breadth and dash, since a line has one of each."""
     largest = max((abs(edge.score) for edge in shown if math.isfinite(edge.score)), default=0.0)
+    usual = 1 if sum(edge.score > 0 for edge in shown) >= sum(edge.score < 0 for edge in shown) else -1
     groups: dict[tuple[str, int, bool], list[Edge]] = {}
     for edge in shown:
         share = abs(edge.score) / largest if largest and math.isfinite(edge.score) else 0.0
-        groups.setdefault((_colour_of(found, edge), min(3, int(4 * share)), edge.score < 0), []).append(edge)
+        groups.setdefault((_colour_of(found, edge), min(3, int(4 * share)), edge.score * usual < 0), []).append(edge)
     named = {_colour_of(found, edge) for edge in found.edges}
-    names = [name for name in (*READS.values(), "logits", *found.spans, "all positions") if name in named]
+    spans = sorted(
+        found.spans, key=lambda span: min(place_of(edge.writer) for edge in found.edges if edge.span == span)
+    )
+    names = [name for name in (*READS.values(), "logits", *spans, "all positions") if name in named]
     for number, name in enumerate(names):
         key = {"color": PALETTE[number % len(PALETTE)], "width": 3}
         figure.add_scatter(x=[None], y=[None], mode="lines", line=key, name=plain(name), legendgroup=name)
-    for (name, breadth, negative), edges in sorted(groups.items(), key=lambda group: group[0][1]):
+    for (name, breadth, unusual), edges in sorted(groups.items(), key=lambda group: group[0][1]):
         x, y, said = [], [], []
         for edge in edges:
             score = f"<br><b>{edge.score:+.4g}</b>" if math.isfinite(edge.score) else ""
@@ -141,7 +145,7 @@ def _draw_edges(figure: go.Figure, found: Circuit, places: Places, shown: list[E
                 y += [*line[1], None]
                 said += [plain(str(edge)) + score] * (POINTS + 1)
         ink = PALETTE[names.index(name) % len(PALETTE)]
-        line = {"color": ink, "width": WIDTHS[breadth], "dash": "dot" if negative else "solid"}
+        line = {"color": ink, "width": WIDTHS[breadth], "dash": "dot" if unusual else "solid"}
         look = {"mode": "lines", "opacity": 0.75, "hovertext": said, "hoverinfo": "text"}
         figure.add_scatter(x=x, y=y, line=line, name=plain(name), legendgroup=name, showlegend=False, **look)
 

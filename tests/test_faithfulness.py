@@ -1,0 +1,201 @@
+"""Circuits that were planted do all that the model does; without one of their edges they do nothing."""
+
+from typing import Any
+
+import numpy as np
+import planted_paths
+import pytest
+import tiny
+import torch
+import xarray as xr
+import zoo
+from planted_paths import Path
+
+import mechvlm as mv
+from mechvlm.experiments.circuit_edits import edge_table
+from mechvlm.experiments.circuit_measures import areas, with_means
+from mechvlm.experiments.circuit_runs import circuit_metrics
+from mechvlm.experiments.faithfulness import kept_edges
+from mechvlm.experiments.random_circuits import random_circuit
+from mechvlm.nodes import readers, writers
+from mechvlm.writes import writing
+
+PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+YES = mv.logit_difference("yes", "no")
+
+
+@pytest.fixture(scope="module")
+def hops() -> Path:
+    return planted_paths.two_hops()
+
+
+def circuit_of(path: Path) -> mv.Circuit:
+    heads = {"heads": planted_paths.HEADS, "kv_heads": planted_paths.KV_HEADS}
+    return mv.Circuit([mv.Edge(*ends) for ends in path.edges], **heads)
+
+
+def measured(path: Path, circuits: Any, **settings: Any) -> xr.Dataset:
+    given = {"controls": 0, **settings}
+    return mv.circuit_faithfulness(path.vlm, circuits, path.source, path.target, PLANTED, **given)
+
+
+def test_the_planted_circuit_is_all_of_the_behaviour_and_nothing_is_left_without_it(hops: Path) -> None:
+    circuit = circuit_of(hops)
+    assert circuit.pruned() == circuit
+    left_out = [circuit - mv.Circuit([one]) for one in circuit.edges]
+    stray = circuit | mv.Circuit([mv.Edge("a0.h0", "m1"), mv.Edge("a2.h0", "logits")])
+    found = measured(hops, [circuit, *left_out, stray])
+    np.testing.assert_allclose(found.faithfulness.values, [[1, 0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(found.completeness.values[0, 0], 0, atol=1e-6)
+    assert stray.pruned().edges == circuit.edges
+    assert abs(found["all"].item() - found["none"].item()) > 1
+
+
+def test_all_edges_and_none_are_the_models_own_answers(hops: Path) -> None:
+    found = measured(hops, [mv.Circuit(), ~mv.Circuit()])
+    own = [float(hops.vlm.metric(PLANTED)(hops.vlm.run(prompt).logits)[0]) for prompt in (hops.target, hops.source)]
+    np.testing.assert_allclose([found["all"].item(), found["none"].item()], own, atol=1e-6)
+    np.testing.assert_allclose(found.metric.values[0], own[::-1], atol=1e-6)
+    np.testing.assert_allclose(found.complement.values[0], own, atol=1e-6)
+
+
+@zoo.second_environment
+def test_heads_that_share_keys_and_values_have_their_own_shares_of_the_answer() -> None:
+    path = planted_paths.twins()
+    circuit = circuit_of(path)
+    parts = [circuit - mv.Circuit([one]) for one in circuit.edges]
+    expected = [1 - share for share in path.edges.values()]
+    found = measured(path, [circuit, *parts])
+    np.testing.assert_allclose(found.faithfulness.values[0], [1.0, *expected], atol=1e-6)
+
+
+@zoo.second_environment
+def test_chosen_nodes_do_as_a_circuit_what_their_edits_do_to_the_model() -> None:
+    vlm = tiny.vlm(2, "sdpa", torch.float64)
+    target, source = (vlm.prompt(tiny.picture(number), "is there a red cat ?") for number in (1, 2))
+    some = mv.Circuit(chosen=["a0.h1", "a1.h2", "a1.h3", "m0", "m2"])
+    for circuit in (some, ~some):
+        found = mv.circuit_faithfulness(vlm, circuit, source, target, YES, controls=0)
+        edited = vlm.run(target, edits=circuit.edits(vlm, source, target)).logits
+        by_hand = float(vlm.metric(YES)(edited)[0])
+        np.testing.assert_allclose(found.metric.item(), by_hand, atol=1e-6)
+        assert abs(by_hand - found["all"].item()) > 1e-3
+
+
+@zoo.second_environment
+@pytest.mark.parametrize("name", sorted(set(zoo.VARIANTS) - {"mllama"}))
+def test_chosen_nodes_are_a_circuit_and_edits_alike_on_every_architecture(name: str) -> None:
+    if zoo.there(name):
+        pytest.skip(zoo.there(name))
+    vlm = zoo.build(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float64)
+    target, source = (zoo.ask(vlm, tiny.picture(seed, 48, 48)) for seed in (1, 2))
+    metric = mv.logit_difference(5, 6)
+    scores = mv.attribution_patching(vlm, source, target, metric, kinds=["z", "mlp_out"], positions="span")
+    circuit = mv.choose_circuit(scores, 4)
+    if any(writing(vlm).behind):  # a norm behind all heads, whose scale a patch of some of them moves
+        circuit = mv.Circuit(chosen=[f"a0.h{head}" for head in range(vlm.shape.heads["text"])] + ["m1"])
+    found = mv.circuit_faithfulness(vlm, circuit, source, target, metric, controls=0)
+    edited = vlm.run(target, edits=circuit.edits(vlm, source, target)).logits
+    np.testing.assert_allclose(found.metric.item(), float(vlm.metric(metric)(edited)[0]), rtol=0, atol=1e-6)
+    ends = [found["all"].item() - found.target_metric.item(), found["none"].item() - found.source_metric.item()]
+    np.testing.assert_allclose(ends, [0.0, 0.0], atol=1e-6)
+
+
+@zoo.second_environment
+def test_edits_of_edges_patch_a_node_where_none_of_its_edges_is(hops: Path) -> None:
+    vlm, circuit = hops.vlm, circuit_of(hops)
+    edits = circuit.edits(vlm, hops.source, hops.target)
+    assert float(vlm.metric(PLANTED)(vlm.run(hops.target, edits=edits).logits)[0]) == pytest.approx(
+        float(vlm.metric(PLANTED)(vlm.run(hops.target).logits)[0]), abs=1e-6
+    )
+    kept = {edit.positions for edit in edits if str(edit.site) == "text.0.z" and 1 in edit.heads}
+    question = set(hops.target.spans["question"])
+    assert kept and all(not question & set(positions) for positions in kept)
+
+
+def test_the_edges_of_a_circuit_and_of_its_complement_are_those_of_the_model(hops: Path) -> None:
+    vlm, prompt, circuit = hops.vlm, hops.target, circuit_of(hops)
+    spans = [name for name, held in prompt.spans.items()]
+
+    def each(one: mv.Circuit) -> list[tuple[str, str, str]]:
+        return [
+            (writer, reader, name)
+            for writer, reader, span in kept_edges(vlm, one, prompt)
+            for name in (spans if span is None else [span])
+        ]
+
+    mine, theirs = each(circuit), each(~circuit)
+    assert set(mine) == set(hops.edges) and len(mine) == len(hops.edges)
+    assert len({*mine, *theirs}) == len(mine) + len(theirs) == len(spans) * int(edge_table(vlm).sum())
+
+
+@zoo.second_environment
+def test_the_mean_of_several_sources_stands_for_what_is_left_out() -> None:
+    vlm = tiny.vlm(2, "sdpa", torch.float64)
+    prompts = [vlm.prompt(tiny.picture(number), "is there a red cat ?") for number in range(3)]
+    circuit = mv.Circuit([mv.Edge("image", "a1.h0<q>"), mv.Edge("a1.h0", "logits")], heads=4, kv_heads=2)
+    found = mv.circuit_faithfulness(vlm, circuit, prompts[1:], [prompts[0]] * 2, YES, ablate="mean", controls=0)
+    by_hand = circuit_metrics(vlm, prompts[0], prompts[1:], [kept_edges(vlm, circuit, prompts[0])], YES)
+    np.testing.assert_allclose(found.metric.values, [by_hand, by_hand], atol=1e-9)
+    np.testing.assert_allclose(found["none"].values[0], found["none"].values[1], atol=1e-9)
+
+
+@zoo.second_environment
+def test_random_circuits_have_as_many_edges_and_lie_on_paths(hops: Path) -> None:
+    vlm, draw = hops.vlm, np.random.default_rng(0)
+    for spans in (None, "image"):
+        asked = [mv.Edge("image", f"m{at}", spans) for at in range(4)]
+        like = mv.Circuit([*asked, *(mv.Edge(f"a{at}.h1", "logits", spans) for at in range(4))])
+        on_paths = 0
+        for _ in range(10):
+            found = random_circuit(vlm, like, hops.target, draw)
+            known = mv.Circuit(found.edges, heads=planted_paths.HEADS, kv_heads=planted_paths.KV_HEADS)
+            table = known.kept(writers(vlm.shape), readers(vlm.shape), spans)
+            assert found.n_edges == 8 and not (table & ~edge_table(vlm)).any()
+            assert bool(found.spans) == (spans is not None)
+            on_paths += known.pruned().n_edges
+        assert on_paths > 0.9 * 80
+    nodes = random_circuit(vlm, mv.Circuit(chosen=["a0.h1", "a2.h2", "m3"]), hops.target, draw)
+    assert (len(nodes.of_kind("attention")), len(nodes.of_kind("mlp"))) == (2, 1)
+
+
+@zoo.second_environment
+def test_the_planted_circuit_is_better_than_every_random_one(hops: Path) -> None:
+    found = measured(hops, circuit_of(hops), controls=9)
+    assert found.p_value.item() == 1 / 10 and float(np.abs(found.random).max()) < 1e-6
+    assert found.n_edges.item() == 3 and found.n_nodes.item() == 4
+
+
+def test_areas_are_those_of_trapezoids_from_no_edge_to_all() -> None:
+    share, curve = np.array([0.0, 0.25, 0.5]), np.array([[0.0, 0.5, 1.5], [0.0, 0.0, 1.0]])
+    cpr, cmd = areas(share, curve)
+    assert cpr.tolist() == [0.25 * (0.25 + 1.0) + 0.5 * 1.25, 0.25 * 0.5 + 0.5]
+    assert cmd.tolist() == [0.25 * (0.75 + 0.5) + 0.5 * 0.25, 0.25 * (1.0 + 0.5)]
+    assert np.isnan(areas(np.array([0.5, 0.5]), curve[:, 1:])).all()
+
+
+def test_examples_are_weighed_by_what_the_model_has_to_lose() -> None:
+    held = {name: (["prompt", "circuit"], [[1.0], [0.0]]) for name in ("faithfulness", "completeness")}
+    ends = {"all": ("prompt", [4.0, 0.5]), "none": ("prompt", [1.0, 1.5]), "cpr": ("prompt", [0.5, 0.1])}
+    found = with_means(xr.Dataset({**held, **ends, "cmd": ("prompt", [0.0, np.nan])}), np.ones((2, 1, 1)), None)
+    assert found.faithfulness_mean.item() == 0.75 and found.cmd_mean.item() == 0.0
+    assert found.cpr_mean.item() == pytest.approx(0.4) and found.random.item() == 1.0
+
+
+@zoo.second_environment
+def test_examples_without_anything_to_lose_have_no_faithfulness(hops: Path) -> None:
+    found = mv.circuit_faithfulness(hops.vlm, circuit_of(hops), hops.target, hops.target, PLANTED, controls=2)
+    assert (
+        np.isnan(found.faithfulness).all() and np.isnan(found.faithfulness_mean).all() and np.isnan(found.p_value).all()
+    )
+
+
+@zoo.second_environment
+def test_the_curve_has_the_circuits_in_the_order_of_their_size(hops: Path) -> None:
+    found = measured(hops, [~mv.Circuit(), circuit_of(hops)], controls=2)
+    figure: Any = mv.plot.faithfulness(found)
+    shown = {trace.name: trace for trace in figure.data if trace.mode == "lines+markers"}
+    assert list(shown) == ["circuit", "without it", "random"]
+    assert list(shown["circuit"].x) == sorted(found.share.values) and shown["circuit"].y[0] == pytest.approx(
+        1, abs=1e-6
+    )
