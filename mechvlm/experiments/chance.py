@@ -1,11 +1,10 @@
 """Could chance have done it? Signs drawn anew for clusters, and what is left where many things were tested.
 
-Rule this module guards: examples about one picture change their sign together, and what was observed is counted among
-the draws, so that no p-value is 0.
+Rule this module guards: examples about one picture change their sign together, and what was observed is counted too, so
+that no p-value is 0.
 
->>> values = xr.DataArray([1.0] * 6, dims="prompt")
->>> round(float(sign_flips(values)), 2)
-0.03
+>>> float(sign_flips(xr.DataArray([1.0] * 6, dims="prompt")))
+0.03125
 """
 
 from collections.abc import Hashable, Sequence
@@ -25,17 +24,16 @@ def sign_flips(
     Args:
         values: over prompt and other axes; what is not a number counts nothing.
         clusters: what each prompt belongs to; None: each stands alone.
-        draws: of the signs of all clusters.
+        draws: of the signs of all clusters; where there are no more ways than that, each of them counts once instead.
         seed: of the draws, which are the same for all other axes.
 
     Returns:
-        P-values over the other axes, not a number where fewer than two clusters have values. Of n clusters no less than
-        2 in 2^n draws, about, are as far, whatever the values.
+        P-values over the other axes, not a number where fewer than two clusters have values. Of n clusters they are no
+        less than 2 / 2^n.
 
     Example:
-        >>> values = xr.DataArray([1.0, -1.0], dims="prompt")
-        >>> float(sign_flips(values))
-        1.0
+        >>> float(sign_flips(xr.DataArray([1.0, 2.0, -0.5], dims="prompt")))
+        0.5
 
     Source:
         Fisher (1935), "The Design of Experiments", section 21; the draw that is added is that of Phipson and Smyth
@@ -47,12 +45,19 @@ def sign_flips(
     member = np.array([[one == name for one in names] for name in dict.fromkeys(names)], dtype=float)
     there = np.isfinite(table)
     sums = member @ np.where(there, table, 0.0)
-    signs = np.random.default_rng(seed).choice([-1.0, 1.0], (draws, len(sums)))
+    signs, more = _signs(len(sums), draws, seed)
     observed = np.abs(sums.sum(0))
     as_far = (np.abs(signs @ sums) >= observed - 1e-9 * (1 + observed)).sum(0)
-    found = np.where((member @ there > 0).sum(0) > 1, (1 + as_far) / (1 + draws), np.nan)
+    found = np.where((member @ there > 0).sum(0) > 1, (more + as_far) / (more + len(signs)), np.nan)
     other = along.isel(prompt=0, drop=True)
     return other.copy(data=found.reshape(other.shape))
+
+
+def _signs(count: int, draws: int, seed: int) -> tuple[Float[np.ndarray, "draw cluster"], int]:
+    """Signs of so many clusters, and how many draws the observed ones count beside them."""
+    if 2**count <= draws:
+        return 1.0 - 2.0 * (np.arange(2**count)[:, None] >> np.arange(count) & 1), 0
+    return np.random.default_rng(seed).choice([-1.0, 1.0], (draws, count)), 1
 
 
 def holm(p: Float[np.ndarray, "*test"]) -> Float[np.ndarray, "*test"]:

@@ -215,7 +215,7 @@ def _table(
     for row, one in found.items():
         curves = one.curves.values
         ends = curves[0, 0, [-1, 0]]
-        areas = (area(curves, one.counts.values) - ends[0]) / (ends[1] - ends[0])
+        areas = (area(curves, one.counts.values.tolist()) - ends[0]) / (ends[1] - ends[0])
         gained = [advantages(own[:count], own[count:], mode).mean(-1) for own, mode in zip(curves, MODES, strict=True)]
         held["curve"][row], held["random"][row] = np.split(curves.transpose(1, 0, 2), [count])
         held["advantage"][row] = np.transpose(gained)

@@ -75,7 +75,7 @@ def occlusion(
     return xr.Dataset({"attribution": ([token_dim(prompt, at)], lost, said)}, coords=coordinates, attrs=attrs)
 
 
-def _blocks(coordinates: Any, held: Tokens, block: int) -> list[Tokens]:
+def _blocks(coordinates: Any, held: Tokens, block: int) -> list[np.ndarray]:
     """Tokens that are taken away together."""
     if block < 1:
         raise ValueError(f"block={block} takes nothing away; give 1, or more rows and columns together.")

@@ -4,12 +4,13 @@ Rule this package guards: a figure is a value. Nothing here runs a model, opens 
 is known. Colours can be told apart by colour-blind readers. Titles and captions are plotly's text, so `<b>` works in
 them; texts that come from data are shown as they are.
 
-Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`. Ablations: `effects`,
-`ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`, `tracing`. Words of the
-logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by position, with the words),
-`patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the picture once a layer),
-`attributed` (estimates against patches), `senders` (paths, by what writes), `edges` (their scores, as a graph). Parts of a
-logit by layer: `direct_logits`. Circuits: `circuit` (as a graph), `faithfulness` (by size).
+Arrays with named dims: `lines`, `bars`, `heatmap`. An order against chance: `deletion`; several: `compared_maps`.
+Ablations: `effects`, `ablation_order`, `head_search`, `token_sets`. Cuts and restorations layer by layer: `flow`,
+`tracing`. Words of the logit lens from layer to layer: `words_by_layer`. Patches: `patched_positions` (layer by
+position, with the words), `patched_pairs` (means over pairs, with intervals and controls), `layers_over_image` (the
+picture once a layer), `attributed` (estimates against patches), `senders` (paths, by what writes), `edges` (their
+scores, as a graph). Parts of a logit by layer: `direct_logits`. Circuits: `circuit` (as a graph), `faithfulness` (by
+size).
 Attention layer by layer: `zone_curve`, `head_matrix`, `published_beside`, `layer_spans`. Real and null pictures, and
 gradients, layer by layer: `collapse_curves`, `gradient_decay`. Evaluations: `comparison`, `threshold_curve`,
 `reliability_diagram`, `association`. A bias beside a moved threshold, and layers beside random ones: `dose_curves`,
@@ -33,6 +34,7 @@ from mechvlm.plot.charts import heatmap as heatmap
 from mechvlm.plot.charts import lines as lines
 from mechvlm.plot.collapse import collapse_curves as collapse_curves
 from mechvlm.plot.collapse import gradient_decay as gradient_decay
+from mechvlm.plot.compared import compared_maps as compared_maps
 from mechvlm.plot.curves import deletion as deletion
 from mechvlm.plot.direct import direct_logits as direct_logits
 from mechvlm.plot.doses import dose_curves as dose_curves
@@ -66,6 +68,7 @@ __all__ = [
     "bars",
     "circuit",
     "collapse_curves",
+    "compared_maps",
     "comparison",
     "deletion",
     "direct_logits",

@@ -14,12 +14,12 @@ MOST = 24
 
 
 def deletion(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
-    """The metric while image tokens are taken away, in the order of a map and in random orders, with their range.
+    """The metric while image tokens are taken away, or put in, in the order of a map and in random orders.
 
     Counts stand at even distances, as the default ones double from one to the next.
 
     Args:
-        found: what `deletion_curve` returns.
+        found: what `deletion_curve` returns; of both modes, deletion is drawn solid and insertion dashed.
         caption: by default says what the lines and the band are.
 
     Raises:
@@ -43,6 +43,7 @@ def deletion(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure
     if found.sizes["count"] <= MOST:
         each = xr.Variable("count", [str(count) for count in found["count"].values], found["count"].attrs)
         found = found.assign_coords(count=each)
+    dash = "mode" if "mode" in found.dims else None
     both = [found.random.mean("sample"), found.ranked]
     low, high = [found.random.min("sample"), found.ranked], [found.random.max("sample"), found.ranked]
     order = xr.Variable("order", ["random", "ranked"])
@@ -51,4 +52,4 @@ def deletion(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure
         return xr.concat(parts, order, coords="minimal", compat="override").assign_attrs(found.ranked.attrs)
 
     band = (together(low), together(high))
-    return lines(together(both), "count", "order", band=band, title=title, caption=caption or said)
+    return lines(together(both), "count", "order", dash, band=band, title=title, caption=caption or said)
