@@ -21,6 +21,7 @@ from mechvlm.experiments.attributed_checks import correlation, ranks
 from mechvlm.experiments.chance import holm, sign_flips
 from mechvlm.experiments.deletion import MODES, advantages, area, curves_of, random_orders, ranked_tokens
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
+from mechvlm.experiments.inputs import token_dim
 from mechvlm.experiments.knockout import clusters_of
 from mechvlm.experiments.maps import Asked, Map, chosen_maps, made
 from mechvlm.experiments.record import metric_name
@@ -127,6 +128,7 @@ def compare_maps(
     result = _scored(
         table.assign({name: ("prompt", ends[:, at]) for at, name in enumerate(("value", "null_value"))}), groups
     )
+    more["counted_by"] = token_dim(asked[0], at)
     more["engine"] = "; ".join(dict.fromkeys(str(one.attrs["engine"]) for one in found))
     attrs = about(vlm, asked, metrics, groups, **more)
     return _described(result, unit_of(metrics)).assign_attrs(attrs)

@@ -196,7 +196,8 @@ def squares(prompt: Prompt) -> list[list[Int[np.ndarray, "height width"]]]:
 def _layers(image: ImageMap, numbered: dict[int, int]) -> list[np.ndarray]:
     """The same of one picture, in as few layers as its tiles overlap."""
     layers: list[np.ndarray] = []
-    values = np.array([numbered[place] for place in sorted((*image.positions, *image.separators))], dtype=float)
+    held = sorted((*image.positions, *image.separators))  # of which a class token is no token of a Q-Former's pictures
+    values = np.array([numbered.get(place, -1) for place in held], dtype=float)
     for tile in range(len(image.tiles)):
         painted = np.nan_to_num(image.heat(values, tile), nan=-1).astype(int)
         free = next((layer for layer in layers if not ((layer >= 0) & (painted >= 0)).any()), None)

@@ -14,10 +14,10 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from mechvlm.imagemap import ImageMap
-from mechvlm.plot.canvas import embedded
+from mechvlm.plot.canvas import COUNTED_BY, embedded
 from mechvlm.plot.look import DASHES, FAINT, PALETTE, finished, plain
 from mechvlm.plot.patched import RASTER
-from mechvlm.plot.pictures import BOTH_SIGNS, ONE_SIGN
+from mechvlm.plot.pictures import BOTH_SIGNS, ELSEWHERE, ONE_SIGN
 from mechvlm.prompt import Prompt
 
 SMALL, GAP, HEAD = 190, 16, 44
@@ -174,8 +174,12 @@ def _one(found: object, prompt: Prompt, number: int, maps: Sequence[str] | None)
     if not np.isfinite(one.curve.values).all():
         raise ValueError(f"prompt {number} was left out, since its picture does not raise the metric; choose another.")
     held_at = {place for place in one.place.values.tolist() if place >= 0}
-    drawn = {place for image in prompt.images for place in (*image.positions, *image.separators)}
-    if held_at != drawn or str(one.question.item()) != prompt.words:
+    counted = str(found.attrs["counted_by"])
+    for image in prompt.images:
+        if COUNTED_BY[image.of] != counted:
+            raise ValueError(f"maps by {counted} cannot be drawn: {ELSEWHERE.get(image.of, 'the picture has none.')}")
+    drawn = {place for image in prompt.images for place in image.positions}
+    if not drawn <= held_at or str(one.question.item()) != prompt.words:
         raise ValueError(
             f"prompt {number} of those compared asks {str(one.question.item())!r}, with {len(held_at)} image tokens, "
             f"and {prompt.words!r}, with {len(drawn)}, was given; give the prompt with that number."
@@ -186,7 +190,7 @@ def _one(found: object, prompt: Prompt, number: int, maps: Sequence[str] | None)
 def _heat(one: xr.Dataset, own: ImageMap, step: int) -> np.ndarray:
     """A map painted on the picture, some of its pixels."""
     known = dict(zip(one.place.values.tolist(), one.attribution.values.tolist(), strict=True))
-    values = np.array([known[place] for place in sorted((*own.positions, *own.separators))])
+    values = np.array([known.get(place, np.nan) for place in sorted((*own.positions, *own.separators))])
     return own.heat(values)[step // 2 :: step, step // 2 :: step]
 
 
