@@ -128,8 +128,15 @@ CALLS: dict[str, Callable[[Case], Any]] = {
         case.vlm, case.both, answers=["yes", "no"], sources=[2, 3], destinations=[0, 1], control="other"
     ),
     "causal_trace": lambda case: mv.causal_trace(case.vlm, case.real, METRIC, samples=2, layers=[0, 2]),
+    "compare_maps": lambda case: mv.compare_maps(
+        case.vlm, case.both, [METRIC, mv.logit_difference("no", "yes")], ["attention", "occlusion", "random"], samples=1
+    ),
     "deletion_curve": lambda case: mv.deletion_curve(
         case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC, counts=[0, 4, 16], samples=2
+    ),
+    "deletion_curve, at the pixels": lambda case: mv.deletion_curve(
+        *(case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC),
+        **{"counts": [0, 4, 16], "samples": 1, "mode": "both", "at": "pixels"},
     ),
     "direct_logit_attribution": lambda case: mv.direct_logit_attribution(case.vlm, case.both, METRIC, by="token"),
     "dose_response": lambda case: mv.dose_response(case.vlm, case.real, METRIC, [-2, 0, 2], [1, 2]),
@@ -155,6 +162,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "mean_features": lambda case: mv.mean_features(case.vlm, case.both),
     "norm_outliers": lambda case: mv.norm_outliers(case.vlm, case.real, count=2),
     "object_map": lambda case: mv.object_map(case.vlm, case.real, "dog", layer=2),
+    "occlusion": lambda case: mv.occlusion(case.vlm, case.real, METRIC, block=2),
     "patch_features": lambda case: mv.patch_features(case.vlm, case.real, case.null, METRIC, mv.image_regions),
     "patch_heads": lambda case: mv.patch_heads(case.vlm, case.real, case.null, METRIC, positions=case.real.last),
     "patch_pairs": lambda case: mv.patch_pairs(
