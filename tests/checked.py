@@ -2,25 +2,23 @@
 
 jaxtyping's own `jaxtyped` has the checker make two functions for each that it decorates, again for every function that
 an inner `def` makes, and takes a call's arguments apart three times. That was a fifth of all that the tests took. Here
-one is made at a function's first call, for all that come from the same lines.
+one is made, for all that come from the same lines, and only signatures with shapes remember what their axes are.
 """
 
 import functools
 import inspect
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import is_dataclass
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, get_type_hints
 
 import beartype
 import jaxtyping
 
-SCOPE = jaxtyping.jaxtyped("context")
-"""Axes have the same sizes within one call, and are forgotten after it."""
-
 HELD = threading.local()
-MADE: dict[tuple[str, str, CodeType], Callable] = {}
+MADE: dict[tuple[str, str, CodeType], tuple[AbstractContextManager, Callable]] = {}
 """What checks a function, by its code: an inner function is made anew whenever the outer one is called."""
 
 
@@ -48,14 +46,16 @@ def checked(function: Any, typechecker: Callable) -> Callable:
     if not function.__annotations__:
         return function
     key = (function.__module__, function.__qualname__, function.__code__)
+    if key not in MADE:
+        MADE[key] = made(function, typechecker)
+    scope, checks = MADE[key]
 
     @functools.wraps(function)
     def call(*args: Any, **named: Any) -> Any:
         if jaxtyping.config.jaxtyping_disable:
             return function(*args, **named)
-        checks = MADE.get(key) or MADE.setdefault(key, made(function, typechecker))
-        with SCOPE:
-            HELD.function = function  # no function of mechvlm runs between here and the stand-in
+        with scope:
+            HELD.function = function  # no function of mechvlm runs between here and the one that takes it up
             try:
                 return checks(*args, **named)
             except beartype.roar.BeartypeCallHintViolation as wrong:
@@ -64,14 +64,32 @@ def checked(function: Any, typechecker: Callable) -> Callable:
     return call
 
 
-def made(function: Callable, typechecker: Callable) -> Callable:
-    """What checks a call as a function's signature says, and then calls whichever function is held."""
+def made(function: FunctionType, typechecker: Callable) -> tuple[AbstractContextManager, Callable]:
+    """Within what a function is called, and what checks its call and then calls whichever function is held."""
+    same = FunctionType(function.__code__, function.__globals__, closure=function.__closure__)
+    same.__annotations__ = {name: known(hint, function) for name, hint in function.__annotations__.items()}
+    functools.update_wrapper(same, function, ("__module__", "__name__", "__qualname__"), ())
+    del same.__wrapped__  # type: ignore[attr-defined]
 
-    @functools.wraps(function)
+    @functools.wraps(same)
     def call(*args: Any, **named: Any) -> Any:
         return vars(HELD).pop("function")(*args, **named)
 
     checks = typechecker(call)
     for one in (call, checks):
-        vars(one).pop("__wrapped__", None)  # this function, and what it closes over, may go
-    return checks
+        vars(one).pop("__wrapped__", None)  # the first of these functions, and what it closes over, may go
+    shapes = any("jaxtyping" in repr(hint) for hint in same.__annotations__.values())
+    return (jaxtyping.jaxtyped("context") if shapes else nullcontext()), checks
+
+
+def known(hint: Any, function: FunctionType) -> Any:
+    """A hint without quotation marks, or anything at all where only type checkers know its names."""
+
+    def one() -> None:
+        pass
+
+    one.__annotations__ = {"value": hint}
+    try:
+        return get_type_hints(one, function.__globals__, include_extras=True)["value"]
+    except NameError:
+        return Any
