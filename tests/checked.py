@@ -17,6 +17,9 @@ from typing import Any, get_type_hints
 import beartype
 import jaxtyping
 
+SCOPE = jaxtyping.jaxtyped("context")
+"""Within one call an axis has one size, which is forgotten after it."""
+
 HELD = threading.local()
 MADE: dict[tuple[str, str, CodeType], tuple[AbstractContextManager, Callable]] = {}
 """What checks a function, by its code: an inner function is made anew whenever the outer one is called."""
@@ -79,7 +82,7 @@ def made(function: FunctionType, typechecker: Callable) -> tuple[AbstractContext
     for one in (call, checks):
         vars(one).pop("__wrapped__", None)  # the first of these functions, and what it closes over, may go
     shapes = any("jaxtyping" in repr(hint) for hint in same.__annotations__.values())
-    return (jaxtyping.jaxtyped("context") if shapes else nullcontext()), checks
+    return (SCOPE if shapes else nullcontext()), checks
 
 
 def known(hint: Any, function: FunctionType) -> Any:
