@@ -84,7 +84,7 @@ SIGHTS = {
 @pytest.mark.parametrize("cap", [None, 3.0])
 def test_the_softmax_made_anew_is_the_softmax_made_anew(sight: str, cap: float | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    draw = {"generator": generator, "dtype": torch.float64}
+    draw: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
     q, q2 = (3 * torch.randn(2, 4, 7, 6, **draw) for _ in range(2))
     k, k2, v = (3 * torch.randn(2, 2, 7, 6, **draw) for _ in range(3))
     of_z = torch.randn(2, 7, 4, 6, **draw)

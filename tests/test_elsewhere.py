@@ -122,7 +122,12 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "attention_profile, of a generation": lambda case: mv.attention_profile(
         case.vlm, case.real, "generated", max_new_tokens=3
     ),
-    "attribution_patching": lambda case: mv.attribution_patching(case.vlm, case.real, case.null, METRIC, verify=2),
+    "attribution_patching": lambda case: [
+        mv.attribution_patching(case.vlm, case.real, case.null, METRIC, verify=2),
+        mv.attribution_patching(case.vlm, case.real, case.null, METRIC, ["q", "k"], mv.image_regions, method="atp*"),
+        mv.attribution_patching(case.vlm, case.real, case.null, METRIC, ["z"], method="ig", path="pixels"),
+        mv.attribution_patching(case.vlm, case.real, case.null, METRIC, ["k"], method="qk", tower="vision"),
+    ],
     "attention_rollout": lambda case: mv.attention_rollout(case.vlm, case.real, without_bos=True),
     "back_patching": lambda case: mv.back_patching(
         case.vlm, case.both, answers=["yes", "no"], sources=[2, 3], destinations=[0, 1], control="other"

@@ -1368,6 +1368,26 @@ def attributed(**settings: Any) -> object:
     return mv.attribution_patching(vlm(), real(), real(), YES, **settings)
 
 
+def by_queries(*asked: Any, **settings: Any) -> object:
+    prompt = asked_of("instructblip")
+    how = {"tower": "qformer", **settings}
+    return mv.attribution_patching(zoo.build("instructblip"), prompt, prompt, YES, *asked, **how)
+
+
+def one_layer() -> tuple[mv.VLM, mv.Prompt, mv.Prompt]:
+    small = tiny.vlm(layers=1)
+    prompt = small.prompt(tiny.picture(0), "is there a red cat ?")
+    return small, prompt, prompt
+
+
+def other_words() -> mv.Prompt:
+    return vlm().prompt(tiny.picture(0), real().words.replace("dog", "cat"))
+
+
+def halved() -> mv.Edit:
+    return mv.Edit("text.1.pattern", lambda x: x / 2, label="halved", rows="each")
+
+
 def pairs_patched(*pairs: Any, **settings: Any) -> object:
     return mv.patch_pairs(vlm(), pairs or [paired()], **{"only_right": False, "controls": 0, "layers": [0], **settings})
 
@@ -1468,18 +1488,74 @@ PATCHING: list[Case] = [
         lambda: attributed(kinds="z"),
     ),
     (
-        "'pattern' cannot be estimated by position; choose from resid_pre, q, k, v, z, attn_out, resid_mid, mlp_out, "
-        "resid_post.",
+        "'pattern' cannot be estimated by position; choose from resid_pre, q, k, v, z, cross_z, attn_out, resid_mid, "
+        "mlp_out, resid_post, embed, image_features.",
         lambda: attributed(kinds=["z", "pattern"]),
     ),
     (
-        "this model has no z in layer 1, so no patch of it can be estimated; choose from resid_pre, attn_out, "
+        "this model has no z in layer 1, so no patch of it can be estimated; choose from resid_pre, cross_z, attn_out, "
         "resid_mid, mlp_out, resid_post.",
         lambda: mv.attribution_patching(
             zoo.build("mllama"), asked_of("mllama"), asked_of("mllama"), YES, ["z"], layers=[0, 1]
         ),
     ),
-    ("positions='all' is not known; choose from 'each', 'span'.", lambda: attributed(positions="all")),
+    (
+        "positions='all' is not known; choose from 'each', 'span', or name positions, such as {'image': prompt.image} "
+        "or mv.image_regions(prompt).",
+        lambda: attributed(positions="all"),
+    ),
+    (
+        "span 'nothing' holds no position, so nothing is patched there; leave it out.",
+        lambda: attributed(positions={"nothing": []}),
+    ),
+    (
+        "image_features of this model are keys of cross-attention and stand at no position, so they cannot be summed "
+        "by positions; write positions='each', or leave them out.",
+        lambda: mv.attribution_patching(
+            zoo.build("mllama"), asked_of("mllama"), asked_of("mllama"), YES, ["image_features"], "span"
+        ),
+    ),
+    (
+        "cross_z of a Q-Former is of its 8 queries alone, and span 'all' holds position 17; name positions below 8, or "
+        "write positions='each'.",
+        lambda: by_queries(["cross_z"], "span", layers=[0]),
+    ),
+    (
+        "method='atp+' is not known; choose from 'atp', 'qk', 'drop', 'atp*', 'ig'.",
+        lambda: attributed(method="atp+"),
+    ),
+    ("steps=3 is of a path, and method='drop' has none; say method='ig'.", lambda: attributed(method="drop", steps=3)),
+    (
+        "method='drop' leaves out what a layer adds, and a Q-Former's norms stand behind its sums, so that no layer "
+        "adds anything by itself; choose from 'atp', 'qk', 'ig'.",
+        lambda: by_queries(["z"], method="drop"),
+    ),
+    (
+        "method='drop' leaves out one layer of several, and this tower has 1; choose 'atp'.",
+        lambda: mv.attribution_patching(*one_layer(), YES, ["z"], method="drop"),
+    ),
+    (
+        "path='words' is not known; choose from 'embed', 'image_features', 'pixels'.",
+        lambda: attributed(method="ig", path="words"),
+    ),
+    (
+        "rule='simpson' is not known; choose from 'midpoint', 'left', 'right', 'gauss-legendre'.",
+        lambda: attributed(method="ig", rule="simpson"),
+    ),
+    (
+        "the path of 'embed' begins behind the vision tower, so no gradient reaches it; say path='pixels'.",
+        lambda: attributed(method="ig", tower="vision"),
+    ),
+    (
+        "the words of source and target differ, and a path of 'pixels' moves the picture alone; say path='embed', "
+        "which moves both.",
+        lambda: mv.attribution_patching(vlm(), real(), other_words(), YES, method="ig", path="pixels"),
+    ),
+    (
+        "halved at text.1.pattern is an edit of the model's own, and how it changes with one key is not known; leave "
+        "'k' or its layer out, or choose method='atp'.",
+        lambda: mv.attribution_patching(vlm().with_edits([halved()]), real(), real(), YES, ["k"], method="qk"),
+    ),
     ("verify=-1 patches nothing; give 0 or more nodes.", lambda: attributed(verify=-1)),
     (
         "attributed draws what attribution_patching returns where some nodes are patched too, and was given a "

@@ -1,17 +1,15 @@
 """The passes that estimates are made of: differences of two runs, times gradients of one run or of several.
 
-Gradients are those of the target's run; of that run with what one layer adds left out of the way back, for each layer;
-or of runs on the way from the target to the source.
-
 Rule this module guards: no activation leaves where the model runs. What is summed over the last axis, and over the
 positions of a node, is summed there, for each pass before its size is taken, since a patch is of all of a node at once.
 
->>> drops_of("text", range(3), first=0)[1]
-[1.0, 1.0, 1.0]
+>>> nodes = Nodes.of(vlm, null, ["z"], [3], "text", "each", given=True)
+>>> from mechvlm.rounds import done
+>>> list(done(vlm, estimated(vlm, real, null, yes, nodes, Way(), None))[2])
+[('z', 3, 'text')]
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -20,9 +18,8 @@ import torch
 from torch import Tensor
 
 from mechvlm.batch import metric_values
-from mechvlm.edits import Edit
 from mechvlm.experiments.attributed_nodes import FEATURES, STREAM, Nodes
-from mechvlm.experiments.paths import edits_to
+from mechvlm.experiments.attributed_ways import Held, Way
 from mechvlm.experiments.rescored import heads_of, key_changes, query_changes
 from mechvlm.experiments.sweep import asked_of, numbers, rows_for
 from mechvlm.lazy_attention import Attention
@@ -36,79 +33,7 @@ from mechvlm.vlm import VLM
 
 FIXED = ("q", "k")
 """The kinds whose softmax can be made anew."""
-Held = dict[Any, Any]
 Products = dict[tuple, Tensor]
-
-
-@dataclass(frozen=True)
-class Way:
-    """How gradients are taken.
-
-    Attributes:
-        variants: the edits of each pass over the target.
-        weights: what each pass counts.
-        sized: whether the sizes of what each pass estimates are summed, or its signed values.
-        rescored: whether the softmax is made anew for queries and keys.
-        inputs: what is moved from the target's to the source's, along a path; none where gradients are at the target.
-        kept: what one pass of a job leaves for the next, by ("source", site) and ("target", site).
-    """
-
-    variants: list[list[Edit]] = field(default_factory=lambda: [[]])
-    weights: list[float] = field(default_factory=lambda: [1.0])
-    sized: bool = False
-    rescored: bool = False
-    inputs: tuple[Site, ...] = ()
-    kept: Held = field(default_factory=dict)
-
-
-def dropped(gradient: Tensor) -> Tensor:
-    """A gradient that does not flow.
-
-    Example:
-        >>> dropped(torch.ones(2)).tolist()
-        [0.0, 0.0]
-    """
-    return torch.zeros_like(gradient)
-
-
-def drops_of(tower: str, layers: Sequence[int], first: int) -> tuple[list[list[Edit]], list[float]]:
-    """A pass for each layer, in which no gradient flows through what its attention and MLP add; and what each counts.
-
-    Args:
-        layers: all that can reach the answer.
-        first: where the first node is. A layer before it changes no gradient there, so all of those are one pass.
-
-    Example:
-        >>> variants, weights = drops_of("text", range(4), first=2)
-        >>> [len(edits) for edits in variants], weights
-        ([0, 2, 2], [2.0, 1.0, 1.0])
-    """
-    behind = [layer for layer in layers if layer >= first]
-    variants = [
-        [Edit(Site(kind, layer, tower), dropped, on="grad", label="drop") for kind in ("attn_out", "mlp_out")]
-        for layer in behind
-    ]
-    before = len(layers) - len(behind)
-    return ([[], *variants], [float(before), *[1.0] * len(behind)]) if before else (variants, [1.0] * len(behind))
-
-
-def path_of(inputs: Sequence[Site], shares: Sequence[float], kept: Held) -> list[list[Edit]]:
-    """For each share of the way from the target to the source the edits that move the inputs there.
-
-    Args:
-        kept: where both runs' inputs will be once these have run.
-
-    Example:
-        >>> len(path_of([mv.Site("embed")], [0.25, 0.75], {}))
-        2
-    """
-    return [edits_to({site: partial(_between, kept, key_of(site), share) for site in inputs}) for share in shares]
-
-
-def _between(kept: Held, key: tuple, share: float) -> Tensor:
-    target = kept["target", key]
-    moved: Tensor = target + share * (kept["source", key] - target)
-    return moved
 
 
 def estimated(
@@ -186,7 +111,7 @@ def _add(about: Held, kept: Held, total: Held, left: list, passes: int, read: He
                 by_position = value.double().sum(0)
                 found[kind, *where] = by_position if kind == "k" else _under(about["places"], by_position)
         if about["inputs"]:
-            found["inputs"] = torch.stack([products[key].sum() for key in about["inputs"]]).sum()
+            found["inputs"] = torch.stack([products[key].sum().cpu() for key in about["inputs"]]).sum()
         for key, value in found.items():
             total[key] = total.get(key, 0.0) + weight * (value.abs() if about["sized"] else value)
     return None if left else total
@@ -203,7 +128,7 @@ def _at_nodes(about: Held, key: tuple, products: Products) -> Tensor:
     """The products at a site, summed over all that a patch of a node changes, over position, span or key, and head."""
     kind, layer = key[:2]
     added = [
-        products[other].sum(-1).flatten()
+        products[other].sum(-1).flatten().to(products[key].device)
         for other in about["added"]
         if kind in (*STREAM, FEATURES) and (layer is None or other[1] >= layer)
     ]

@@ -12,38 +12,23 @@ Rule this module guards: an estimate is of a patch that `mv.patch_positions`, `m
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from mechvlm.experiments.attributed_checks import Node, checked, chosen_nodes
-from mechvlm.experiments.attributed_nodes import STREAM, Nodes, tables
-from mechvlm.experiments.attributed_passes import Way, drops_of, estimated, path_of
+from mechvlm.experiments.attributed_nodes import Nodes, tables
+from mechvlm.experiments.attributed_passes import estimated
+from mechvlm.experiments.attributed_ways import completeness_of, passes_of, way_of
 from mechvlm.experiments.exchange import layers_of, matched, patched_with
-from mechvlm.experiments.inputs import PIXELS
-from mechvlm.experiments.paths import points_of
 from mechvlm.experiments.record import metric_name, metric_unit, record
-from mechvlm.experiments.sight import deepstack_layers
 from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done, unsaid
-from mechvlm.sites import PATTERN_KINDS, Site, told, whole
+from mechvlm.sites import whole
 from mechvlm.vlm import VLM
 
-METHODS = {
-    "atp": "estimate: (source - target) times the metric's gradient at the target, to first order",
-    "qk": "estimate: as atp; of queries and keys the change of the pattern times the metric's gradient there",
-    "drop": "estimate: the size of atp's with one layer left out of the gradient, averaged over layers; no sign",
-    "atp*": "estimate: as drop, with queries and keys as in qk; no sign",
-    "ig": "estimate: (source - target) times the metric's gradient, averaged over the path from target to source",
-}
-PATHS = ("embed", "image_features", "pixels")
-RULES = ("midpoint", "left", "right", "gauss-legendre")
-STEPS = 5
 MISSED = (
     "missed: the largest |exact - estimate| of the random nodes, no bound on that of the nodes that were not patched; "
     "missed_share: at 95 % confidence no larger share of the nodes that are not among the top has a larger one"
@@ -153,121 +138,35 @@ def attribution_patching(
     chosen = layers_of(vlm, tower, layers)
     matched(vlm, source, target, chosen, tower)
     nodes = Nodes.of(vlm, target, kinds, chosen, tower, positions, layers is not None)
-    count = whole("verify", verify)
-    if count < 0:
-        raise ValueError(f"verify={count} patches nothing; give 0 or more nodes.")
-    way, how = _way(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
+    count, drawn = _count(verify), whole("seed", seed)
+    way, how = way_of(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
     source_end, target_end, sums = done(vlm, estimated(vlm, source, target, metric, nodes, way, batch_size))
-    if way.inputs:
-        gap = abs(float(sums["inputs"]) - (source_end - target_end))
-        how |= {"completeness_gap": gap, "completeness_gap_relative": gap / max(abs(source_end - target_end), 1e-300)}
-    if way.sized:
-        sums = {key: values / _passes(vlm, key) for key, values in sums.items()}
-    made = tables(vlm, target, nodes, sums)
-    signed = {"long_name": f"estimated {'size of the ' * way.sized}change of {metric_name(metric)}"}
-    found = xr.Dataset({kind: one.assign_attrs(signed, units=metric_unit(metric)) for kind, one in made.items()})
+    made = tables(vlm, target, nodes, {key: x / (passes_of(vlm, key) if way.sized else 1) for key, x in sums.items()})
+    said = f"estimated {'size of the ' * way.sized}change of {metric_name(metric)}"
+    named = {kind: one.assign_attrs(long_name=said, units=metric_unit(metric)) for kind, one in made.items()}
+    found = xr.Dataset(named)
     about: dict[str, str | int | float] = {
         **patched_with(vlm, "denoise", nodes.later),
         **how,
-        "signed": int(not way.sized),
-        "source_metric": source_end,
-        "target_metric": target_end,
+        **(completeness_of(float(sums["inputs"]), source_end - target_end) if way.inputs else {}),
+        **{"signed": int(not way.sized), "source_metric": source_end, "target_metric": target_end},
     }
     if count:
-        picked = chosen_nodes(made, count, whole("seed", seed))
+        picked = chosen_nodes(made, count, drawn)
         exact, engine = done(vlm, _patched(vlm, source, target, metric, nodes, picked, batch_size))
         changed = {kind: values - target_end for kind, values in exact.items()}
         dim = "position" if nodes.places is None else "span"
         found = found.merge(_with_units(checked(picked, changed, count, dim, way.sized), metric))
-        said = MISSED + UNSIGNED * way.sized
-        about |= {"verify": count, "seed": whole("seed", seed), "engine": engine, "missed_says": said}
+        about |= {"verify": count, "seed": drawn, "engine": engine, "missed_says": MISSED + UNSIGNED * way.sized}
     return found.assign_attrs(record(vlm, [source, target], metric, **about))
 
 
-def _way(
-    vlm: VLM, source: Prompt, target: Prompt, nodes: Nodes, method: str, asked: Mapping[str, Any]
-) -> tuple[Way, dict[str, str | int | float]]:
-    """How gradients are taken, and what a record says of it."""
-    if method not in METHODS:
-        raise ValueError(f"method={told(method)} is not known; choose from {', '.join(map(repr, METHODS))}.")
-    given = [name for name, value in asked.items() if value is not None]
-    if given and method != "ig":
-        raise ValueError(
-            f"{given[0]}={told(asked[given[0]])} is of a path, and method={method!r} has none; say method='ig'."
-        )
-    how: dict[str, str | int | float] = {"method": method, "value": METHODS[method], "tower": nodes.tower}
-    if method == "ig":
-        return _path(vlm, source, target, nodes, asked, how)
-    if method in ("qk", "atp*"):
-        _check_rescored(vlm, nodes)
-    if method in ("atp", "qk"):
-        return Way(rescored=method == "qk"), how
-    if nodes.tower == "qformer":
-        raise ValueError(
-            f"method={method!r} leaves out what a layer adds, and a Q-Former's norms stand behind its sums, so that no "
-            "layer adds anything by itself; choose from 'atp', 'qk', 'ig'."
-        )
-    every = layers_of(vlm, nodes.tower, None)
-    if len(every) < 2:
-        raise ValueError(
-            f"method={method!r} leaves out one layer of several, and this tower has {len(every)}; choose 'atp'."
-        )
-    first = min((layer if layer is not None else 0 for layer in (site.layer for site in nodes.sites)), default=0)
-    variants, weights = drops_of(nodes.tower, every, first)
-    how["passes"] = len(variants)
-    return Way(variants, weights, sized=True, rescored=method == "atp*"), how
-
-
-def _path(
-    vlm: VLM, source: Prompt, target: Prompt, nodes: Nodes, asked: Mapping[str, Any], how: dict[str, str | int | float]
-) -> tuple[Way, dict[str, str | int | float]]:
-    """The path of integrated gradients."""
-    path = "embed" if asked["path"] is None else asked["path"]
-    rule = "midpoint" if asked["rule"] is None else asked["rule"]
-    if path not in PATHS:
-        raise ValueError(f"path={told(path)} is not known; choose from {', '.join(map(repr, PATHS))}.")
-    if rule not in RULES:
-        raise ValueError(f"rule={told(rule)} is not known; choose from {', '.join(map(repr, RULES))}.")
-    count = STEPS if asked["steps"] is None else asked["steps"]
-    shares, weights = points_of(count, rule if rule == "gauss-legendre" else "midpoint")
-    if rule in ("left", "right"):
-        shares = [share + (0.5 if rule == "right" else -0.5) / len(shares) for share in shares]
-    if nodes.tower != "text" and path != "pixels":
-        raise ValueError(
-            f"the path of {path!r} begins behind the {nodes.tower} tower, so no gradient reaches it; say path='pixels'."
-        )
-    if path != "embed" and not torch.equal(source.encoding["input_ids"], target.encoding["input_ids"]):
-        raise ValueError(
-            f"the words of source and target differ, and a path of {path!r} moves the picture alone; say path='embed', "
-            "which moves both."
-        )
-    picture = (Site("image_features"), *(Site("deepstack", at) for at in deepstack_layers(vlm)))
-    inputs = {
-        "embed": (Site("embed"), *(picture if target.image else ())),
-        "image_features": picture,
-        "pixels": (PIXELS,),
-    }
-    way = Way(weights=weights, inputs=inputs[path])
-    way = replace(way, variants=path_of(way.inputs, shares, way.kept))
-    return way, {**how, "path": path, "steps": len(shares), "rule": rule}
-
-
-def _check_rescored(vlm: VLM, nodes: Nodes) -> None:
-    """Refuse to make a softmax anew key by key where an edit of the model's own stands behind it."""
-    behind = [edit for edit in vlm.edits if edit.site.kind in PATTERN_KINDS and edit.bias is None]
-    wrong = [edit for edit in behind if edit.site.tower == nodes.tower and edit.site.layer in nodes.held.get("k", ())]
-    if wrong:
-        raise ValueError(
-            f"{wrong[0]} is an edit of the model's own, and how it changes with one key is not known; leave 'k' or its "
-            "layer out, or choose method='atp'."
-        )
-
-
-def _passes(vlm: VLM, key: tuple) -> int:
-    """In how many of the passes a node has a gradient: not in that which leaves its own layer out."""
-    kind, layer, tower = key
-    every = vlm.shape.live[tower]
-    return every if layer is None or kind in STREAM else every - 1
+def _count(verify: object) -> int:
+    """How many nodes of each sort are patched."""
+    count = whole("verify", verify)
+    if count < 0:
+        raise ValueError(f"verify={count} patches nothing; give 0 or more nodes.")
+    return count
 
 
 def _patched(

@@ -34,7 +34,7 @@ def heads_of(attention: Attention) -> tuple[Tensor, Tensor]:
     Example:
         >>> q, k = heads_of(vlm.run(real, {"text.3.pattern": mv.lazy()})["text.3.pattern"])
         >>> q.shape, k.shape
-        (torch.Size([1, 8, 49, 16]), torch.Size([1, 8, 49, 16]))
+        (torch.Size([1, 8, 49, 24]), torch.Size([1, 4, 49, 24]))
     """
     return attention.q.clone(), attention.k.clone()
 
@@ -81,7 +81,7 @@ def key_changes(
     Example:
         >>> attention = vlm.run(real, {"text.3.pattern": mv.lazy()}, grad_of=yes).grad["text.3.pattern"]
         >>> key_changes(attention, attention.k * 2, [real.image, real.question]).shape
-        torch.Size([1, 8, 2])
+        torch.Size([1, 4, 2])
 
     Source:
         Kramár et al. (2024), section 3.1.1, keys.
