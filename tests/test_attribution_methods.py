@@ -20,7 +20,7 @@ from mechvlm.masks import Sees
 
 YES = mv.logit_difference("yes", "no")
 PLANTED = mv.logit_difference(planted.YES, planted.NO)
-KINDS = ("resid_pre", "z", "attn_out", "mlp_out", "resid_post")
+KINDS = ("resid_pre", "k", "z", "attn_out", "mlp_out", "resid_post")
 LAYERS = range(3)
 
 

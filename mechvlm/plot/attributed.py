@@ -69,7 +69,8 @@ def _texts(one: xr.Dataset) -> list[str]:
     place = "node_span" if "node_span" in one.coords else "node_position"
     columns = (one[name].values for name in ("node_layer", place, "node_head", "estimate", "exact"))
     return [
-        f"layer {layer}, {place.removeprefix('node_')} {plain(str(at))}"
+        (f"layer {layer}, " if layer >= 0 else "")
+        + f"{place.removeprefix('node_')} {plain(str(at))}"
         + (f", head {head}" if head >= 0 else "")
         + f"<br>estimate {estimate:+.4g}<br><b>exact {exact:+.4g}</b>"
         for layer, at, head, estimate, exact in zip(*columns, strict=True)
@@ -91,10 +92,16 @@ def _edge_texts(one: xr.Dataset) -> list[str]:
 
 def _said(found: xr.Dataset) -> str:
     """How well estimates and patches agree, kind by kind."""
-    parts = [
-        f"{kind}: r {float(found.pearson.sel(kind=kind, among='top')):.3f} among the top, "
-        f"{float(found.pearson.sel(kind=kind, among='random')):.3f} among random nodes, largest error of these "
-        f"{float(found.missed.sel(kind=kind)):.3g}"
-        for kind in map(str, found["kind"].values)
-    ]
-    return f"Up to {found.attrs['verify']} nodes by estimate and as many at random of each kind. {'; '.join(parts)}."
+    parts = [_agreed(found.sel(kind=kind), kind) for kind in map(str, found["kind"].values)]
+    way = f"Method {found.attrs['method']}. " if "method" in found.attrs else ""
+    count = found.attrs["verify"]
+    return f"{way}Up to {count} nodes by estimate and as many at random of each kind. {'; '.join(parts)}."
+
+
+def _agreed(of: xr.Dataset, kind: str) -> str:
+    """How well the two agree for one kind."""
+    top, random = (float(of.pearson.sel(among=among)) for among in ("top", "random"))
+    said = f"{kind}: r {top:.3f} among the top"
+    if not (of.drawn == "random").any():
+        return f"{said}, which are all"
+    return f"{said}, {random:.3f} among random nodes, largest error of these {float(of.missed):.3g}"
