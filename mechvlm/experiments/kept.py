@@ -50,12 +50,11 @@ class Leg:
     kept: Kept
 
 
-def keep(kept: Kept, names: Sequence[Any], over: Kept | None = None) -> Callable[[dict, dict], None]:
+def keep(kept: Kept, names: Sequence[Any]) -> Callable[[dict, dict], None]:
     """For `reduce` of a run: keep what is read of each row, under the row's name.
 
     Args:
         names: one for each row; with one name the whole of what is read is that row's.
-        over: what is let go first.
 
     Example:
         >>> kept = Kept()
@@ -65,8 +64,6 @@ def keep(kept: Kept, names: Sequence[Any], over: Kept | None = None) -> Callable
     """
 
     def keeping(read: dict, _gradients: dict) -> None:
-        if over is not None:
-            over.clear()
         for site, x in read.items():
             for row, name in enumerate(names):
                 kept[(name, *site)] = x if len(names) == 1 else x[row : row + 1]
