@@ -71,7 +71,7 @@ def by_hand(vlm: mv.VLM, prompt: mv.Prompt, source: int, destination: int, windo
     return float(vlm.metric(YES)(logits)[0])
 
 
-@pytest.mark.parametrize("window", [1, pytest.param(2, marks=zoo.second_environment), 3])
+@pytest.mark.parametrize("window", [1, *(pytest.param(window, marks=zoo.second_environment) for window in (2, 3))])
 def test_each_pair_is_a_hook_behind_the_earlier_layer(vlm: mv.VLM, three: list[mv.Prompt], window: int) -> None:
     found = mv.back_patching(vlm, three[0], YES, window=window, control=None)
     assert found.metric.dims == ("prompt", "source", "destination")
@@ -127,6 +127,7 @@ def test_answers_are_right_where_their_margin_is_above_0(vlm: mv.VLM, three: lis
     assert found.attrs["interval"] == "bootstrap over 2 clusters of prompts"
 
 
+@zoo.second_environment
 def test_intervals_are_over_pictures_and_none_for_one(vlm: mv.VLM, three: list[mv.Prompt]) -> None:
     found = mv.back_patching(vlm, three, YES, sources=[2], destinations=[0])
     change = (found.metric - found.clean).isel(source=0, destination=0)

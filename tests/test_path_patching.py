@@ -150,11 +150,11 @@ def value(vlm: mv.VLM, logits: Tensor) -> float:
 
 
 CASES = [
-    pytest.param("logits", False),
     pytest.param(["a2.h3<q>", "a2.kv0<k>", "a1.kv1<v>"], True),
     *(
         pytest.param(*one, marks=zoo.second_environment)
         for one in [
+            ("logits", False),
             ("logits", True),
             (["a2.h1<z>"], False),
             (["a2.kv1<v>"], True),
@@ -211,6 +211,7 @@ def test_a_path_is_where_its_sender_is_patched_and_the_same_in_both_directions()
     assert carried(path, ["a0.h1", "image"], ["a2.kv1<v>"], direction="noise", freeze=("heads",)) == {"a0.h1": 1.0}
 
 
+@zoo.second_environment
 def test_heads_that_share_keys_and_values_are_one_receiver_and_two_senders() -> None:
     path = planted_paths.twins()
     assert carried(path, ["image"], ["a1.kv1<v>"]) == {"image": 1.0}
@@ -234,6 +235,7 @@ def test_a_direct_path_is_what_the_head_writes_added_to_the_last_stream(
     assert float(found.metric[0]) == pytest.approx(float(vlm.metric(YES)(logits)[0]), abs=1e-9)
 
 
+@zoo.second_environment
 def test_of_one_prompt_into_itself_nothing_is_carried(vlm: mv.VLM, real: mv.Prompt) -> None:
     found = mv.path_patching(vlm, real, real, YES, ["image", "a0.h1", "m1"], ["a2.kv0<v>", "m2"])
     assert np.abs(found.metric.values - found.attrs["source_metric"]).max() < 1e-9
