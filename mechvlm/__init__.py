@@ -18,6 +18,10 @@ compare_maps. Lenses: logit_lens, tuned_lens, object_map, segmentation_scores, w
 patch_positions, patch_heads, patch_features, patch_pairs, path_patching, back_patching. Attribution:
 attribution_patching, edge_attribution, direct_logit_attribution. Circuits: Circuit, Edge, choose_circuit,
 circuit_faithfulness, circuit_overlap, circuit_stability.
+attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
+segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
+attribution_patching. Parts of a logit: direct_logit_attribution. Circuits of
+weights: composition_scores, ov_writes. What heads look at: label_heads.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,
 answer_accuracy. Knockout and tracing: information_flow, knockout_answers, causal_trace. Layer by layer: layer_profile,
@@ -94,6 +98,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.dose import dose_response as dose_response
     from mechvlm.experiments.edge_scores import edge_attribution as edge_attribution
     from mechvlm.experiments.faithfulness import circuit_faithfulness as circuit_faithfulness
+    from mechvlm.experiments.head_labels import label_heads as label_heads
     from mechvlm.experiments.heads import find_heads as find_heads
     from mechvlm.experiments.heads import heads_found as heads_found
     from mechvlm.experiments.heads import soft_identity as soft_identity
@@ -111,6 +116,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.order import ablate_all_but as ablate_all_but
     from mechvlm.experiments.order import ablate_in_order as ablate_in_order
     from mechvlm.experiments.order import strongest as strongest
+    from mechvlm.experiments.ov_words import ov_writes as ov_writes
     from mechvlm.experiments.patch_features import patch_features as patch_features
     from mechvlm.experiments.patch_heads import patch_heads as patch_heads
     from mechvlm.experiments.patch_pairs import patch_pairs as patch_pairs
@@ -139,6 +145,7 @@ if TYPE_CHECKING:
     from mechvlm.experiments.translators import tuned_lens as tuned_lens
     from mechvlm.experiments.uncertainty import mean_interval as mean_interval
     from mechvlm.experiments.visual_gradient import gradient_by_layer as gradient_by_layer
+    from mechvlm.experiments.weight_circuits import composition_scores as composition_scores
     from mechvlm.experiments.zones import find_zone as find_zone
 
 __version__ = "0.1.0"
@@ -178,6 +185,9 @@ _LATER = {
     "compare_maps": "mechvlm.experiments.compared",
     "knockout_answers": "mechvlm.experiments.decoding",
     "deletion_curve": "mechvlm.experiments.deletion",
+    "composition_scores": "mechvlm.experiments.weight_circuits",
+    "label_heads": "mechvlm.experiments.head_labels",
+    "ov_writes": "mechvlm.experiments.ov_words",
     "direct_logit_attribution": "mechvlm.experiments.direct_logits",
     "dose_response": "mechvlm.experiments.dose",
     "edge_attribution": "mechvlm.experiments.edge_scores",

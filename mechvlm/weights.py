@@ -26,6 +26,9 @@ APART = (
 FUSED = (("qkv", "proj"), ("qkv", "projection"))
 """What those call them that project to queries, keys and values at once: all queries, all keys, all values."""
 
+NORMS = ("q_norm", "k_norm")
+"""What they call their norms of each head's queries and keys, where they have them."""
+
 
 @dataclass(frozen=True, repr=False)
 class Weights:

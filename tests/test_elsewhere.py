@@ -139,6 +139,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "deletion_curve": lambda case: mv.deletion_curve(
         case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC, counts=[0, 4, 16], samples=2
     ),
+    "composition_scores": lambda case: mv.composition_scores(case.vlm, layers=[0, 2, 3]),
     "deletion_curve, at the pixels": lambda case: mv.deletion_curve(
         *(case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC),
         **{"counts": [0, 4, 16], "samples": 1, "mode": "both", "at": "pixels"},
@@ -160,6 +161,13 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     "knockout_answers": lambda case: mv.knockout_answers(
         case.vlm, case.real, ["image->last"], layers=[(0, 3)], when="decode", max_new_tokens=3
     ),
+    "label_heads": lambda case: mv.label_heads(
+        case.vlm, case.both, [case.real.image[:3]] * 2, sink_threshold=2.0, repeat=5
+    ),
+    "ov_writes": lambda case: [
+        mv.ov_writes(case.vlm, 2, [1, 3], case.real, top=3, words=["red"]),
+        mv.ov_writes(case.vlm, 2, None, torch.linspace(-1, 1, 16), top=3),
+    ],
     "language_prior_collapse": lambda case: mv.language_prior_collapse(case.vlm, case.both, ["black", "noise"]),
     "layer_profile": lambda case: mv.layer_profile(case.vlm, case.both),
     "logit_lens": lambda case: mv.logit_lens(case.vlm, case.real, case.real.image, words=["red"], piece=20),

@@ -1451,6 +1451,43 @@ WEIGHTS_AND_HEADS: list[Case] = [
         "mv.direct_logit_attribution(vlm, prompt, metric).",
         lambda: mv.plot.direct_logits(xr.Dataset()),
     ),
+    (
+        "the text tower has 3 layers, counted from 0, so there is no layer 3.",
+        lambda: mv.composition_scores(vlm(), layers=[0, 3]),
+    ),
+    (
+        "in layer 1 of this model keys and values are those of the picture, and not of the residual stream; choose "
+        "from layers 0, 2, 4.",
+        lambda: mv.composition_scores(zoo.build("mllama"), layers=[0, 1]),
+    ),
+    (
+        "the text tower has 4 heads a layer, counted from 0, so there is no head 4.",
+        lambda: mv.ov_writes(vlm(), 0, [1, 4], real()),
+    ),
+    (
+        "'red' is no prompt and no direction; give a prompt, or numbers, direction by d_model.",
+        lambda: mv.ov_writes(vlm(), 0, 1, "red"),  # type: ignore[arg-type]
+    ),
+    (
+        "positions are of a prompt, and directions were given; leave them out, or give a prompt.",
+        lambda: mv.ov_writes(vlm(), 0, 1, ones(32), [3]),
+    ),
+    (
+        "a prompt holds no image to look at; make it with vlm.prompt(image, text).",
+        lambda: mv.label_heads(vlm(), [real(), blind()]),
+    ),
+    (
+        "least=0 is no share of attention; give one above 0, at most 1.",
+        lambda: mv.label_heads(vlm(), real(), least=0),
+    ),
+    (
+        "repeat=2 words make no repetition to follow; give 3 or more.",
+        lambda: mv.label_heads(vlm(), real(), repeat=2),
+    ),
+    (
+        "repeat=60 different words are wanted, and the model has 43 that are no special tokens; give fewer.",
+        lambda: mv.label_heads(vlm(), real(), repeat=60),
+    ),
 ]
 
 

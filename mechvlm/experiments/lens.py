@@ -74,9 +74,12 @@ def logit_lens(
         Interpreting Visual Information Processing in Vision-Language Models", section 5; translators: Belrose et al.
         (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 3.
     """
-    where, after = _positions(one_prompt(prompt), positions), check_layers_run(vlm, prompt, chosen_layers(vlm, layers))
+    everywhere = range(len(one_prompt(prompt)))
+    where = within_prompt(prompt, everywhere if positions is None else positions)
+    after = check_layers_run(vlm, prompt, chosen_layers(vlm, layers))
     words = word_list(words)
-    ids = _checked(vlm, words, top, kind)
+    _check_kind(kind)
+    ids = checked_words(vlm, words, top)
     sites = [Site(kind, layer) for layer in after]
     through = by_layer(translators, sites)
 
@@ -88,7 +91,7 @@ def logit_lens(
     tokens, shares, of_words, ranks = (torch.stack(part) for part in zip(*(run[site] for site in sites), strict=True))
     axes = ["layer", "position"]
     found: dict[str, Any] = {
-        "token": ([*axes, "rank"], _texts(vlm, tokens)),
+        "token": ([*axes, "rank"], texts_of(vlm, tokens)),
         "probability": ([*axes, "rank"], numbers(shares.exp()), {"long_name": "probability"}),
     }
     if words:
@@ -107,10 +110,22 @@ def logit_lens(
     )
 
 
-def _checked(vlm: VLM, words: Sequence[str | int], top: int, kind: str) -> list[list[int]]:
-    """The token ids of words; what cannot be decoded is refused."""
+def _check_kind(kind: str) -> None:
+    """Refuse what cannot be decoded."""
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is nothing that can be decoded; choose from {', '.join(KINDS)}.")
+
+
+def checked_words(vlm: VLM, words: Sequence[str | int], top: int) -> list[list[int]]:
+    """The token ids of words, and that so many tokens can be named.
+
+    Raises:
+        ValueError: for a word that is no single token, or no token to name.
+
+    Example:
+        >>> checked_words(vlm, [7], 5)
+        [[7]]
+    """
     most = vlm.shape.vocabulary
     if not 1 <= whole("top", top) <= most:
         raise ValueError(f"top={top} tokens cannot be kept; give 1 to {most}, the size of the vocabulary.")
@@ -121,9 +136,16 @@ def _checked(vlm: VLM, words: Sequence[str | int], top: int, kind: str) -> list[
     return ids
 
 
-def _positions(prompt: Prompt, positions: Sequence[int] | None) -> list[int]:
-    if positions is None:
-        return list(range(len(prompt)))
+def within_prompt(prompt: Prompt, positions: Sequence[int]) -> list[int]:
+    """Positions of a prompt, counted from 0.
+
+    Raises:
+        ValueError, TypeError: for positions that it has not, or none.
+
+    Example:
+        >>> within_prompt(real, [3, -1])
+        [3, 48]
+    """
     chosen = whole_numbers("positions", positions)
     beyond = [position for position in chosen if not -len(prompt) <= position < len(prompt)]
     if beyond or not chosen:
@@ -132,7 +154,7 @@ def _positions(prompt: Prompt, positions: Sequence[int] | None) -> list[int]:
     return [position % len(prompt) for position in chosen]
 
 
-def _texts(vlm: VLM, tokens: Tensor) -> np.ndarray:
+def texts_of(vlm: VLM, tokens: Tensor) -> np.ndarray:
     """Token ids as texts."""
     known = {number: vlm.word(number) for number in tokens.unique().tolist()}
     return np.array([known[number] for number in tokens.flatten().tolist()], dtype=str).reshape(tokens.shape)

@@ -189,10 +189,11 @@ def behind(reader: Any, layer: int, directions: Tensor) -> Tensor:
 
     Where nothing stands between the two they are the same.
     """
+    norm = norm_behind(reader, layer)
+    if norm is not None:
+        return through(norm, directions)
     block, (path, number) = reader.arch.text.blocks[layer], reader.arch.text.layers[layer]
     module = at(reader.model, path)[number]
-    if block.attn_out:
-        return through(norm_at(reader, at(module, block.attn_out)), directions)
     return directions * wide(block.attn_scale(module).detach()).to(directions) if block.attn_scale else directions
 
 
@@ -271,15 +272,27 @@ def head_parts(
     """
     weights, directions = towards(reader, how, layer, tokens)
     heads = torch.einsum("hd,hdt->ht", wide(z[0]).to(weights), weights)
-    block, (path, number) = reader.arch.text.blocks[layer], reader.arch.text.layers[layer]
     own = bias_at(reader, how.out[layer])
     bias = torch.zeros_like(directions[0]) if own is None else own.to(directions)
-    nothing, one = torch.zeros_like(directions[:, 0]), directions.new_ones(())
-    if not block.attn_out:
-        return heads, (directions @ bias, nothing), one
-    norm = norm_at(reader, at(at(reader.model, path)[number], block.attn_out))
-    matrix = matrix_at(reader, how.out[layer])
-    whole = matrix @ wide(z).flatten().to(matrix) + bias.to(matrix)
+    norm, by = norm_behind(reader, layer), scale_behind(reader, how, layer, z)
+    if norm is None:
+        return heads, (directions @ bias, torch.zeros_like(directions[:, 0])), by.to(heads)
     rows, _ = unembedding_rows(reader, tokens)
     beyond = through(norm_at(reader, at(reader.model, reader.arch.norm)), rows) @ norm.bias.to(rows)
-    return heads, (directions @ bias, beyond), scale_of(norm, whole[None])
+    return heads, (directions @ bias, beyond), by.to(heads)
+
+
+def norm_behind(reader: Any, layer: int) -> FinalNorm | None:
+    """The norm between a layer's attention and the residual stream, where there is one."""
+    block, (path, number) = reader.arch.text.blocks[layer], reader.arch.text.layers[layer]
+    return norm_at(reader, at(at(reader.model, path)[number], block.attn_out)) if block.attn_out else None
+
+
+def scale_behind(reader: Any, how: Writing, layer: int, z: Float[Tensor, "1 head d_head"]) -> Float[Tensor, ""]:
+    """What that norm divided by; 1 where there is none."""
+    norm, matrix = norm_behind(reader, layer), matrix_at(reader, how.out[layer])
+    if norm is None:
+        return torch.ones((), dtype=matrix.dtype)
+    bias = bias_at(reader, how.out[layer])
+    whole = matrix @ wide(z).flatten().to(matrix)
+    return scale_of(norm, (whole if bias is None else whole + bias.to(whole))[None])
