@@ -166,4 +166,4 @@ def on_paths(edges: Sequence[Ends], within: Heads) -> list[bool]:
 
 def _meet(spans: set[str | None] | None, span: str | None) -> bool:
     """Whether something is there at a span; None is all positions."""
-    return bool(spans) and (span is None or span in spans or None in spans)
+    return bool(spans and (span is None or span in spans or None in spans))

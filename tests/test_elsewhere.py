@@ -35,6 +35,7 @@ ROWS = [
 ]
 ASKED: dict[str, Any] = {"images": PICTURES}
 HEADS = [(0, 1), (1, 2), (3, 0)]
+CIRCUIT = mv.Circuit([mv.Edge("image", "a1.kv0<v>"), mv.Edge("a1.h1", "logits", "last")], heads=4, kv_heads=2)
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,9 @@ CALLS: dict[str, Callable[[Case], Any]] = {
         case.vlm, case.both, answers=["yes", "no"], sources=[2, 3], destinations=[0, 1], control="other"
     ),
     "causal_trace": lambda case: mv.causal_trace(case.vlm, case.real, METRIC, samples=2, layers=[0, 2]),
+    "circuit_faithfulness": lambda case: mv.circuit_faithfulness(
+        case.vlm, CIRCUIT, [case.null, case.other], case.both, METRIC, controls=1
+    ),
     "compare_maps": lambda case: mv.compare_maps(
         case.vlm, case.both, [METRIC, mv.logit_difference("no", "yes")], ["attention", "occlusion", "random"], samples=1
     ),

@@ -19,6 +19,8 @@ import tiny
 import torch
 import xarray as xr
 import zoo
+from circuit_cases import CASES as CIRCUIT_CASES
+from circuit_cases import MODULES as CIRCUIT_MODULES
 from test_devices import CASES as DEVICE_CASES
 from test_load import CASES as LOAD_CASES
 from test_sendable import CASES as SENT_CASES
@@ -1792,6 +1794,7 @@ CASES = (
     + LOAD_CASES
     + SENT_CASES
     + STATS_CASES
+    + CIRCUIT_CASES
 )
 
 
@@ -1914,6 +1917,13 @@ def test_every_raise_about_statistics_is_reached() -> None:
     left = missed(
         [*(PACKAGE / "evaluate" / f"{name}.py" for name in STATS_MODULES), PACKAGE / "plot" / "statistics.py"]
     )
+    assert not left, f"no test reaches the messages at {', '.join(left)}"
+
+
+def test_every_raise_about_circuits_is_reached() -> None:
+    reach_cases()
+    figures = [PACKAGE / "plot" / f"{name}.py" for name in ("wiring", "faithful")]
+    left = missed([*(PACKAGE / "experiments" / f"{name}.py" for name in CIRCUIT_MODULES), *figures])
     assert not left, f"no test reaches the messages at {', '.join(left)}"
 
 

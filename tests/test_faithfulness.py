@@ -30,7 +30,7 @@ def hops() -> Path:
 
 
 def circuit_of(path: Path) -> mv.Circuit:
-    heads = {"heads": planted_paths.HEADS, "kv_heads": planted_paths.KV_HEADS}
+    heads: dict[str, Any] = {"heads": planted_paths.HEADS, "kv_heads": planted_paths.KV_HEADS}
     return mv.Circuit([mv.Edge(*ends) for ends in path.edges], **heads)
 
 
@@ -99,6 +99,18 @@ def test_chosen_nodes_are_a_circuit_and_edits_alike_on_every_architecture(name: 
     np.testing.assert_allclose(found.metric.item(), float(vlm.metric(metric)(edited)[0]), rtol=0, atol=1e-6)
     ends = [found["all"].item() - found.target_metric.item(), found["none"].item() - found.source_metric.item()]
     np.testing.assert_allclose(ends, [0.0, 0.0], atol=1e-6)
+
+
+@zoo.second_environment
+@pytest.mark.parametrize("name", sorted(zoo.VARIANTS))
+def test_edits_of_no_edges_give_the_sources_answer_and_of_all_edges_there_are_none(name: str) -> None:
+    if zoo.there(name):
+        pytest.skip(zoo.there(name))
+    vlm = zoo.build(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float64)
+    target, source = (zoo.ask(vlm, tiny.picture(seed, 48, 48)) for seed in (1, 2))
+    edits = mv.Circuit().edits(vlm, source, target)
+    torch.testing.assert_close(vlm.run(target, edits=edits).logits, vlm.run(source).logits, rtol=0, atol=1e-9)
+    assert (~mv.Circuit()).edits(vlm, source, target) == []
 
 
 @zoo.second_environment

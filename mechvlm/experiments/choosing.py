@@ -93,7 +93,7 @@ def choose_circuit(
     counts = (0 if within is None else int(finite.sum()), *(sum(map(kinds.count, some)) for some in NODES))
     if within is None:
         return Circuit(chosen=[names[at] for (at,) in chosen], candidates=counts, **about)
-    held = {"heads": within.heads, "kv_heads": within.kv_heads, "crossing": within.crossing}
+    held: dict[str, Any] = {"heads": within.heads, "kv_heads": within.kv_heads, "crossing": within.crossing}
     found = Circuit([_edge(table, at) for at in chosen], candidates=counts, **held, **about)
     return found.pruned() if prune else found
 
@@ -156,13 +156,13 @@ def _towards(several: Sequence[xr.Dataset]) -> float:
     """1 where the source's metric is above the target's, -1 where it is below; shares have no sign to turn."""
     if several[0].attrs.get("method") == "information-flow-routes":
         return 1.0
-    ends = [[one.attrs.get(f"{end}_metric") for end in ("source", "target")] for one in several]
+    ends: list[list[Any]] = [[one.attrs.get(f"{end}_metric") for end in ("source", "target")] for one in several]
     if any(None in pair for pair in ends):
         raise ValueError(
             "the scores do not say source_metric and target_metric in their attrs, so by='value' does not know which "
             "sign speaks for the target's answer; use by='abs'."
         )
-    return float(np.sign(sum(float(source) - float(target) for source, target in ends)))
+    return float(np.sign(sum([float(source) - float(target) for source, target in ends])))
 
 
 def _heads(table: xr.DataArray) -> Heads:

@@ -73,7 +73,7 @@ def with_means(
         random: faithfulness of random circuits.
         clusters: see `mean_interval`.
     """
-    gaps = np.abs(found["all"] - found["none"]).values
+    gaps = np.abs(found["all"].values - found["none"].values)
     heavy = gaps if gaps.sum() > 0 else np.ones_like(gaps)
     more: dict[str, xr.DataArray] = {}
     for name in AVERAGED:

@@ -120,7 +120,7 @@ def circuit_faithfulness(
         check_ends(own, values[:2].tolist(), ablate)
         return arrays(values=np.concatenate([own, values]))
 
-    what = ["circuit_faithfulness", [[str(edge) for edge in one.edges] + [*one.chosen] for one in every]]
+    what: list[Any] = ["circuit_faithfulness", [[str(edge) for edge in one.edges] + [*one.chosen] for one in every]]
     what += [[one.encoding for one in spoilt], metrics, ablate, batch_size]
     groups = [[number] for number in range(len(into))]
     table = np.stack([one["values"].values for one in worked(vlm, into, groups, work, out, what)])
@@ -179,7 +179,9 @@ def check_ends(own: Sequence[float], circuits: Sequence[float], ablate: str = "s
 
 def _circuits(circuits: Any, sizes: Any) -> list[Circuit]:
     """The circuits, those of scores chosen."""
-    given = [circuits] if isinstance(circuits, Circuit | xr.Dataset) else list(listed(circuits) or [circuits])
+    given: list[Any] = (
+        [circuits] if isinstance(circuits, Circuit | xr.Dataset) else list(listed(circuits) or [circuits])
+    )
     if all(isinstance(one, xr.Dataset) for one in given):
         if sizes is None:
             raise ValueError("scores make circuits of any size; give sizes, for instance sizes=[10, 100, 1000].")

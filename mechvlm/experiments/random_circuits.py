@@ -9,6 +9,7 @@ compared with can. Edges drawn one by one would lie on no path, and any circuit 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,8 @@ def all_edges(vlm: VLM, prompt: Prompt, spans: list[str]) -> list[Ends]:
     """
     rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
     found: list[Ends] = []
-    for span in spans or [None]:
+    some: list[Any] = list(spans) or [None]
+    for span in some:
         held = range(len(prompt)) if span is None else prompt.spans[span]
         writes = np.array([bool(positions_written(name, list(held), prompt)) for name in rows])
         reads = np.array([name != "logits" or len(prompt) - 1 in held for name in columns])

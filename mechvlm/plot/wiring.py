@@ -140,9 +140,9 @@ def _draw_edges(figure: go.Figure, found: Circuit, places: Places, shown: list[E
         for edge in edges:
             score = f"<br><b>{edge.score:+.4g}</b>" if math.isfinite(edge.score) else ""
             for end in _ends(found, edge):
-                line = _line(places.at(edge.writer), places.at(end))
-                x += [*line[0], None]
-                y += [*line[1], None]
+                across, up = _line(places.at(edge.writer), places.at(end))
+                x += [*across, None]
+                y += [*up, None]
                 said += [plain(str(edge)) + score] * (POINTS + 1)
         ink = PALETTE[names.index(name) % len(PALETTE)]
         line = {"color": ink, "width": WIDTHS[breadth], "dash": "dot" if unusual else "solid"}
