@@ -259,8 +259,8 @@ def area(curves: Float[np.ndarray, "*curve count"], counts: Sequence[int]) -> Fl
     """The mean height of curves over the share of tokens, straight between counts.
 
     Example:
-        >>> area(np.array([1.0, 0.0, 0.0]), [0, 1, 2])
-        0.25
+        >>> area(np.array([[1.0, 0.0, 0.0]]), [0, 1, 2])
+        array([0.25])
     """
     width = np.diff(np.asarray(counts, dtype=float)) / (counts[-1] - counts[0])
     return ((curves[..., 1:] + curves[..., :-1]) / 2 * width).sum(-1)

@@ -1,7 +1,7 @@
 """What is lost where one image token is taken away? Each by itself, by exact runs: what gradients only estimate.
 
 >>> occlusion(vlm, real, yes).attribution.idxmax().item()
-9.0
+15.0
 """
 
 from typing import Any

@@ -3,6 +3,7 @@
 Rule this module guards: with no token taken away it is the prompt itself, and with all of them the null prompt, at the
 image features (and what deep-stack adds of them) as at the pixels.
 
+>>> from mechvlm.rounds import done
 >>> values, how = done(vlm, removed(vlm, real, null, [np.arange(0), np.arange(36)], yes))
 >>> values.round(1)
 array([ 2.6, -5.8])
