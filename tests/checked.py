@@ -31,12 +31,14 @@ def jaxtyped(thing: Any = None, *, typechecker: Callable) -> Any:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(thing):
         if is_dataclass(thing) and "__init__" in vars(thing):
-            thing.__init__ = checked(thing.__init__, typechecker)  # type: ignore[misc]
+            of: Any = thing
+            of.__init__ = checked(of.__init__, typechecker)
         return thing
     if isinstance(thing, classmethod | staticmethod):
         return type(thing)(checked(thing.__func__, typechecker))
     if isinstance(thing, property):
-        return property(*(one and checked(one, typechecker) for one in (thing.fget, thing.fset, thing.fdel)))
+        parts: Any = (one and checked(one, typechecker) for one in (thing.fget, thing.fset, thing.fdel))
+        return property(*parts)
     return checked(thing, typechecker)
 
 

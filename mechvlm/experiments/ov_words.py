@@ -57,7 +57,7 @@ def ov_writes(
     top: int = 10,
     words: Sequence[str | int] = (),
 ) -> xr.Dataset:
-    """Which words a head would speak for if it looked at one position of a prompt, or one direction, and at nothing else.
+    """Which words a head would speak for if it looked at one position of a prompt, or one direction, and nothing else.
 
     Args:
         layer: one whose words attend to each other.
