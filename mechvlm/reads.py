@@ -126,8 +126,8 @@ def back_through(
         torch.Size([1, 2, 3])
     """
     with torch.enable_grad():
-        copies = stream.detach().expand(gradients.shape).clone().requires_grad_(True)
-        return torch.autograd.grad(norm(copies), copies, gradients)[0]
+        own = stream.detach().clone().requires_grad_(True)
+        return torch.autograd.grad(norm(own), own, gradients, is_grads_batched=True)[0]
 
 
 def mlp_gradient(

@@ -233,3 +233,18 @@ def test_a_layers_own_way_to_the_source_is_exact_where_it_writes_to_the_answer_a
     circuit: list[Any] = [(w, r, None) for w, r in pairs if feeds(vlm.shape, w, r) and (w, r) != ("m1", "logits")]
     exact = circuit_metrics(vlm, other, real, [circuit], YES)[0] - found.attrs["target_metric"]
     assert float(found.score.sel(writer="m1", reader="logits")) == pytest.approx(exact, rel=1e-2)
+
+
+def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -> None:
+    figure: Any = mv.plot.edges(found, top=5)
+    lines = [trace for trace in figure.data if trace.hovertext is not None]
+    scores = found.score.stack(edge=("writer", "reader", "span")).dropna("edge")
+    largest = scores[np.argsort(-np.abs(scores.values))[:5]]
+    for line, score in zip(reversed(lines), largest, strict=True):
+        writer, reader, span = score.edge.item()
+        names = f"{writer} -> {reader}".replace("<", "&lt;").replace(">", "&gt;").replace("-&gt;", "->")
+        assert line.hovertext.startswith(f"{names}, {span}<br>score {float(score):+.4g}")
+    assert lines[-1].hovertext.endswith(f"<b>exact {float(found.exact[0, 0]):+.4g}</b>")
+    assert [line.line.width for line in lines] == sorted(line.line.width for line in lines)
+    drawn: Any = mv.plot.attributed(found)
+    assert [trace.name for trace in drawn.data] == ["estimate = exact", "edge, top", "edge, random"]

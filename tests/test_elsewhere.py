@@ -156,6 +156,10 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     ),
     "direct_logit_attribution": lambda case: mv.direct_logit_attribution(case.vlm, case.both, METRIC, by="token"),
     "dose_response": lambda case: mv.dose_response(case.vlm, case.real, METRIC, [-2, 0, 2], [1, 2]),
+    "edge_attribution": lambda case: [
+        mv.edge_attribution(case.vlm, case.real, case.null, METRIC, "eap", spans="each", verify=2),
+        mv.edge_attribution(case.vlm, case.real, case.other, METRIC, steps=2),
+    ],
     "find_heads": lambda case: mv.find_heads(case.vlm, case.both, METRIC, count=2, candidates=HEADS),
     "gradient_attention": lambda case: mv.gradient_attention(case.vlm, case.real, METRIC),
     "gradient_attribution": lambda case: mv.gradient_attribution(case.vlm, case.real, METRIC),

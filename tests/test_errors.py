@@ -1390,6 +1390,15 @@ def halved() -> mv.Edit:
     return mv.Edit("text.1.pattern", lambda x: x / 2, label="halved", rows="each")
 
 
+def edges_scored(*args: Any, **settings: Any) -> object:
+    return mv.edge_attribution(vlm(), real(), real(), YES, *args, **settings)
+
+
+def scores_of_edges(value: float) -> xr.Dataset:
+    coords = {"writer": ["image"], "reader": ["logits"]}
+    return xr.Dataset({"score": xr.DataArray([[value]], dims=["writer", "reader"], coords=coords)})
+
+
 def pairs_patched(*pairs: Any, **settings: Any) -> object:
     return mv.patch_pairs(vlm(), pairs or [paired()], **{"only_right": False, "controls": 0, "layers": [0], **settings})
 
@@ -1596,6 +1605,46 @@ PATCHING: list[Case] = [
         lambda: mv.attribution_patching(vlm().with_edits([halved()]), real(), real(), YES, ["k"], method="qk"),
     ),
     ("verify=-1 patches nothing; give 0 or more nodes.", lambda: attributed(verify=-1)),
+    (
+        "method='ig' is not known; choose from 'eap', 'eap-ig', 'clean-corrupted', 'ig-activations', "
+        "'information-flow-routes', 'exact'.",
+        lambda: edges_scored("ig"),
+    ),
+    (
+        "points='ends' is not known; choose from 'midpoint', 'source', 'target'.",
+        lambda: edges_scored(points="ends"),
+    ),
+    ("steps=0 takes no gradient; give 1 or more.", lambda: edges_scored(steps=0)),
+    ("verify=-1 patches nothing; give 0 or more edges.", lambda: edges_scored(verify=-1)),
+    (
+        "verify=2 patches edges that method='exact' patches anyway; leave it out.",
+        lambda: edges_scored("exact", verify=2),
+    ),
+    (
+        "spans='image' is not known; give None, 'each', or positions under names.",
+        lambda: edges_scored(spans="image"),
+    ),
+    (
+        "span 'here' is [26]; give it positions from 0 to 25, each once.",
+        lambda: edges_scored(spans={"here": [26]}),
+    ),
+    (
+        "steer by 1 at text.1.resid_post is an edit of sums of what parts write, and edges are of the parts; take the "
+        "edges of vlm.without_edits(), or edit z or mlp_out.",
+        lambda: mv.edge_attribution(
+            vlm().with_edits([mv.steer("text.1.resid_post", torch.ones(32))]), real(), real(), YES
+        ),
+    ),
+    (
+        "edges draws what edge_attribution returns, and was given a DataArray; make it with "
+        "mv.edge_attribution(vlm, source, target, metric).",
+        lambda: mv.plot.edges(by_position()),  # type: ignore[arg-type]
+    ),
+    ("top=0 draws nothing; give 1 or more edges.", lambda: mv.plot.edges(scores_of_edges(1.0), top=0)),
+    (
+        "all scores are 0, so there is no edge to draw; give prompts that differ.",
+        lambda: mv.plot.edges(scores_of_edges(0.0)),
+    ),
     (
         "attributed draws what attribution_patching returns where some nodes are patched too, and was given a "
         "DataArray; make it with mv.attribution_patching(vlm, source, target, metric, verify=20).",

@@ -2,9 +2,9 @@
 
 Rule this module guards: an edge is drawn among all that there are, those estimated to be nothing included.
 
->>> found = edge_attribution(vlm, real, null, yes, method="eap", verify=3)
->>> found.node_writer.values[:1], found.drawn.values[:1]
-(array(['a3.h5'], dtype='<U5'), array(['top'], dtype='<U6'))
+>>> found = mv.edge_attribution(vlm, real, null, yes, method="eap", verify=3)
+>>> found.drawn.values[0].tolist()
+['top', 'top', 'top', 'random', 'random', 'random']
 """
 
 from collections.abc import Sequence

@@ -137,7 +137,11 @@ def differences(
 ) -> Float[Tensor, "writer pos d_model"]:
     """What each part wrote for the source, less what it wrote for the target."""
     one, other = (writes_at(model, graph, ends[end], positions) for end in ("source", "target"))
-    return torch.stack([one[name] - other[name] for name in graph.writers])
+    like = one[graph.writers[0]]
+    found = like.new_empty(len(graph.writers), *like.shape)
+    for at, name in enumerate(graph.writers):
+        torch.sub(one[name], other[name], out=found[at])
+    return found
 
 
 def edges_shown(

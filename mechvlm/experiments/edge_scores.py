@@ -11,6 +11,7 @@ leaves everything else to the model.
 ('writer', 'reader')
 """
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ from mechvlm.experiments.edge_turns import METHODS, POINTS, turns_of
 from mechvlm.experiments.exchange import matched, patched_with
 from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.metrics import Metric
-from mechvlm.nodes import feeds, readers, writers
+from mechvlm.nodes import Node, feeds, readers, writers
 from mechvlm.prompt import Prompt
 from mechvlm.reads import inputs_of
 from mechvlm.sites import told, whole, whole_numbers
@@ -109,7 +110,7 @@ def edge_attribution(
     chosen = _spans(target, spans)
     graph = graph_of(vlm, target, list(chosen.values()))
     score, ends, about = _scored(vlm, source, target, metric, graph, method, steps, points, batch_size)
-    table = _table(vlm, score, list(chosen) if spans is not None else None)
+    table = _table(vlm, graph, score, list(chosen) if spans is not None else None)
     routes = method == "information-flow-routes"
     unit = "share" if routes else metric_unit(metric)
     long = "share of what is read" if routes else f"change of {metric_name(metric)}"
@@ -130,7 +131,8 @@ def graph_of(vlm: VLM, target: Prompt, spans: Sequence[Sequence[int]]) -> Graph:
     before = []
     for layer, kinds in enumerate(shape.kinds["text"]):
         first = f"a{layer}.h0<q>" if "q" in kinds else f"a{layer}<q>"
-        counts = [sum(feeds(shape, name, reader) for name in names) for reader in (first, f"m{layer}")]
+        # Writers are in forward order, so those that stand before a reader are the first ones.
+        counts = [bisect(names, 0, key=lambda name, at=at: not feeds(shape, name, at)) for at in (first, f"m{layer}")]
         before.append((counts[0], counts[1]))
     return Graph(
         writing(vlm),
@@ -219,10 +221,13 @@ def _spans(target: Prompt, spans: Any) -> dict[str, list[int]]:
     return found
 
 
-def _table(vlm: VLM, scores: np.ndarray, spans: Sequence[str] | None) -> xr.DataArray:
+def _table(vlm: VLM, graph: Graph, scores: np.ndarray, spans: Sequence[str] | None) -> xr.DataArray:
     """Scores under their names; what is no edge is not a number."""
-    first, then = writers(vlm.shape), readers(vlm.shape)
-    there = np.array([[feeds(vlm.shape, writer, reader) for reader in then] for writer in first])
+    first, then = graph.writers, readers(vlm.shape)
+    there = np.ones((len(first), len(then)), bool)
+    for at, reader in enumerate(map(Node.parse, then)):
+        if reader.layer is not None:
+            there[graph.before[reader.layer][reader.kind == "mlp"] :, at] = False
     table = xr.DataArray(
         np.where(there[..., None], scores, np.nan),
         dims=["writer", "reader", "span"],

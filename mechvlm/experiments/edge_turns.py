@@ -4,7 +4,7 @@ Rule this module guards: gradients are averaged along a way from the target to t
 points on it have names.
 
 >>> shares_of(2, "midpoint"), shares_of(2, "source"), shares_of(2, "target")
-([0.25, 0.75], [1.0, 0.5], [0.5, 0.0])
+([0.75, 0.25], [1.0, 0.5], [0.5, 0.0])
 """
 
 from collections.abc import Mapping, Sequence
@@ -126,8 +126,8 @@ def nearer(site: Site, kept: Mapping[tuple, Tensor], share: float) -> Edit:
     """Move an activation a share of the way to what the source had there.
 
     Example:
-        >>> site = Site("resid_pre", 0)
-        >>> str(nearer(site, vlm.run(real, read=[site]).values, 0.5))
+        >>> site = mv.Site("resid_pre", 0)
+        >>> str(nearer(site, {("resid_pre", 0, "text"): torch.zeros(1, 49, 128)}, 0.5))
         '0.5 of the way at text.0.resid_pre (prompt only)'
     """
     function: Any = partial(mixed, kept, key_of(site), share)

@@ -88,7 +88,7 @@ def layered(
 
     Example:
         >>> len(layered([("image", "a0.h1<q>", "", 2.0), ("a0.h1", "logits", "", -1.0)]).data)
-        3
+        5
     """
     nodes = list(dict.fromkeys(name for one in shown for name in one[:2]))
     numbers = [(Node.parse(name).layer, place(name, 1, per_key)[1]) for name in nodes]
@@ -106,11 +106,14 @@ def layered(
         ink = {"color": RAISES if score > 0 else LOWERS, "width": NARROW + (BROAD - NARROW) * abs(score) / largest}
         look = {"mode": "lines", "opacity": FADED, "hoverinfo": "text", "hovertext": text, "showlegend": False}
         figure.add_scatter(x=x, y=y, line=ink, **look)
+    for ink, name in ((RAISES, "raises the metric"), (LOWERS, "lowers it")):
+        figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": ink, "width": 3}, name=name)
     _draw_nodes(figure, spots)
+    figure.update_layout(showlegend=True)
     layers = np.arange(0, end - 2, 2)
     figure.update_xaxes(title_text="layer", tickvals=layers, ticktext=[str(int(at // 2)) for at in layers])
     figure.update_xaxes(range=[-2.4, end + 0.8], zeroline=False)
-    figure.update_yaxes(title_text="head", tickvals=list(range(heads)), range=[-2.2, heads + 0.2], zeroline=False)
+    figure.update_yaxes(title_text="head", tickvals=list(range(heads)), range=[-2.4, heads + 0.2], zeroline=False)
     return figure
 
 
@@ -123,7 +126,8 @@ def _draw_nodes(figure: go.Figure, spots: Mapping[str, tuple[float, float]]) -> 
     texts = [plain(min(names, key=len)) for names in named.values()]
     across, up = zip(*named, strict=True)
     marker = {"size": 9, "color": "white", "line": {"color": INK, "width": 1.5}}
-    look = {"mode": "markers+text", "textposition": "top center", "textfont": {"size": 11}, "hoverinfo": "skip"}
+    sides = ["bottom center" if y < 0 else "top center" for y in up]
+    look = {"mode": "markers+text", "textposition": sides, "textfont": {"size": 11}, "hoverinfo": "skip"}
     figure.add_scatter(x=across, y=up, text=texts, marker=marker, showlegend=False, **look)
 
 
