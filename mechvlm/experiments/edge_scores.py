@@ -13,6 +13,7 @@ leaves everything else to the model.
 
 from bisect import bisect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from mechvlm.metrics import Metric
 from mechvlm.nodes import Node, feeds, readers, writers
 from mechvlm.prompt import Prompt
 from mechvlm.reads import inputs_of
+from mechvlm.shapes import Shape
 from mechvlm.sites import told, whole, whole_numbers
 from mechvlm.vlm import VLM
 from mechvlm.writes import writing
@@ -132,7 +134,8 @@ def graph_of(vlm: VLM, target: Prompt, spans: Sequence[Sequence[int]]) -> Graph:
     for layer, kinds in enumerate(shape.kinds["text"]):
         first = f"a{layer}.h0<q>" if "q" in kinds else f"a{layer}<q>"
         # Writers are in forward order, so those that stand before a reader are the first ones.
-        counts = [bisect(names, 0, key=lambda name, at=at: not feeds(shape, name, at)) for at in (first, f"m{layer}")]
+        ends = [partial(_stands_behind, shape, reader) for reader in (first, f"m{layer}")]
+        counts = [bisect(names, 0, key=end) for end in ends]
         before.append((counts[0], counts[1]))
     return Graph(
         writing(vlm),
@@ -145,6 +148,11 @@ def graph_of(vlm: VLM, target: Prompt, spans: Sequence[Sequence[int]]) -> Graph:
         shape.d_model["text"],
         vlm.attention_budget,
     )
+
+
+def _stands_behind(shape: Shape, reader: str, writer: str) -> bool:
+    """Whether a writer does not stand before a reader."""
+    return not feeds(shape, writer, reader)
 
 
 def _scored(

@@ -106,8 +106,8 @@ def layered(
         ink = {"color": RAISES if score > 0 else LOWERS, "width": NARROW + (BROAD - NARROW) * abs(score) / largest}
         look = {"mode": "lines", "opacity": FADED, "hoverinfo": "text", "hovertext": text, "showlegend": False}
         figure.add_scatter(x=x, y=y, line=ink, **look)
-    for ink, name in ((RAISES, "raises the metric"), (LOWERS, "lowers it")):
-        figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": ink, "width": 3}, name=name)
+    for colour, name in ((RAISES, "raises the metric"), (LOWERS, "lowers it")):
+        figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": colour, "width": 3}, name=name)
     _draw_nodes(figure, spots)
     figure.update_layout(showlegend=True)
     layers = np.arange(0, end - 2, 2)
