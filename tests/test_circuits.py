@@ -72,6 +72,13 @@ class TestCache:
         last = run[Site("resid_post", vlm.shape.layers["text"] - 1)]
         assert apart(cache.decompose_resid().sum(0), last) < 1e-12
 
+    @pytest.mark.parametrize("name", ["llava", "gemma3", "blip2-opt"])
+    def test_attributions_of_heads_are_those_of_direct_logit_attribution(self, name: str) -> None:
+        vlm, prompt, _, cache = cached(name)
+        heads = cache.logit_attrs(cache.stack_head_results(), 10, 11)[:, 0, -1]
+        found = mv.direct_logit_attribution(vlm, prompt, mv.logit_difference(10, 11))
+        assert apart(torch.as_tensor(found.heads.values).flatten(), heads) < eager_rounding(vlm)
+
     def test_without_qwen3s_deepstack_a_decomposition_adds_up_where_no_image_stands(self) -> None:
         """What Qwen3-VL adds between layers has a site of its own and no name in TransformerLens."""
         vlm, prompt, run, cache = cached("qwen3_vl")

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+import zoo
 from plain import Plain
 
 import mechvlm as mv
@@ -117,6 +118,7 @@ def test_one_words_logit_has_the_parts_of_the_difference(vlm: mv.VLM, real: mv.P
     assert float(one.metric) == float(vlm.run(real).logits[0, vlm.token_ids("yes")[0]])
 
 
+@zoo.second_environment
 def test_several_prompts_keep_their_own_numbers_and_intervals_are_over_pictures(vlm: mv.VLM, real: mv.Prompt) -> None:
     other = real.with_text("what colour ?"), vlm.prompt(tiny.picture(2), "is there a red cat ?")
     both = mv.direct_logit_attribution(vlm, [real, *other], [YES, "red", YES], by="span")

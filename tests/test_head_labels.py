@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 import xarray as xr
+import zoo
 
 import mechvlm as mv
 from mechvlm.experiments.head_scores import alone, behind, repeated
@@ -83,7 +84,7 @@ def test_the_head_that_copies_brightness_is_one_for_the_image() -> None:
     assert float(found.score.sel(kind="image->last", layer=layer, head=head).min()) > 0.999
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=zoo.second_environment)])
 def test_the_head_that_looks_before_and_the_one_that_stands_on_it(attention: str) -> None:
     vlm, prompt = planted_heads.asked(attention)
     found = mv.label_heads(vlm, prompt, repeat=5, seed=2)
@@ -96,6 +97,7 @@ def test_the_head_that_looks_before_and_the_one_that_stands_on_it(attention: str
     assert found.label.values[0, 1] == found.label.values[1, 0] == "none"
 
 
+@zoo.second_environment
 def test_intervals_are_over_pictures_and_a_label_needs_its_lower_end(vlm: mv.VLM, real: mv.Prompt) -> None:
     prompts = [real, vlm.prompt(tiny.picture(2), "is there a red cat ?"), vlm.prompt(tiny.picture(3), "what colour ?")]
     found = mv.label_heads(vlm, prompts, repeat=4, least=0.05, clusters=["a", "a", "b"])

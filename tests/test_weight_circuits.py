@@ -5,6 +5,7 @@ import planted
 import pytest
 import tiny
 import torch
+import zoo
 from torch import Tensor
 
 import mechvlm as mv
@@ -72,6 +73,7 @@ def test_a_head_that_reads_what_another_writes_scores_one_and_others_nothing() -
     assert np.count_nonzero(found.k) == 0
 
 
+@zoo.second_environment
 def test_what_a_head_writes_of_a_position_times_its_attention_is_its_part_of_the_logit(vlm: mv.VLM) -> None:
     real = vlm.prompt(tiny.picture(1), "is there a red cat ?")
     yes, no = (vlm.token_ids(word)[0] for word in ("yes", "no"))

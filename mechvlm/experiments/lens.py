@@ -74,8 +74,7 @@ def logit_lens(
         Interpreting Visual Information Processing in Vision-Language Models", section 5; translators: Belrose et al.
         (2023), "Eliciting Latent Predictions from Transformers with the Tuned Lens", section 3.
     """
-    everywhere = range(len(one_prompt(prompt)))
-    where = within_prompt(prompt, everywhere if positions is None else positions)
+    where = within_prompt(prompt, range(len(one_prompt(prompt))) if positions is None else positions)
     after = check_layers_run(vlm, prompt, chosen_layers(vlm, layers))
     words = word_list(words)
     _check_kind(kind)
