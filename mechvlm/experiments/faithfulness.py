@@ -3,9 +3,9 @@
 Rule this module guards: a circuit is measured by running it, between the model with all of its edges and with none, and
 beside random circuits of as many edges.
 
->>> circuits = [Circuit([Edge("image", "logits")]), ~Circuit()]
->>> circuit_faithfulness(vlm, circuits, [null], [real], yes, controls=0).faithfulness.round(3).values
-array([[0., 1.]])
+>>> found = circuit_faithfulness(vlm, Circuit([Edge("image", "logits")]), null, real, yes, controls=0)
+>>> found.faithfulness.round(3).values
+array([[0.]])
 """
 
 from collections.abc import Hashable, Sequence
@@ -92,7 +92,7 @@ def circuit_faithfulness(
 
     Example:
         >>> scores = mv.attribution_patching(vlm, null, real, yes, kinds=["z", "mlp_out"], positions="span")
-        >>> found = mv.circuit_faithfulness(vlm, scores, [null], [real], yes, sizes=[8, 40], controls=2)
+        >>> found = mv.circuit_faithfulness(vlm, scores, [null], [real], yes, sizes=[40], controls=0)
         >>> mv.plot.faithfulness(found)
 
     Source:

@@ -1,9 +1,8 @@
 """Curves of circuits: how much of a behaviour circuits of growing size bring about, beside random ones.
 
->>> scores = attribution_patching(vlm, null, real, yes, kinds=["z"], positions="span")
->>> found = circuit_faithfulness(vlm, scores, [null], [real], yes, sizes=[4, 16], controls=1)
+>>> found = circuit_faithfulness(vlm, Circuit([Edge("image", "logits")]), null, real, yes, controls=0)
 >>> [trace.name for trace in faithfulness(found).data if trace.showlegend is not False]
-['circuit', 'without it', 'random']
+['circuit', 'without it']
 """
 
 import numpy as np
@@ -29,9 +28,9 @@ def faithfulness(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fi
         TypeError: for anything else.
 
     Example:
-        >>> scores = mv.attribution_patching(vlm, null, real, yes, kinds=["z"], positions="span")
-        >>> found = mv.circuit_faithfulness(vlm, scores, [null], [real], yes, sizes=[4, 16, 48], controls=2)
-        >>> mv.plot.faithfulness(found, title="How much do the heads explain?")
+        >>> circuit = mv.Circuit([mv.Edge("image", "a7.kv1<v>"), mv.Edge("a7.h2", "logits")])
+        >>> found = mv.circuit_faithfulness(vlm, circuit, null, real, yes, controls=1)
+        >>> mv.plot.faithfulness(found, title="How much does one head explain?")
     """
     if not isinstance(found, xr.Dataset) or not {*found.data_vars, *found.coords} >= NEEDED:
         raise TypeError(
