@@ -47,8 +47,8 @@ def table(found: xr.Dataset) -> str:
         areas = [f"{float(way.area_mean):.2f}" for way in ways]
         lines.append(f"| {name} | {' | '.join((*gained, *areas, between(one.sel(other='occlusion'), 'agreement')))} |")
     random = found.random_area.weighted((found.value - found.null_value).clip(0)).mean(["prompt", "sample"])
-    chance = " | ".join(f"{float(random.sel(mode=mode)):.2f}" for mode in ("deletion", "insertion"))
-    return "\n".join([*lines, f"| random orders, mean | 0 | | 0 | | {chance} | |"])
+    heights = " | ".join(f"{float(random.sel(mode=mode)):.2f}" for mode in ("deletion", "insertion"))
+    return "\n".join([*lines, f"| random orders, mean | 0 | | 0 | | {heights} | |"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

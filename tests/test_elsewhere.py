@@ -145,14 +145,7 @@ CALLS: dict[str, Callable[[Case], Any]] = {
     ),
     "composition_scores": lambda case: mv.composition_scores(case.vlm, layers=[0, 2, 3]),
     "deletion_curve, at the pixels": lambda case: mv.deletion_curve(
-        case.vlm,
-        case.real,
-        mv.attention_map(case.vlm, case.real, 3),
-        METRIC,
-        counts=[0, 4, 16],
-        samples=1,
-        mode="both",
-        at="pixels",
+        case.vlm, case.real, mv.attention_map(case.vlm, case.real, 3), METRIC, None, [0, 4], 1, mode="both", at="pixels"
     ),
     "direct_logit_attribution": lambda case: mv.direct_logit_attribution(case.vlm, case.both, METRIC, by="token"),
     "dose_response": lambda case: mv.dose_response(case.vlm, case.real, METRIC, [-2, 0, 2], [1, 2]),

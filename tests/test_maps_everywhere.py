@@ -9,7 +9,8 @@ import tiny
 import torch
 import xarray as xr
 import zoo
-from test_maps import TINY, asked
+from test_maps import METRIC as PLANTED
+from test_maps import TINY, asked, one_token
 
 import mechvlm as mv
 from mechvlm.experiments import compared
@@ -111,3 +112,28 @@ def test_each_curve_is_that_of_deletion_curve() -> None:
     np.testing.assert_allclose(found.curve[0, 0], own.ranked, rtol=1e-9)
     np.testing.assert_allclose(found.random[0].transpose("mode", "sample", "share"), own.random, rtol=1e-9)
     np.testing.assert_allclose(found.advantage[0, 0], own.advantage.mean("sample"), rtol=1e-9)
+
+
+def test_a_prompt_whose_picture_takes_away_is_left_out() -> None:
+    vlm, prompts, metrics = asked()
+    against = mv.logit_difference("no", "yes") if str(metrics[1]) == str(TINY) else TINY
+    found = mv.compare_maps(vlm, prompts, [metrics[0], against], ["random"], samples=1)
+    assert found.attrs["left_out"] == 1 and np.isnan(found.advantage[1]).all()
+    np.testing.assert_allclose(found.advantage_mean, found.advantage[0], rtol=1e-9)
+    with pytest.raises(ValueError) as caught:
+        mv.plot.compared_maps(found, prompts[1], 1)
+    assert str(caught.value) == ("prompt 1 was left out, since its picture does not raise the metric; choose another.")
+    with pytest.raises(ValueError) as caught:
+        mv.compare_maps(vlm, prompts[1], against, ["random"])
+    assert str(caught.value) == (
+        f"the pictures raise {against} in none of the 1 prompts above what the null pictures give, so there is nothing "
+        "for a map to explain; give a metric that they raise, such as that of the right answer."
+    )
+
+
+def test_features_times_gradient_are_nothing_behind_a_norm_and_gradients_are_longest_elsewhere() -> None:
+    vlm, real, null = one_token()
+    found = mv.compare_maps(vlm, [real], PLANTED, ["input_times_gradient", "smooth_grad"], null=[null], samples=1)
+    nothing, length = found.attribution[0].values
+    assert np.abs(nothing).max() < 1e-3 * float(found.value[0])
+    assert length.argmin() == 5
