@@ -31,13 +31,12 @@ def jaxtyped(thing: Any = None, *, typechecker: Callable) -> Any:
         return functools.partial(jaxtyped, typechecker=typechecker)
     if inspect.isclass(thing):
         if is_dataclass(thing) and "__init__" in vars(thing):
-            of: Any = thing
-            of.__init__ = checked(of.__init__, typechecker)
+            setattr(thing, "__init__", checked(thing.__init__, typechecker))  # noqa: B010
         return thing
     if isinstance(thing, classmethod | staticmethod):
         return type(thing)(checked(thing.__func__, typechecker))
     if isinstance(thing, property):
-        parts: Any = (one and checked(one, typechecker) for one in (thing.fget, thing.fset, thing.fdel))
+        parts: list[Any] = [one and checked(one, typechecker) for one in (thing.fget, thing.fset, thing.fdel)]
         return property(*parts)
     return checked(thing, typechecker)
 
@@ -66,7 +65,7 @@ def checked(function: Any, typechecker: Callable) -> Callable:
             except beartype.roar.BeartypeCallHintViolation as wrong:
                 raise jaxtyping.TypeCheckError(str(wrong)) from wrong
 
-    return call
+    return nowhere(call)
 
 
 def made(function: FunctionType, typechecker: Callable) -> tuple[AbstractContextManager, Callable]:
@@ -80,11 +79,17 @@ def made(function: FunctionType, typechecker: Callable) -> tuple[AbstractContext
     def call(*args: Any, **named: Any) -> Any:
         return vars(HELD).pop("function")(*args, **named)
 
-    checks = typechecker(call)
+    checks = typechecker(nowhere(call))
     for one in (call, checks):
         vars(one).pop("__wrapped__", None)  # the first of these functions, and what it closes over, may go
     shapes = any("jaxtyping" in repr(hint) for hint in same.__annotations__.values())
     return (SCOPE if shapes else nullcontext()), checks
+
+
+def nowhere(call: Any) -> Any:
+    """A function that is in no file, so that whoever looks for the user's line does not stop here."""
+    call.__code__ = call.__code__.replace(co_filename="<checked>")
+    return call
 
 
 def known(hint: Any, function: FunctionType) -> Any:
