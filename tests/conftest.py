@@ -30,7 +30,7 @@ if find_spec("torchvision"):
         for operator in ("nms", "qnms"):
             SHIM.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-jaxtyping.jaxtyped = checked.jaxtyped  # what the hook puts around each function, quicker
+vars(jaxtyping)["jaxtyped"] = checked.jaxtyped  # what the hook puts around each function, quicker
 torch.set_num_threads(1)  # the models here are so small that threads would only wait for one another
 
 hypothesis.settings.register_profile("here", deadline=None)

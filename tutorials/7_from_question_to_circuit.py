@@ -28,7 +28,6 @@
 # %%
 import numpy as np
 import pandas as pd
-import xarray as xr
 from PIL import Image
 
 import mechvlm as mv
