@@ -25,7 +25,14 @@ from mechvlm.references import placed
 
 METRIC = mv.logit_difference(YES, NO)
 TINY = mv.logit_difference("yes", "no")
-FIRST = ("occlusion", "attribution_patching", "integrated_gradients", "gradient_attention", "relevancy")
+FIRST = (
+    "occlusion",
+    "attribution_patching",
+    "integrated_gradients",
+    "gradient_attention",
+    "relevancy",
+    "direct_logits",
+)
 
 
 @functools.cache
@@ -234,7 +241,7 @@ def draw(**wrong: Any) -> object:
 
 KNOWN = (
     "occlusion, attribution_patching, input_times_gradient, integrated_gradients, smooth_grad, gradient_attention, "
-    "relevancy, attention_rollout, attention, random"
+    "relevancy, direct_logits, attention_rollout, attention, random"
 )
 READY = (
     "at='pixels' takes squares out of the picture itself, and this prompt was made from a ready encoding; make it with "

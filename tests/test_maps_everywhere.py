@@ -60,9 +60,9 @@ def test_every_map_that_there_is_for_a_model_can_be_compared(name: str, at: str)
     vlm, real, null = made(name, at)
     named = chosen_maps(real, None, at)
     without = {"relevancy", "attention_rollout"} if name == "mllama" else set()
-    by_patch = {"relevancy", "attention_rollout", "attention", "gradient_attention"}
+    by_patch = {"relevancy", "attention_rollout", "attention", "gradient_attention", "direct_logits"}
     assert set(MAPS) - set(named) == (by_patch if (name, at) == ("instructblip", "pixels") else without)
-    kept = [one for one in named if one not in ("integrated_gradients", "smooth_grad")]
+    kept = [one for one in named if one not in ("integrated_gradients", "smooth_grad", "direct_logits")]
     sign = 1 if plain(vlm, real) > plain(vlm, null) else -1
 
     def metric(logits: torch.Tensor) -> torch.Tensor:

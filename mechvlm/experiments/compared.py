@@ -66,10 +66,11 @@ def compare_maps(
             (one number for each image token, as `relevancy(...).relevancy`). "occlusion" is exact for one token at a
             time, and "attribution_patching" its first-order estimate, (picture - null) x gradient;
             "input_times_gradient", "integrated_gradients" (from the null picture), "smooth_grad" (its length),
-            "gradient_attention" (summed over layers and heads), "relevancy", "attention_rollout", "attention" (the last
-            row, averaged over heads and layers) and "random". None means all that there are for the model: under
-            cross-attention, "relevancy" and "attention_rollout" are not, and at the pixels under a Q-Former all of
-            attention.
+            "gradient_attention" (summed over layers and heads), "relevancy", "direct_logits" (what heads take from a
+            token to the logit directly, of a `logit_difference`), "attention_rollout", "attention" (the last row,
+            averaged over heads and layers) and "random". None means all that there are: under cross-attention,
+            "relevancy" and "attention_rollout" are not, at the pixels under a Q-Former all of attention are not, and
+            for other metrics "direct_logits" is not.
         null: as in `deletion_curve`; or a list with one for each prompt.
         at: "image_features" or "pixels": where tokens are taken away, as in `deletion_curve`, and where gradients and
             occlusions are taken.
@@ -112,7 +113,7 @@ def compare_maps(
     """
     asked = check_prompts(prompts, vlm.shape)
     metrics, groups = metric_of_each(metric, asked), clusters_of(asked, clusters)
-    others, named = _nulls(asked, null), chosen_maps(asked[0], maps, at)
+    others, named = _nulls(asked, null), chosen_maps(asked[0], maps, at, metrics)
     parts, drawn = _shares(shares), [whole("samples", samples), whole("seed", seed)]
     ends = _ends(vlm, asked, others, metrics)
     kept = [at for at, (real, least) in enumerate(ends) if real > least]

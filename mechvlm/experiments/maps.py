@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from mechvlm.experiments.direct_logits import direct_logit_attribution
 from mechvlm.experiments.inputs import input_sites, token_coordinates, token_dim, token_sums
 from mechvlm.experiments.occlusion import occlusion
 from mechvlm.experiments.relevance import gradient_attention, relevancy
@@ -21,7 +22,7 @@ from mechvlm.experiments.rollout import attention_rollout
 from mechvlm.experiments.saliency import input_times_gradient, integrated_gradients, smooth_grad
 from mechvlm.experiments.sight import cross_layers, image_coordinates, image_dim, looking, own_layers
 from mechvlm.experiments.sweep import numbers
-from mechvlm.metrics import Metric
+from mechvlm.metrics import Metric, WordMetric
 from mechvlm.prompt import Prompt
 from mechvlm.readings import rows
 from mechvlm.rounds import unsaid
@@ -99,6 +100,12 @@ def _attention(asked: Asked) -> xr.DataArray:
     return xr.DataArray(weights.mean((0, 1)), dims=[dim], coords=image_coordinates(prompt))
 
 
+def _direct_logits(asked: Asked) -> xr.DataArray:
+    """What heads take from each image token to the logit directly, summed over layers and heads."""
+    metric: Any = asked.metric
+    return direct_logit_attribution(asked.vlm, asked.prompt, metric, by="token").by_token.sum(["layer", "head"])
+
+
 def _occlusion(asked: Asked) -> xr.DataArray:
     more: dict[str, Any] = {"null": asked.other, "at": asked.at, "batch_size": asked.batch_size}
     return occlusion(asked.vlm, asked.prompt, asked.metric, **more).attribution
@@ -118,22 +125,26 @@ MAPS: dict[str, Callable[[Asked], xr.DataArray]] = {
     "smooth_grad": _smooth_grad,
     "gradient_attention": _gradient_attention,
     "relevancy": _relevancy,
+    "direct_logits": _direct_logits,
     "attention_rollout": _attention_rollout,
     "attention": _attention,
     "random": _random,
 }
 THROUGH_WORDS = ("relevancy", "attention_rollout")
 """Maps that follow attention from word to word, so that pictures have to stand among the words."""
-BY_POSITION = ("gradient_attention", "relevancy", "attention_rollout", "attention")
+BY_POSITION = ("gradient_attention", "relevancy", "direct_logits", "attention_rollout", "attention")
 """Maps of attention to image tokens, which are no patches of the picture under a Q-Former."""
+OF_WORDS = ("direct_logits",)
+"""Maps of a word's logit, or of the difference of two, and of no other metric."""
 
 
-def chosen_maps(prompt: Prompt, maps: Any, at: str) -> dict[str, str | Map]:
+def chosen_maps(prompt: Prompt, maps: Any, at: str, metrics: Sequence[Metric] = ()) -> dict[str, str | Map]:
     """Maps by name: names that are known, and functions.
 
     Args:
         maps: names; or a mapping from names of one's own to names or to functions from a prompt to a map; or None
             for all that there are for such a prompt.
+        metrics: those that maps are asked about.
 
     Raises:
         ValueError: for a name that is not known or is there twice, or no map at all.
@@ -145,7 +156,8 @@ def chosen_maps(prompt: Prompt, maps: Any, at: str) -> dict[str, str | Map]:
     """
     if maps is None:
         by_key, by_patch = image_dim(prompt) == "key", token_dim(prompt, at) == "patch"
-        without = (*(THROUGH_WORDS if by_key else ()), *(BY_POSITION if by_patch else ()))
+        words = all(isinstance(one, WordMetric) and one.name == "logit_difference" for one in metrics)
+        without = (*(THROUGH_WORDS if by_key else ()), *(BY_POSITION if by_patch else ()), *(() if words else OF_WORDS))
         return {name: name for name in MAPS if name not in without}
     if isinstance(maps, Mapping):
         pairs = [(str(name), one) for name, one in maps.items()]
