@@ -53,14 +53,14 @@ def swapped(picture, name: str) -> Image.Image:
 pairs = []  # with the thing, and without
 for picture in mv.demo.scenes():
     things = [item.name for item in picture.scene.items if item.name.split()[0] in ("red", "green")]
-    if not things or len(pairs) == 36:
+    if not things or len(pairs) == 28:
         continue
     question = f"Is there a {things[0]} in the image?"
     both = [vlm.prompt(image, question) for image in (picture.image, swapped(picture, things[0]))]
     with_it, without = (float(margin(vlm.run(prompt).logits)) for prompt in both)
     if with_it > 0 > without:
         pairs.append(both)
-find, test = pairs[:16], pairs[16:]
+find, test = pairs[:12], pairs[12:]
 real, other = pairs[0]
 print(len(find), "pairs to find the circuit on,", len(test), "to test it;", real.words)
 
@@ -244,7 +244,8 @@ pd.DataFrame(
 # away in a map's order, and putting them in, tells what a map is worth, beside random orders.
 
 # %%
-maps = mv.compare_maps(vlm, [a for a, _ in test[:6]], yes, samples=5)
+names = ["occlusion", "attribution_patching", "integrated_gradients", "relevancy", "attention", "direct_logits"]
+maps = mv.compare_maps(vlm, [a for a, _ in test[:3]], yes, names, samples=4, shares=np.linspace(0, 1, 6))
 mv.plot.compared_maps(maps, test[0][0])
 
 # %%
