@@ -95,18 +95,18 @@ def attention_gradients(
     layer: int,
     read: Mapping[tuple, Tensor],
     gradients: Mapping[tuple, Tensor],
-    positions: Sequence[int],
+    positions: Sequence[int] | slice,
 ) -> Float[Tensor, "reader pos d_model"]:
     """The gradient at the input of each reader of a layer's attention, in the order of `mechvlm.nodes.readers`.
 
     Args:
         model: the nnsight model, where it runs.
         read, gradients: of one prompt's run, by site as a tuple: `stream_sites`, and of the gradients `raw_sites`.
-        positions: at which of them.
+        positions: at which of them; a slice is not copied.
     """
     before = gradients["resid_pre", layer, "text"]
     if not how.matrices[layer]:
-        return (before - gradients["resid_mid", layer, "text"].to(before))[:, positions]
+        return before[:, positions] - gradients["resid_mid", layer, "text"][:, positions].to(before)
     found = []
     for kind, path, count in zip(RAW_KINDS, how.matrices[layer], how.counts, strict=True):
         raw = gradients[kind, layer, "text"][0, positions].unflatten(-1, (count, -1))
@@ -135,7 +135,7 @@ def mlp_gradient(
     layer: int,
     gradients: Mapping[tuple, Tensor],
     attention: Float[Tensor, "reader pos d_model"],
-    positions: Sequence[int],
+    positions: Sequence[int] | slice,
 ) -> Float[Tensor, "pos d_model"]:
     """The gradient at the input of a layer's MLP.
 
@@ -145,5 +145,5 @@ def mlp_gradient(
     behind = gradients.get(("resid_pre", layer + 1, "text"))
     behind = gradients["resid_post", layer, "text"] if behind is None else behind
     before = gradients["resid_mid" if how.middle[layer] else "resid_pre", layer, "text"]
-    found = (before - behind.to(before))[0, positions]
+    found = before[0, positions] - behind[0, positions].to(before)
     return found if how.middle[layer] else found - attention.sum(0).to(found)

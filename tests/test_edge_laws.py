@@ -84,3 +84,12 @@ def test_a_score_is_the_slope_of_the_patch_of_its_edge(name: str) -> None:
     scores = torch.tensor([float(found.sel(writer=writer, reader=reader)) for writer, reader in edges])
     assert (scores != 0).sum() > len(edges) / 2
     assert (slopes - scores).abs().max() < 1e-3 * scores.abs().max()
+
+
+@every_architecture
+def test_the_norm_before_attention_is_where_it_is_said_to_be(name: str) -> None:
+    vlm, _, _ = asked(name)
+    for stack in vlm.arch.stacks.values():
+        for (where, index), block in zip(stack.layers, stack.blocks, strict=True):
+            if block.pre is not None:
+                assert "norm" in type(vlm.hf.get_submodule(f"{where}.{index}.{block.pre}")).__name__.lower()

@@ -118,16 +118,16 @@ def add_products(
     size = 3 * len(graph.writers) + 4 * sum(graph.inputs.counts)
     for span, positions in pieces(graph.spans, graph.budget // (BYTES * graph.width * size)):
         difference = differences(model, graph, ends, positions)[start:stop].flatten(1)
-        reader = 0
+        reader, here = 0, stretch(positions)
         for layer in range(layers):
-            heads = attention_gradients(model, graph.inputs, layer, read, gradients, positions)
-            rest = mlp_gradient(graph.inputs, layer, gradients, heads, positions)
+            heads = attention_gradients(model, graph.inputs, layer, read, gradients, here)
+            rest = mlp_gradient(graph.inputs, layer, gradients, heads, here)
             for found, count in zip((heads, rest[None]), graph.before[layer], strict=True):
                 some = difference[: max(0, count - start)]
                 made = turn.weight * (some @ found.to(some).flatten(1).T).double().cpu()
                 scores[start : start + len(some), reader : reader + len(found), span] += made
                 reader += len(found)
-        behind = gradients["resid_post", layers - 1, "text"][:, positions].flatten(1)
+        behind = gradients["resid_post", layers - 1, "text"][:, here].flatten(1)
         made = turn.weight * (difference @ behind.to(difference).T).double().cpu()
         scores[start : start + len(difference), reader:, span] += made
 
@@ -136,12 +136,14 @@ def differences(
     model: Any, graph: Graph, ends: Mapping[str, Mapping[tuple, Tensor]], positions: Sequence[int]
 ) -> Float[Tensor, "writer pos d_model"]:
     """What each part wrote for the source, less what it wrote for the target."""
-    one, other = (writes_at(model, graph, ends[end], positions) for end in ("source", "target"))
-    like = one[graph.writers[0]]
-    found = like.new_empty(len(graph.writers), *like.shape)
-    for at, name in enumerate(graph.writers):
-        torch.sub(one[name], other[name], out=found[at])
-    return found
+    source, target = (sliced(graph, ends[end], positions) for end in ("source", "target"))
+    image = among(graph, positions)
+    if not any(graph.writing.behind):  # writing is linear, so the difference itself is written
+        apart = {site: x - target[site] for site, x in source.items() if site in target}
+        made = written(model, graph.writing, apart, image)
+        return torch.stack([made[name] for name in graph.writers])
+    one, other = (written(model, graph.writing, some, image) for some in (source, target))
+    return torch.stack([one[name] - other[name] for name in graph.writers])
 
 
 def edges_shown(
@@ -162,27 +164,41 @@ def edges_shown(
     difference: dict[str, list[Tensor]] = {name: [] for name in names}
     everywhere = ready["target"]["resid_pre", 0, "text"].shape[1]
     for _, positions in pieces([range(everywhere)], graph.budget // (3 * BYTES * graph.width * len(graph.writers))):
-        one, other = (writes_at(model, graph, ready[end], positions) for end in ("source", "target"))
+        made = dict(zip(graph.writers, differences(model, graph, ready, positions), strict=True))
         for name in names:
-            difference[name].append(one[name] - other[name])
+            difference[name].append(made[name].clone())
     own = {site: x for site, x in ready["target"].items() if site[0] in ("q", "k", "v", "mlp_out")}
     return {"difference": {name: torch.cat(some) for name, some in difference.items()}, "own": own, "ends": ends}
 
 
-def writes_at(
-    model: Any, graph: Graph, read: Mapping[tuple, Tensor], positions: Sequence[int]
-) -> dict[str, Float[Tensor, "pos d_model"]]:
-    """What each part wrote in a run, at some positions."""
+def among(graph: Graph, positions: Sequence[int]) -> list[int]:
+    """Which of some positions are those of image tokens, by their place among them."""
+    tokens = set(graph.image)
+    return [at for at, position in enumerate(positions) if position in tokens]
+
+
+def sliced(graph: Graph, read: Mapping[tuple, Tensor], positions: Sequence[int]) -> dict[tuple, Tensor]:
+    """What was read of a language model's layers, at some positions."""
     tokens = {position: token for token, position in enumerate(graph.image)}
-    image = [at for at, position in enumerate(positions) if position in tokens]
-    chosen = [tokens[positions[at]] for at in image]
+    chosen = [tokens[positions[at]] for at in among(graph, positions)]
     some = {}
     for site, x in read.items():
         if site[0] == "deepstack":
             some[site] = x.flatten(0, 1)[chosen][None]
         elif site[2] == "text" and site[1] is not None:
-            some[site] = x[:, positions]
-    return written(model, graph.writing, some, image)
+            some[site] = x[:, stretch(positions)]
+    return some
+
+
+def stretch(positions: Sequence[int]) -> Sequence[int] | slice:
+    """Positions as a slice where they stand beside each other, so that nothing is copied.
+
+    Example:
+        >>> stretch([3, 4, 5]), stretch([3, 5])
+        (slice(3, 6, None), [3, 5])
+    """
+    together = list(positions) == list(range(positions[0], positions[0] + len(positions)))
+    return slice(positions[0], positions[0] + len(positions)) if together else positions
 
 
 def add_routes(
@@ -191,7 +207,7 @@ def add_routes(
     """Add each write's share of the sum that a reader reads, by how near it comes to it, as a mean over each span."""
     layers, size = len(graph.before), 6 * len(graph.writers)
     for span, positions in pieces(graph.spans, graph.budget // (BYTES * graph.width * size)):
-        parts = writes_at(model, graph, read, positions)
+        parts = written(model, graph.writing, sliced(graph, read, positions), among(graph, positions))
         stacked = torch.stack([parts[name] for name in graph.writers])
         length, reader = len(graph.spans[span]), 0
         for layer in range(layers):
