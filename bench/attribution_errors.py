@@ -7,10 +7,9 @@ one), and each method's estimates are held against that: Pearson's r over all no
 the 20 largest estimates that are among the 20 largest effects, by size. Figures are means over scenes with 95 %
 intervals. Estimates without sign (drop, atp*) are held against the effects' sizes.
 
-Edges are many: of each scene the `--edges` largest estimates of EAP-IG and as many random ones are patched exactly, and
-every method is held against these; that is no figure over all edges.
+Edges likewise, all of them, summed over positions; shares of information flow are held against the effects' sizes.
 
-    python bench/attribution_errors.py [--scenes 50] [--kinds resid_pre q k v z attn_out mlp_out] [--edges 100]
+    python bench/attribution_errors.py [--scenes 50] [--kinds resid_pre q k v z attn_out mlp_out] [--no-edges]
 """
 
 import argparse
@@ -79,27 +78,34 @@ def held(estimate: np.ndarray, exact: np.ndarray, signed: bool) -> tuple[float, 
 
 
 def nodes(vlm: mv.VLM, scenes: list, kinds: list[str]) -> xr.Dataset:
-    """For each scene, kind and method how well the estimates are."""
+    """For each scene, kind and method how good the estimates are."""
     found = np.full((2, len(scenes), len(kinds), len(METHODS)), np.nan)
     for scene, (source, target) in enumerate(tqdm(scenes, "nodes")):
-        for at, kind in enumerate(kinds):
-            every = mv.attribution_patching(vlm, source, target, METRIC, [kind], verify=10**6)
-            exact = every.exact.values[0]
-            places = {
-                "layer": every.node_layer[0],
-                "position": every.node_position[0],
-                **({} if every[kind].ndim < 3 else {every[kind].dims[2]: every.node_head[0]}),
-            }
-            order = {name: xr.DataArray(np.asarray(one), dims="node") for name, one in places.items()}
-            for number, (_, how) in enumerate(METHODS.items()):
-                made = (
-                    every
-                    if how["method"] == "atp"
-                    else mv.attribution_patching(vlm, source, target, METRIC, [kind], **how)
-                )
-                estimate = made[kind].sel(order).values
-                found[:, scene, at, number] = held(estimate, exact, bool(made.attrs.get("signed", 1)))
+        every = mv.attribution_patching(vlm, source, target, METRIC, kinds, verify=10**6)
+        for number, how in enumerate(METHODS.values()):
+            made = mv.attribution_patching(vlm, source, target, METRIC, kinds, **how)
+            for at, kind in enumerate(kinds):
+                patched = every.sel(kind=kind)
+                there = patched.exact.notnull().values
+                order = {"layer": patched.node_layer, "position": patched.node_position}
+                order |= {str(dim): patched.node_head for dim in made[kind].dims[2:]}
+                places = {name: xr.DataArray(one.values[there], dims="node") for name, one in order.items()}
+                estimate = made[kind].sel(places).values
+                found[:, scene, at, number] = held(estimate, patched.exact.values[there], bool(made.attrs["signed"]))
     return tabled(found, kind=kinds, method=list(METHODS))
+
+
+def edges(vlm: mv.VLM, scenes: list) -> xr.Dataset:
+    """For each scene and method how good the scores of edges are."""
+    found = np.full((2, len(scenes), 1, len(EDGE_METHODS)), np.nan)
+    for scene, (source, target) in enumerate(tqdm(scenes, "edges")):
+        exact = mv.edge_attribution(vlm, source, target, METRIC, method="exact").score.values
+        there = np.isfinite(exact)
+        for number, how in enumerate(EDGE_METHODS.values()):
+            score = mv.edge_attribution(vlm, source, target, METRIC, **how).score.values[there]
+            signed = how["method"] != "information-flow-routes"
+            found[:, scene, 0, number] = held(score, exact[there], signed)
+    return tabled(found, kind=["edges"], method=list(EDGE_METHODS))
 
 
 def tabled(found: np.ndarray, **axes: list[str]) -> xr.Dataset:
@@ -129,15 +135,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=50)
     parser.add_argument("--kinds", nargs="*", default=["resid_pre", "q", "k", "v", "z", "attn_out", "mlp_out"])
-    parser.add_argument("--edges", type=int, default=100)
+    parser.add_argument("--edges", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    torch.set_num_threads(torch.get_num_threads())
+    torch.set_num_threads(arguments.threads)
     vlm = mv.load("demo")
     scenes = [both for _, both in zip(range(arguments.scenes), pairs(vlm), strict=False)]
     print(f"{len(scenes)} scenes; torch {torch.__version__}, transformers {transformers.__version__}\n")
     if arguments.kinds:
         shown(nodes(vlm, scenes, arguments.kinds), "kind")
+    if arguments.edges:
+        shown(edges(vlm, scenes), "kind")
 
 
 if __name__ == "__main__":
