@@ -40,7 +40,7 @@ OFF = 0.02
 
 def circuit_faithfulness(
     vlm: VLM,
-    circuits: Circuit | Sequence[Circuit] | xr.Dataset,
+    circuits: Circuit | Sequence[Circuit] | xr.Dataset | Sequence[xr.Dataset],
     sources: Prompt | Sequence[Prompt],
     targets: Prompt | Sequence[Prompt],
     metric: Metric | Sequence[Metric],
@@ -60,7 +60,8 @@ def circuit_faithfulness(
     nothing is left of the behaviour. Choose circuits on other examples than those they are tested on.
 
     Args:
-        circuits: one or several, the smaller first; or scores (see `choose_circuit`), of which `sizes` are taken.
+        circuits: one or several, the smaller first; or scores, one result or several (see `choose_circuit`), of which
+            `sizes` are taken.
         sources, targets: for each example the prompt that spoils the answer, and the one whose answer is explained.
         metric: one for all examples, or one for each.
         sizes: where scores are given: how many edges or nodes each circuit is to have, before those are left out that
