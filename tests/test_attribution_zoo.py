@@ -169,24 +169,23 @@ def test_a_path_of_embeddings_is_a_loop_over_what_the_language_model_is_called_w
 
 
 @every
-@pytest.mark.parametrize("kind", ["q", "k"])
-def test_queries_and_keys_make_the_pattern_that_the_model_makes_of_them(case: str, kind: str) -> None:
+def test_queries_and_keys_make_the_pattern_that_the_model_makes_of_them(case: str) -> None:
     vlm, real, null = made(case)
     layer = max(at for at, kinds in enumerate(vlm.shape.kinds["text"]) if "q" in kinds)
-    found = mv.attribution_patching(vlm, real, null, METRIC, [kind], method="qk", layers=[layer])[kind]
+    every = mv.attribution_patching(vlm, real, null, METRIC, ["q", "k"], method="qk", layers=[layer])
     yes, no = (own_gradients(vlm, null, token) for token in (30, 31))
-    site = mv.Site("pattern", layer)
+    site, sites = mv.Site("pattern", layer), {kind: mv.Site(kind, layer) for kind in ("q", "k")}
     before, of_pattern = own_patterns(vlm, null)[site].double(), (yes[site] - no[site]).double()
-    source = vlm.run(real, [mv.Site(kind, layer)])[mv.Site(kind, layer)]
+    run = vlm.run(real, list(sites.values()))
     kernel, vlm.attention = vlm.attention, "eager"
     try:
-        for position in (null.image[0], len(null) - 1):
-            for head in range(source.shape[2]):
-                put: Any = lambda x, at=position, head=head: put_in(x, source, at, head)  # noqa: E731
-                made_anew = vlm.run(null, [site], [mv.Edit(mv.Site(kind, layer), put)])[site].double()
-                expected = float(((made_anew - before) * of_pattern).sum())
-                estimate = float(found.sel(layer=layer, position=position)[head])
-                assert estimate == pytest.approx(expected, rel=1e-3, abs=1e-3 * float(np.abs(found).max()))
+        for kind, where in sites.items():
+            found, source = every[kind].sel(layer=layer), run[where]
+            for position, head in ((null.image[0], 0), (len(null) - 1, source.shape[2] - 1)):
+                put: Any = lambda x, of=source, at=position, head=head: put_in(x, of, at, head)  # noqa: E731
+                anew = vlm.run(null, [site], [mv.Edit(where, put)])[site].double()
+                estimate, most = float(found.sel(position=position)[head]), float(np.abs(found).max())
+                assert estimate == pytest.approx(float(((anew - before) * of_pattern).sum()), rel=1e-3, abs=1e-3 * most)
     finally:
         vlm.attention = kernel
 
