@@ -104,17 +104,25 @@ def _add(about: Held, kept: Held, total: Held, left: list, passes: int, read: He
         for key in [key for key in known if key not in about["anew"]]:
             there = kept["target", key] if about["inputs"] else _row(read[key], row, len(own))
             given = kept.pop(("source", key)) if last else kept["source", key]
-            products[key] = (given.double() - there.double()) * known[key].double()
+            products[key] = _product(given, there, known[key])
         found = {key: _at_nodes(about, key, products) for key in about["sites"]}
         for (_, *where), kinds in about["anew"].items():
             for kind, value in zip(kinds, known["pattern", *where], strict=True):
                 by_position = value.double().sum(0)
                 found[kind, *where] = by_position if kind == "k" else _under(about["places"], by_position)
         if about["inputs"]:
-            found["inputs"] = torch.stack([products[key].sum().cpu() for key in about["inputs"]]).sum()
+            found["inputs"] = torch.stack(
+                [products[key].sum(dtype=torch.float64).cpu() for key in about["inputs"]]
+            ).sum()
         for key, value in found.items():
             total[key] = total.get(key, 0.0) + weight * (value.abs() if about["sized"] else value)
     return None if left else total
+
+
+def _product(source: Tensor, target: Tensor, gradient: Tensor) -> Tensor:
+    """The difference of two activations times a gradient, in 32 bits at least; its sums are in 64."""
+    wide = torch.promote_types(source.dtype, torch.float32)
+    return (source.to(wide) - target.to(wide)).mul_(gradient.to(wide))
 
 
 def _row(held: Any, row: int, rows: int) -> Any:
@@ -128,16 +136,16 @@ def _at_nodes(about: Held, key: tuple, products: Products) -> Tensor:
     """The products at a site, summed over all that a patch of a node changes, over position, span or key, and head."""
     kind, layer = key[:2]
     added = [
-        products[other].sum(-1).flatten().to(products[key].device)
+        products[other].sum(-1, dtype=torch.float64).flatten().to(products[key].device)
         for other in about["added"]
         if kind in (*STREAM, FEATURES) and (layer is None or other[1] >= layer)
     ]
     if kind != FEATURES:
-        found = products[key].sum(-1).sum(0)  # all tiles of a picture together
+        found = products[key].sum(-1, dtype=torch.float64).sum(0)  # all tiles of a picture together
         if added:
             found[about["image"]] += torch.stack(added).sum(0)
         return _under(about["places"], found)
-    tokens = torch.stack([products[key].sum(-1).flatten(), *added]).sum(0)
+    tokens = torch.stack([products[key].sum(-1, dtype=torch.float64).flatten(), *added]).sum(0)
     if about["keyed"]:
         return tokens
     found = tokens.new_zeros(about["length"])
