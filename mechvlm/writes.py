@@ -2,7 +2,7 @@
 
 Rule this module guards: the parts sum to the stream. Where a norm, a gate or a factor stands behind attention, what a
 head adds is what that leaves of it, with the norm's scale as it was in that run; what no part writes (the biases of the
-attention's outputs) is a part of its own, "bias".
+attention's outputs, and what rounding behind such a norm leaves) is a part of its own, "bias".
 
 >>> run = vlm.run(real, read=[*write_sites(vlm), "text.7.resid_post"])
 >>> from mechvlm.plan import key_of
@@ -36,6 +36,7 @@ class Writing:
         out: for each layer the path of the matrix behind its heads.
         kinds: for each layer "z", or "cross_z" where it attends to the picture's features.
         behind: for each layer whether a norm, a gate or a factor stands behind that matrix.
+        norms: for each layer the path of the norm; empty where there is none.
         added: the layers behind which deep-stack adds features to the image tokens.
     """
 
@@ -43,6 +44,7 @@ class Writing:
     out: tuple[str, ...]
     kinds: tuple[str, ...]
     behind: tuple[bool, ...]
+    norms: tuple[str, ...]
     added: tuple[int, ...]
 
 
@@ -54,14 +56,15 @@ def writing(vlm: Any) -> Writing:
         (('z', 'z'), (False, False))
     """
     stack: Stack = vlm.arch.stacks["text"]
-    out, kinds = [], []
+    out, kinds, norms = [], [], []
     for (where, index), block in zip(stack.layers, stack.blocks, strict=True):
         path = f"{where}.{index}.{block.attention or block.cross}"
         out.append(f"{path}.{names_of(at(vlm.hf, path))[-1]}")
         kinds.append("z" if block.attention else "cross_z")
+        norms.append(f"{where}.{index}.{block.attn_out}" if block.attn_out else "")
     behind = tuple(block.attn_out is not None or block.attn_scale is not None for block in stack.blocks)
     added = tuple(layer for layer, those in enumerate(vlm.shape.kinds["text"]) if "deepstack" in those)
-    return Writing(vlm.shape.heads["text"], tuple(out), tuple(kinds), behind, added)
+    return Writing(vlm.shape.heads["text"], tuple(out), tuple(kinds), behind, tuple(norms), added)
 
 
 def write_sites(vlm: Any, pictures: bool = True) -> list[Site]:
@@ -114,7 +117,11 @@ def written(
 def head_writes(
     model: Any, how: Writing, layer: int, z: Float[Tensor, "pos head d_head"], out: Tensor | None = None
 ) -> tuple[Float[Tensor, "pos head d_model"], Float[Tensor, "*pos d_model"]]:
-    """What each head of a layer adds to the residual stream, and what their shared bias does.
+    """What each head of a layer adds to the residual stream, and what of the sum no head does.
+
+    A norm, with its scale as it was, multiplies each number by one that all heads share. That is asked of the norm. It
+    is not found by dividing what left the norm by what entered it, which are next to nothing where heads cancel, so
+    that the quotient is made of rounding.
 
     Args:
         model: the nnsight model, where it runs.
@@ -127,7 +134,36 @@ def head_writes(
     bias = parts[0, 0] * 0 if own is None else held(model._module, f"{path}.bias").to(z)
     if out is None:
         return parts, bias
-    # A norm with its scale as it was, a gate and a factor all multiply each number by one that all heads share.
     whole = parts.sum(1) + bias
-    factor = torch.where(whole == 0, torch.zeros_like(whole), out.to(whole) / whole)
-    return parts * factor.unsqueeze(1), bias * factor
+    norm = how.norms[layer]
+    factor = gains(at(model, norm), whole) if norm else multiple(whole, out.to(whole))
+    parts = parts * factor.to(parts).unsqueeze(-2)
+    return parts, out.to(parts) - parts.sum(1)
+
+
+def gains(norm: Any, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
+    """What a norm that takes no mean away multiplies each number of a vector by.
+
+    It multiplies all vectors of one length alike, so it is asked with numbers that are all the same.
+
+    Example:
+        >>> gains(torch.nn.RMSNorm(2, eps=0.0), torch.tensor([[3.0, -3.0]]))
+        tensor([[0.3333, 0.3333]])
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    length = wide.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-12)
+    with torch.no_grad():
+        found: Tensor = norm(length.expand(wide.shape)) / length
+    return found
+
+
+def multiple(x: Float[Tensor, "pos d_model"], out: Float[Tensor, "pos d_model"]) -> Float[Tensor, "1 1"]:
+    """The number by which a gate or a factor multiplies everything; 0 where there is nothing.
+
+    Example:
+        >>> multiple(torch.tensor([[1.0, -2.0]]), torch.tensor([[0.5, -1.0]]))
+        tensor([[0.5000]])
+    """
+    one, other = (some.to(torch.promote_types(some.dtype, torch.float32)) for some in (x, out))
+    square = one.square().sum()
+    return torch.where(square > 0, (one * other).sum() / square, torch.zeros_like(square)).reshape(1, 1)
