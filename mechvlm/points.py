@@ -63,6 +63,22 @@ def rows_for(prompt: Prompt) -> int:
     return min(ROWS_AT_ONCE, max(1, POSITIONS_AT_ONCE // len(prompt)))
 
 
+def rows_at_once(batch_size: int | None, otherwise: int) -> int:
+    """How many rows one pass has.
+
+    Raises:
+        ValueError: for a batch size below one.
+
+    Example:
+        >>> rows_at_once(None, 8), rows_at_once(2, 8)
+        (8, 2)
+    """
+    size = otherwise if batch_size is None else whole("batch_size", batch_size)
+    if size < 1:
+        raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
+    return size
+
+
 def way_of(
     vlm: Any,
     prompt: Prompt,
@@ -81,10 +97,8 @@ def way_of(
     Raises:
         ValueError, TypeError: for a number of rows below one, or edits that cannot be.
     """
-    if rows is not None and whole("batch_size", rows) < 1:
-        raise ValueError(f"batch_size={rows} runs nothing; give 1 or more.")
+    size = rows_at_once(rows, rows_for(prompt))
     asked = list(range(len(variants))) if points is None else list(points)
-    size = rows_for(prompt) if rows is None else rows
     if variants:
         vlm.plan([prompt], variants=list(variants))  # what cannot be is said before anything runs
     if not fast or len(asked) < FEW or vlm.place.remote:

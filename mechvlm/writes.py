@@ -26,6 +26,9 @@ from mechvlm.sites import Site
 from mechvlm.walk import at
 from mechvlm.weights import names_of
 
+SUMS = ("resid_pre", "attn_out", "resid_mid", "resid_post")
+"""Sites of what several parts write together, an edit of which is no part's."""
+
 
 @dataclass(frozen=True)
 class Writing:

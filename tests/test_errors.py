@@ -833,8 +833,8 @@ LATER: list[Case] = [
         lambda: circuit_metrics(zoo.build("mllama"), asked_of("mllama"), asked_of("mllama"), [], YES),
     ),
     (
-        "steer by 1 at text.1.resid_post is an edit of the residual stream, which a circuit's parts are given piece by "
-        "piece; run circuits of vlm.without_edits(), or edit what a part writes.",
+        "steer by 1 at text.1.resid_post is an edit of a sum of what parts write, and a circuit is run part by part; "
+        "run circuits of vlm.without_edits(), or edit z or mlp_out.",
         lambda: circuit_metrics(
             vlm().with_edits([mv.steer("text.1.resid_post", torch.ones(1), 1.0)]), real(), real(), [], YES
         ),
@@ -1605,6 +1605,11 @@ PATCHING: list[Case] = [
         lambda: mv.attribution_patching(vlm().with_edits([halved()]), real(), real(), YES, ["k"], method="qk"),
     ),
     ("verify=-1 patches nothing; give 0 or more nodes.", lambda: attributed(verify=-1)),
+    (
+        "104 estimates of text.0.z are nan; give a metric whose gradient is finite at these logits, or load the model "
+        "in float32.",
+        lambda: mv.attribution_patching(vlm(), real(), real(), lambda logits: (logits[:, 0] * 0).sqrt(), ["z"]),
+    ),
     (
         "method='ig' is not known; choose from 'eap', 'eap-ig', 'clean-corrupted', 'ig-activations', "
         "'information-flow-routes', 'exact'.",

@@ -63,6 +63,30 @@ def chosen_nodes(estimates: Mapping[str, xr.DataArray], count: int, seed: int) -
     return found
 
 
+def unpatched(estimates: Mapping[str, xr.DataArray], nodes: Mapping[str, Sequence[Node]]) -> dict[str, int]:
+    """For each kind, how many nodes were not chosen.
+
+    Example:
+        >>> unpatched({"mlp_out": xr.DataArray([[1.0, -3.0, np.nan]])}, {"mlp_out": []})
+        {'mlp_out': 2}
+    """
+    return {kind: int(np.isfinite(table.values).sum()) - len(nodes[kind]) for kind, table in estimates.items()}
+
+
+def check_finite(what: str, values: Float[np.ndarray, "..."]) -> None:
+    """Refuse estimates that are no numbers.
+
+    Raises:
+        ValueError: for one that is not finite.
+    """
+    wrong = values[~np.isfinite(values)]
+    if wrong.size:
+        raise ValueError(
+            f"{wrong.size} estimates of {what} are {wrong[0]}; give a metric whose gradient is finite at these logits, "
+            "or load the model in float32."
+        )
+
+
 def _node(kind: str, table: xr.DataArray, at: int, drawn: str) -> Node:
     """The node at a place of a table, counted through all of it."""
     where = dict(zip(table.dims, map(int, np.unravel_index(at, table.shape)), strict=True))
@@ -73,13 +97,17 @@ def _node(kind: str, table: xr.DataArray, at: int, drawn: str) -> Node:
 
 
 def checked(
-    nodes: Mapping[str, Sequence[Node]], exact: Mapping[str, np.ndarray], count: int, dim: str, sized: bool = False
+    nodes: Mapping[str, Sequence[Node]],
+    exact: Mapping[str, np.ndarray],
+    left: Mapping[str, int],
+    dim: str,
+    sized: bool = False,
 ) -> xr.Dataset:
     """What was estimated beside what the patches did, and how well the two agree, for each kind.
 
     Args:
         exact: by kind, of each of its nodes.
-        count: how many nodes were asked for.
+        left: by kind, how many nodes were not patched.
         dim: what a node's place is, "position" or "span".
         sized: whether estimates have no sign, so that they are compared with the sizes of what the patches did.
 
@@ -96,7 +124,7 @@ def checked(
     drawn = {kind: np.array([node.drawn for node in nodes[kind]]) for kind in kinds}
     truth = {kind: np.abs(exact[kind]) if sized else exact[kind] for kind in kinds}
     agreed = [[_both(values[kind], truth[kind], drawn[kind], among) for among in AMONG] for kind in kinds]
-    ends = [_ends(values[kind], truth[kind], drawn[kind], count) for kind in kinds]
+    ends = [_ends(values[kind], truth[kind], drawn[kind], left[kind]) for kind in kinds]
     padded = [np.append(exact[kind], np.full(most - len(exact[kind]), np.nan)) for kind in kinds]
     found: dict[str, Any] = {
         "estimate": table(lambda node: node.estimate, np.nan),
@@ -120,7 +148,7 @@ def _both(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, among: str
     return correlation(estimate[here], exact[here]), correlation(ranks(estimate[here]), ranks(exact[here]))
 
 
-def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, count: int) -> tuple[float, float, float]:
+def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, left: int) -> tuple[float, float, float]:
     """How many of the top are in truth, the largest error of a random node, and how many others may have a larger."""
     top, random = drawn == "top", drawn == "random"
     least = np.sort(np.abs(exact))[::-1][top.sum() - 1]
@@ -128,7 +156,7 @@ def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, count: int
     if not random.any():
         return precision, float("nan"), 0.0
     missed = float(np.abs(exact - estimate)[random].max())
-    return precision, missed, 0.0 if random.sum() < count else 1 - UNSEEN ** (1 / random.sum())
+    return precision, missed, 1 - UNSEEN ** (1 / random.sum()) if left else 0.0
 
 
 def ranks(values: Float[np.ndarray, " value"]) -> Float[np.ndarray, " value"]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from mechvlm.experiments.attributed_checks import Node, checked, chosen_nodes
+from mechvlm.experiments.attributed_checks import Node, check_finite, checked, chosen_nodes, unpatched
 from mechvlm.experiments.attributed_nodes import Nodes, tables
 from mechvlm.experiments.attributed_passes import estimated
 from mechvlm.experiments.attributed_ways import completeness_of, passes_of, way_of
@@ -26,7 +26,7 @@ from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done, unsaid
-from mechvlm.sites import whole
+from mechvlm.sites import Site, whole
 from mechvlm.vlm import VLM
 
 MISSED = (
@@ -118,7 +118,8 @@ def attribution_patching(
     Raises:
         ValueError: where positions cannot be matched; for another kind, method, path or rule, positions that are not
             there, a negative `verify`, a layer without the kind; `steps`, `path` or `rule` of a method that has no
-            path; a path behind the nodes, or of the picture alone where words differ.
+            path; a path behind the nodes, or of the picture alone where words differ; and where the metric's gradient
+            is no finite number.
         TypeError: for kinds that are no list.
 
     Example:
@@ -141,6 +142,8 @@ def attribution_patching(
     count, drawn = _count(verify), whole("seed", seed)
     way, how = way_of(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
     source_end, target_end, sums = done(vlm, estimated(vlm, source, target, metric, nodes, way, batch_size))
+    for key, values in sums.items():
+        check_finite(str(key if isinstance(key, str) else Site(*key)), values)
     made = tables(vlm, target, nodes, {key: x / (passes_of(vlm, key) if way.sized else 1) for key, x in sums.items()})
     said = f"estimated {'size of the ' * way.sized}change of {metric_name(metric)}"
     named = {kind: one.assign_attrs(long_name=said, units=metric_unit(metric)) for kind, one in made.items()}
@@ -156,7 +159,7 @@ def attribution_patching(
         exact, engine = done(vlm, _patched(vlm, source, target, metric, nodes, picked, batch_size))
         changed = {kind: values - target_end for kind, values in exact.items()}
         dim = "position" if nodes.places is None else "span"
-        found = found.merge(_with_units(checked(picked, changed, count, dim, way.sized), metric))
+        found = found.merge(_with_units(checked(picked, changed, unpatched(made, picked), dim, way.sized), metric))
         about |= {"verify": count, "seed": drawn, "engine": engine, "missed_says": MISSED + UNSIGNED * way.sized}
     return found.assign_attrs(record(vlm, [source, target], metric, **about))
 

@@ -18,12 +18,13 @@ from mechvlm.matching import check_matched
 from mechvlm.metrics import Metric
 from mechvlm.nodes import feeds, readers, writers
 from mechvlm.passes import pass_of
+from mechvlm.points import rows_at_once
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import unsaid
-from mechvlm.sites import told, whole
+from mechvlm.sites import told
 from mechvlm.vlm import VLM
 from mechvlm.wired import Edges, run_wired, wires_of
-from mechvlm.writes import write_sites, writing
+from mechvlm.writes import SUMS, write_sites, writing
 
 ROWS = 64
 """How many rows one pass has, unless a single circuit needs more."""
@@ -53,7 +54,7 @@ def circuit_metrics(
 
     Raises:
         ValueError: where positions cannot be matched; for an edge that is none; for a model whose layers attend to the
-            picture's features beside the residual stream; for a model with edits of the residual stream.
+            picture's features beside the residual stream; for a model with edits of sums of what parts write.
 
     Example:
         >>> edges = [("image", "a0.h7<q>", None), ("a0.h7", "logits", "last")]
@@ -74,9 +75,7 @@ def circuit_metrics(
     value, held = partial(metric_values, vlm.metric(metric)), dict[tuple, Any]()
     read = [pass_of(vlm, held, other, read=write_sites(vlm, bool(other.image)), value=unsaid) for other in others]
     passes, start = [], 0
-    size = ROWS if batch_size is None else whole("batch_size", batch_size)
-    if size < 1:
-        raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
+    size = rows_at_once(batch_size, ROWS)
     while start < len(wanted):
         some = max(1, size // wires_of(vlm.shape, wanted[start : start + 1], of_position, spans).rows)
         wires = wires_of(vlm.shape, wanted[start : start + some], of_position, spans)
@@ -94,11 +93,11 @@ def _checked(vlm: VLM) -> None:
             f"layers of {vlm.name} attend to the picture's features beside the residual stream, so a circuit of its "
             "parts cannot be run; patch their heads with mv.patch_heads(..., kind='cross_z')."
         )
-    edited = [edit for edit in vlm.edits if edit.site.kind.startswith("resid_") and edit.site.tower == "text"]
+    edited = [edit for edit in vlm.edits if edit.site.kind in SUMS and edit.site.tower == "text"]
     if edited:
         raise ValueError(
-            f"{edited[0]} is an edit of the residual stream, which a circuit's parts are given piece by piece; run "
-            "circuits of vlm.without_edits(), or edit what a part writes."
+            f"{edited[0]} is an edit of a sum of what parts write, and a circuit is run part by part; run circuits of "
+            "vlm.without_edits(), or edit z or mlp_out."
         )
 
 

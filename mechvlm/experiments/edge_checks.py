@@ -15,7 +15,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import metric_values
-from mechvlm.experiments.attributed_checks import checked, chosen_nodes
+from mechvlm.experiments.attributed_checks import checked, chosen_nodes, unpatched
 from mechvlm.experiments.edge_patches import edge_edits, restored_sites
 from mechvlm.experiments.edge_products import Graph, Turn, edges_shown
 from mechvlm.experiments.sweep import measuring
@@ -80,13 +80,15 @@ def edges_patched(
         sizes: whether the scores are sizes without a sign, in another unit than the metric's.
     """
     flat = xr.DataArray(score.values.reshape(1, -1), dims=["layer", "position"], coords={"layer": [0]})
-    nodes = chosen_nodes({"edge": flat.assign_coords(position=np.arange(flat.size))}, verify, seed)
+    table = {"edge": flat.assign_coords(position=np.arange(flat.size))}
+    nodes = chosen_nodes(table, verify, seed)
     places = [np.unravel_index(node.place, score.shape) for node in nodes["edge"]]
     edges = [
         (str(score.writer.values[at[0]]), str(score.reader.values[at[1]]), int(at[2]) if at[2:] else 0) for at in places
     ]
     changes, _, how = patched_exactly(vlm, *prompts, metric, graph, edges, batch_size)
-    found = checked(nodes, {"edge": np.abs(changes) if sizes else changes}, verify, "position")
+    made = {"edge": np.abs(changes) if sizes else changes}
+    found = checked(nodes, made, unpatched(table, nodes), "position")
     found = found.drop_vars(["node_layer", "node_position", "node_head"])
     if sizes:
         found = found.drop_vars(["missed", "missed_share"])

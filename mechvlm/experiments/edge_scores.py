@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import check_fired
+from mechvlm.experiments.attributed_checks import check_finite
 from mechvlm.experiments.attributed_patches import MISSED
 from mechvlm.experiments.edge_checks import edges_patched, patched_exactly
 from mechvlm.experiments.edge_products import Graph, edges_scored
@@ -28,12 +29,13 @@ from mechvlm.experiments.exchange import matched, patched_with
 from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.metrics import Metric
 from mechvlm.nodes import Node, feeds, readers, writers
+from mechvlm.points import rows_at_once
 from mechvlm.prompt import Prompt
 from mechvlm.reads import inputs_of
 from mechvlm.shapes import Shape
 from mechvlm.sites import told, whole, whole_numbers
 from mechvlm.vlm import VLM
-from mechvlm.writes import writing
+from mechvlm.writes import SUMS, writing
 
 VALUES = {
     "eap": "(source - target) of the write times the metric's gradient at the reader's input in the target's run",
@@ -94,7 +96,8 @@ def edge_attribution(
 
     Raises:
         ValueError: where positions cannot be matched; for a method, points or spans that are not known, fewer than one
-            step, a negative `verify`, or one where every edge is patched anyway.
+            step, a negative `verify`, or one where every edge is patched anyway; a batch of no rows; or a gradient of
+            the metric that is no finite number.
         TypeError: for spans that are no lists of positions.
 
     Example:
@@ -109,9 +112,11 @@ def edge_attribution(
     matched(vlm, source, target, range(vlm.shape.layers["text"]))
     _check_edits(vlm)
     count = _checked(method, steps, points, verify)
+    rows_at_once(batch_size, 1)
     chosen = _spans(target, spans)
     graph = graph_of(vlm, target, list(chosen.values()))
     score, ends, about = _scored(vlm, source, target, metric, graph, method, steps, points, batch_size)
+    check_finite("edges", score)
     table = _table(vlm, graph, score, list(chosen) if spans is not None else None)
     routes = method == "information-flow-routes"
     unit = "share" if routes else metric_unit(metric)
@@ -202,8 +207,7 @@ def _checked(method: object, steps: object, points: object, verify: object) -> i
 
 def _check_edits(vlm: VLM) -> None:
     """Refuse a model in which the stream is something else than the sum of what its parts write."""
-    kinds = ("resid_pre", "attn_out", "resid_mid", "resid_post")
-    edited = [edit for edit in vlm.edits if edit.site.kind in kinds and edit.site.tower == "text"]
+    edited = [edit for edit in vlm.edits if edit.site.kind in SUMS and edit.site.tower == "text"]
     if edited:
         raise ValueError(
             f"{edited[0]} is an edit of sums of what parts write, and edges are of the parts; take the edges of "

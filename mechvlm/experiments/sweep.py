@@ -26,11 +26,11 @@ from mechvlm.experiments.record import one_prompt, record
 from mechvlm.experiments.shards import Shards
 from mechvlm.fingerprints import fingerprint, weights_print
 from mechvlm.metrics import Metric, probability
-from mechvlm.points import answering, rows_for, way_of
+from mechvlm.points import answering, rows_at_once, rows_for, way_of
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done
 from mechvlm.run import Run
-from mechvlm.sites import Site, listed, told, whole
+from mechvlm.sites import Site, listed, told
 from mechvlm.units import progress, stretches, taken
 from mechvlm.vlm import VLM
 
@@ -232,9 +232,7 @@ def asked_of(
         >>> len(asked_of(real, [[]] * 5, batch_size=2))
         3
     """
-    size = rows_for(prompt) if batch_size is None else whole("batch_size", batch_size)
-    if size < 1:
-        raise ValueError(f"batch_size={size} runs nothing; give 1 or more.")
+    size = rows_at_once(batch_size, rows_for(prompt))
     groups = [variants[start : start + size] for start in range(0, len(variants), size)]
     same = {"prompt": prompt, "read": read or (), "grad_of": grad_of, "reduce": reduce, "value": value}
     return [{**same, "variants": rows} for rows in groups]
