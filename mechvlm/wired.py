@@ -134,7 +134,8 @@ class Wired(Visit):
         shape = (wires.circuits, len(wires.writers), *other["embed"].shape)
         # How far what each part writes here is from what it wrote in the other run; later parts have written nothing.
         self.changes = other["embed"].new_zeros(shape)
-        self.base = other["embed"].new_zeros((wires.circuits, *other["embed"].shape))
+        wide = torch.promote_types(self.changes.dtype, torch.float32)  # parts are many, and rounded once each
+        self.base = self.changes.new_zeros((wires.circuits, *other["embed"].shape), dtype=wide)
         self.z: Tensor | None = None
         self.before: list[str] = []
 
@@ -203,7 +204,7 @@ class Wired(Visit):
         found = self.base.unsqueeze(1).repeat(1, mask.shape[1], 1, 1)
         for span in range(mask.shape[-1]):
             here = (self.wires.spans == span).nonzero()[:, 0].to(found.device)
-            change = torch.einsum("crw,cwpd->crpd", mask[..., span].to(found), self.changes[:, :, here])
+            change = torch.einsum("crw,cwpd->crpd", mask[..., span].to(self.changes), self.changes[:, :, here])
             found[:, :, here] += change
         x = x.clone()
         rows = torch.arange(self.wires.rows)[: mask.shape[1]]

@@ -12,7 +12,7 @@ import zoo
 from plain import Plain
 
 import mechvlm as mv
-from mechvlm.experiments.attributed_checks import correlation, ranks
+from mechvlm.experiments.attributed_checks import checked, chosen_nodes, correlation, ranks, unpatched
 
 PLANTED = mv.logit_difference(planted.YES, planted.NO)
 YES = mv.logit_difference("yes", "no")
@@ -174,6 +174,16 @@ def test_the_share_of_the_top_that_is_in_truth_there(found: xr.Dataset) -> None:
         assert float(of.precision) == len({0, 1} & set(best)) / 2
         assert float(of.missed) == np.abs(of.exact - of.estimate).values[2:].max()
         assert float(of.missed_share) == pytest.approx(1 - 0.05**0.5)
+
+
+@pytest.mark.parametrize(("nodes", "share"), [(4, 0.0), (5, 1 - 0.05**0.5)])
+def test_nothing_is_unseen_where_every_node_was_patched(nodes: int, share: float) -> None:
+    table = xr.DataArray(np.arange(1.0, nodes + 1)[None], dims=["layer", "position"], coords={"layer": [0]})
+    estimates = {"z": table.assign_coords(position=range(nodes))}
+    picked = chosen_nodes(estimates, 2, 0)
+    exact = {"z": np.array([node.estimate for node in picked["z"]])}
+    found = checked(picked, exact, unpatched(estimates, picked), "position")
+    assert float(found.missed_share[0]) == pytest.approx(share)
 
 
 def test_the_figure_has_every_node_where_it_belongs(found: xr.Dataset) -> None:

@@ -171,6 +171,15 @@ def test_a_prompt_patched_with_itself_changes_nothing(vlm: mv.VLM, real: mv.Prom
     assert not np.nan_to_num(found.score.values).any()
 
 
+def test_spans_may_be_a_function_of_the_target(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt) -> None:
+    method = "information-flow-routes"
+    found, named = (
+        mv.edge_attribution(vlm, real, other, YES, method, spans=spans)
+        for spans in (mv.image_regions, mv.image_regions(other))
+    )
+    xr.testing.assert_identical(found.score, named.score)
+
+
 @zoo.second_environment
 def test_gradients_at_both_ends_are_averaged(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, found: xr.Dataset) -> None:
     both = mv.edge_attribution(vlm, real, other, YES, "clean-corrupted").score

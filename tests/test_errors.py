@@ -1621,6 +1621,9 @@ PATCHING: list[Case] = [
     ),
     ("steps=0 takes no gradient; give 1 or more.", lambda: edges_scored(steps=0)),
     ("verify=-1 patches nothing; give 0 or more edges.", lambda: edges_scored(verify=-1)),
+    ("batch_size=0 runs nothing; give 1 or more.", lambda: edges_scored("eap", batch_size=0)),
+    ("seed=-1 is no seed of random draws; give 0 or more.", lambda: edges_scored("eap", seed=-1)),
+    ("seed=-1 is no seed of random draws; give 0 or more.", lambda: attributed(seed=-1)),
     (
         "verify=2 patches edges that method='exact' patches anyway; leave it out.",
         lambda: edges_scored("exact", verify=2),
@@ -1799,6 +1802,11 @@ PATHS: list[Case] = [
         "senders draws a variable of path_patching, and was given a DataArray without senders; write for instance "
         "mv.plot.senders(found.normalised).",
         lambda: mv.plot.senders(by_position()),
+    ),
+    (
+        "prompt 0 is patched at one position, whose order cannot be random, so control='permuted' would be the patch "
+        "itself; say control='other' or None.",
+        lambda: patched_back(positions="last"),
     ),
     (
         "back_patching measures a metric, or whether answers are right; give one of metric= and answers=.",

@@ -91,6 +91,21 @@ def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos[0] + torch.cat([-x[:, half:], x[:, :half]], -1) * sin[0]
 
 
+@zoo.second_environment
+def test_what_many_parts_wrote_is_summed_in_single_precision_at_least() -> None:
+    def difference(logits: Tensor) -> Tensor:
+        return logits[:, 30].float() - logits[:, 31].float()
+
+    gaps = []
+    for seed in range(3):
+        model: Any = tiny.model(2, "sdpa", torch.bfloat16, layers=6, heads=32, width=64, seed=seed)
+        vlm = mv.VLM(model, tiny.processor())
+        target, source = (vlm.prompt(tiny.picture(number), "is there a red cat ?") for number in (1, 2))
+        found = circuit_metrics(vlm, target, source, [[]], difference)
+        gaps.append(abs(float(found[0]) - float(difference(vlm.run(source).logits)[0])))
+    assert np.mean(gaps) < 0.035  # where sums are in half precision 0.06
+
+
 @pytest.mark.parametrize("name", ["llava", "llava_next-mistral"])
 def test_some_edges_give_what_a_forward_pass_reader_by_reader_gives(name: str) -> None:
     vlm, target, source = pair(name)

@@ -20,6 +20,7 @@ from mechvlm.experiments.attributed_checks import Node, check_finite, checked, c
 from mechvlm.experiments.attributed_nodes import Nodes, tables
 from mechvlm.experiments.attributed_passes import estimated
 from mechvlm.experiments.attributed_ways import completeness_of, passes_of, way_of
+from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.exchange import layers_of, matched, patched_with
 from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.experiments.sweep import measuring
@@ -117,9 +118,9 @@ def attribution_patching(
 
     Raises:
         ValueError: where positions cannot be matched; for another kind, method, path or rule, positions that are not
-            there, a negative `verify`, a layer without the kind; `steps`, `path` or `rule` of a method that has no
-            path; a path behind the nodes, or of the picture alone where words differ; and where the metric's gradient
-            is no finite number.
+            there, a negative `verify` or `seed`, a layer without the kind; `steps`, `path` or `rule` of a method that
+            has no path; a path behind the nodes, or of the picture alone where words differ; and where the metric's
+            gradient is no finite number.
         TypeError: for kinds that are no list.
 
     Example:
@@ -139,7 +140,7 @@ def attribution_patching(
     chosen = layers_of(vlm, tower, layers)
     matched(vlm, source, target, chosen, tower)
     nodes = Nodes.of(vlm, target, kinds, chosen, tower, positions, layers is not None)
-    count, drawn = _count(verify), whole("seed", seed)
+    count, drawn = _count(verify), check_seed(seed)
     way, how = way_of(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
     source_end, target_end, sums = done(vlm, estimated(vlm, source, target, metric, nodes, way, batch_size))
     for key, values in sums.items():

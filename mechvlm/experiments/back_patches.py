@@ -91,8 +91,9 @@ def back_patching(
         on others.
 
     Raises:
-        ValueError: for neither or both of metric and answers; layers of which none is later; another control; or
-            positions that differ in number from those of the prompt that the control takes.
+        ValueError: for neither or both of metric and answers; layers of which none is later; another control; one
+            position, whose order "permuted" cannot change; or positions that differ in number from those of the prompt
+            that the control takes.
         TypeError: for what are no prompts.
 
     Example:
@@ -219,6 +220,12 @@ def _others(
     """For each prompt what its control is made of."""
     if control is not None and control not in CONTROLS:
         raise ValueError(f"control={told(control)} is not known; choose from 'permuted', 'other', None.")
+    alone = [number for number, held in enumerate(at) if len(set(held)) < 2]
+    if control == "permuted" and alone:
+        raise ValueError(
+            f"prompt {alone[0]} is patched at one position, whose order cannot be random, so control='permuted' would "
+            "be the patch itself; say control='other' or None."
+        )
     if control != "other":
         return [control] * len(prompts)
     found: list[Any] = []

@@ -108,8 +108,23 @@ def check_draws(level: float, resamples: int, seed: int) -> None:
     check_level(level)
     if whole("resamples", resamples) < 1:
         raise ValueError(f"resamples={resamples} draws nothing; give for instance 1000.")
+    check_seed(seed)
+
+
+def check_seed(seed: int) -> int:
+    """A seed as it is.
+
+    Raises:
+        ValueError: for a negative one.
+        TypeError: for what is no whole number.
+
+    Example:
+        >>> check_seed(3)
+        3
+    """
     if whole("seed", seed) < 0:
         raise ValueError(f"seed={seed} is no seed of random draws; give 0 or more.")
+    return seed
 
 
 def check_level(level: float) -> None:

@@ -12,7 +12,7 @@ leaves everything else to the model.
 """
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ import xarray as xr
 from mechvlm.batch import check_fired
 from mechvlm.experiments.attributed_checks import check_finite
 from mechvlm.experiments.attributed_patches import MISSED
+from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.edge_checks import edges_patched, patched_exactly
 from mechvlm.experiments.edge_products import Graph, edges_scored
 from mechvlm.experiments.edge_turns import METHODS, POINTS, turns_of
@@ -56,7 +57,7 @@ def edge_attribution(
     method: str = "eap-ig",
     steps: int = 5,
     points: str = "midpoint",
-    spans: str | Mapping[str, Sequence[int]] | None = None,
+    spans: str | Mapping[str, Sequence[int]] | Callable[[Prompt], Mapping[str, Sequence[int]]] | None = None,
     verify: int = 0,
     seed: int = 0,
     batch_size: int | None = None,
@@ -80,7 +81,8 @@ def edge_attribution(
         points: "midpoint", the middles of equal stretches; "source", their ends nearer to the source, which is the
             published rule for edges; "target", those nearer to the target.
         spans: None sums over all positions; "each" keeps the target's spans apart; or positions under names of your
-            own. A position is where the write is written and read.
+            own, or a function from the target to them, such as `mv.image_regions`. A position is where the write is
+            written and read.
         verify: how many edges, those with the largest scores by size, are also patched exactly, and as many again,
             drawn at random from the others. 0: none.
         seed: of the draw.
@@ -96,8 +98,8 @@ def edge_attribution(
 
     Raises:
         ValueError: where positions cannot be matched; for a method, points or spans that are not known, fewer than one
-            step, a negative `verify`, or one where every edge is patched anyway; a batch of no rows; or a gradient of
-            the metric that is no finite number.
+            step, a negative `verify` or `seed`, or a `verify` where every edge is patched anyway; a batch of no rows;
+            or a gradient of the metric that is no finite number.
         TypeError: for spans that are no lists of positions.
 
     Example:
@@ -113,6 +115,7 @@ def edge_attribution(
     _check_edits(vlm)
     count = _checked(method, steps, points, verify)
     rows_at_once(batch_size, 1)
+    drawn = check_seed(seed)
     chosen = _spans(target, spans)
     graph = graph_of(vlm, target, list(chosen.values()))
     score, ends, about = _scored(vlm, source, target, metric, graph, method, steps, points, batch_size)
@@ -126,9 +129,9 @@ def edge_attribution(
     about |= {"value": VALUES[method], **patched_with(vlm, "denoise")}
     if count:
         both = (source, target)
-        more, engine = edges_patched(vlm, both, metric, graph, table, count, whole("seed", seed), routes, batch_size)
+        more, engine = edges_patched(vlm, both, metric, graph, table, count, drawn, routes, batch_size)
         found = found.merge(_with_units(more, unit, metric))
-        about |= {"verify": count, "seed": whole("seed", seed), "engine": engine, "missed_says": MISSED}
+        about |= {"verify": count, "seed": drawn, "engine": engine, **({} if routes else {"missed_says": MISSED})}
     return found.assign_attrs(record(vlm, [source, target], metric, **about))
 
 
@@ -217,6 +220,7 @@ def _check_edits(vlm: VLM) -> None:
 
 def _spans(target: Prompt, spans: Any) -> dict[str, list[int]]:
     """The positions of each span; all of them as one for None."""
+    spans = spans(target) if callable(spans) else spans
     if spans is None:
         return {"all": list(range(len(target)))}
     if isinstance(spans, str) and spans == "each":

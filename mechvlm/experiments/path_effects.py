@@ -70,7 +70,8 @@ def path_patching(
     at what they were without it; what the receivers then take in is recorded. Then the target runs with nothing
     changed but the receivers, which take in what was recorded. For the receiver "logits" the first of the two runs is
     the answer: what the sender adds to the last residual stream, and nothing in between makes of it, is its direct
-    path.
+    path. Where a norm stands behind attention (Gemma 3, GLM), a head is replaced before it, and the norm's scale is
+    worked out anew; an edge of `edge_attribution` is of what the head adds behind the norm, with the scale of each run.
 
     Args:
         source, target: as in `patch_spans`.
