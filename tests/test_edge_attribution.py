@@ -255,5 +255,7 @@ def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -
         assert line.hovertext.startswith(f"{names}, {span}<br>score {float(score):+.4g}")
     assert lines[-1].hovertext.endswith(f"<b>exact {float(found.exact[0, 0]):+.4g}</b>")
     assert [line.line.width for line in lines] == sorted(line.line.width for line in lines)
+    shares = found.drop_vars(["missed", "missed_share"])
+    assert [trace.name for trace in mv.plot.attributed(shares).data] == ["edge, top", "edge, random"]
     drawn: Any = mv.plot.attributed(found)
     assert [trace.name for trace in drawn.data] == ["estimate = exact", "edge, top", "edge, random"]

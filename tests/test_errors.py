@@ -20,6 +20,7 @@ import torch
 import xarray as xr
 import zoo
 from circuit_cases import CASES as CIRCUIT_CASES
+from circuit_cases import FOLDER
 from circuit_cases import MODULES as CIRCUIT_MODULES
 from test_devices import CASES as DEVICE_CASES
 from test_load import CASES as LOAD_CASES
@@ -1860,7 +1861,8 @@ CASES = (
 )
 
 
-@pytest.mark.parametrize("message, wrong", CASES, ids=[message[:60] for message, _ in CASES])
+# Every process that runs tests has a folder of its own, and all have to know each test by one name.
+@pytest.mark.parametrize("message, wrong", CASES, ids=[text.replace(str(FOLDER), "")[:60] for text, _ in CASES])
 def test_message(message: str, wrong: Callable[[], object]) -> None:
     with pytest.raises((ValueError, TypeError, ModuleNotFoundError)) as caught:
         wrong()

@@ -132,10 +132,10 @@ def attribution_patching(
 
     Source:
         Nanda (2023), "Attribution Patching: Activation Patching At Industrial Scale"; Kramár et al. (2024), "AtP*: An
-        efficient and scalable method for localizing LLM behaviour to components", section 2, section 3.1 on queries and
-        keys, section 3.2 on layers left out: the paper divides by the number of layers less one, which are the passes
-        that reach its nodes, and so it is here; the residual stream and what enters it are reached by all. Hanna et al.
-        (2024), "Have Faith in Faithfulness", section 3, on gradients averaged between two inputs.
+        efficient and scalable method for localizing LLM behaviour to components", section 2, and section 3 on queries
+        and keys (QK fix) and on layers left out (GradDrop): the paper divides by the number of layers less one, which
+        are the passes that reach its nodes, and so it is here; the residual stream and what enters it are reached by
+        all. Hanna et al. (2024), "Have Faith in Faithfulness", section 3, on gradients averaged between two inputs.
     """
     chosen = layers_of(vlm, tower, layers)
     matched(vlm, source, target, chosen, tower)

@@ -55,7 +55,7 @@ def query_changes(
 
     Source:
         Kramár et al. (2024), "AtP*: An efficient and scalable method for localizing LLM behaviour to components",
-        section 3.1.1, queries.
+        section 3, QK fix, queries.
     """
     own = widened(attention)
     other = replace(own, q=q.to(own.q).expand(own.q.shape), z_gradient=None)
@@ -84,7 +84,7 @@ def key_changes(
         torch.Size([1, 4, 2])
 
     Source:
-        Kramár et al. (2024), section 3.1.1, keys.
+        Kramár et al. (2024), section 3, QK fix, keys.
     """
     own = widened(attention)
     other = replace(own, k=k.to(own.k).expand(own.k.shape), z_gradient=None)

@@ -18,7 +18,8 @@ SYMBOLS = {"top": "circle", "random": "circle-open"}
 def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figure:
     """What each patched node was estimated to change, across, against what its patch changed, up, with the diagonal.
 
-    Estimates without a sign ("drop", "atp*") are drawn against the size of the change.
+    Estimates without a sign ("drop", "atp*") are drawn against the size of the change, and so are shares of
+    information-flow routes, without the diagonal, since they are in another unit.
     A node far above or below the middle and near the upright axis is one that the estimate passed over. All estimates
     are drawn with `patched_positions(found.mlp_out)`, `heatmap` or, at image tokens, `over_image`.
 
@@ -39,13 +40,15 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
             f"{type(found).__name__}; make it with mv.attribution_patching(vlm, source, target, metric, verify=20)."
         )
     # Estimates without sign are of sizes.
-    signed = bool(found.attrs.get("signed", 1))
+    shares = "missed" not in found
+    signed = bool(found.attrs.get("signed", 1)) and not shares
     exact, said = (found.exact, "exact") if signed else (np.abs(found.exact), "|exact|")
     both = np.stack([found.estimate.values, exact.values])
     ends = [float(np.nanmin(both)), float(np.nanmax(both))]
     figure = go.Figure()
     line = {"color": GREY, "dash": "dash", "width": 1.5}
-    figure.add_scatter(x=ends, y=ends, mode="lines", name=f"estimate = {said}", line=line, hoverinfo="skip")
+    if not shares:
+        figure.add_scatter(x=ends, y=ends, mode="lines", name=f"estimate = {said}", line=line, hoverinfo="skip")
     for number, kind in enumerate(map(str, found["kind"].values)):
         for drawn, symbol in SYMBOLS.items():
             one = found.assign(drawn_at=exact).sel(kind=kind)
@@ -56,7 +59,7 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
             marker = {"symbol": symbol, "size": 8, "color": ink, "line": {"width": 1.5, "color": ink}}
             look = {"mode": "markers", "marker": marker, "hovertext": _texts(one), "hoverinfo": "text"}
             figure.add_scatter(x=one.estimate.values, y=one.drawn_at.values, name=f"{kind}, {drawn}", **look)
-    figure.update_xaxes(title_text=f"estimate ({found.exact.attrs['units']})", zerolinecolor=INK)
+    figure.update_xaxes(title_text=f"estimate ({found.estimate.attrs['units']})", zerolinecolor=INK)
     figure.update_yaxes(title_text=f"{said} ({found.exact.attrs['units']})", zerolinecolor=INK)
     figure.update_layout(showlegend=True)
     return finished(figure, title, caption or _said(found), width=460, height=460)
@@ -104,4 +107,5 @@ def _agreed(of: xr.Dataset, kind: str) -> str:
     said = f"{kind}: r {top:.3f} among the top"
     if not (of.drawn == "random").any():
         return f"{said}, which are all"
-    return f"{said}, {random:.3f} among random nodes, largest error of these {float(of.missed):.3g}"
+    error = f", largest error of these {float(of.missed):.3g}" if "missed" in of else ""
+    return f"{said}, {random:.3f} among random nodes{error}"
