@@ -9,7 +9,7 @@ believed.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -31,11 +31,12 @@ def as_json(fields: Mapping[str, Any]) -> str:
     return "\n".join(["{", *lines, '  "edges": [' + (f"\n    {joined}\n  " if edges else "") + "]", "}"]) + "\n"
 
 
-def from_json(text: str, name: str) -> dict[str, Any]:
+def from_json(text: str, name: str, fields: Collection[str]) -> dict[str, Any]:
     """The fields that `as_json` wrote.
 
     Args:
         name: of the file, for what is refused.
+        fields: that there may be.
 
     Raises:
         ValueError: for other text, or that of a later version.
@@ -44,13 +45,18 @@ def from_json(text: str, name: str) -> dict[str, Any]:
         held = json.loads(text)
     except json.JSONDecodeError:
         held = None
-    if not isinstance(held, dict) or held.pop("format", None) != FORMAT:
-        raise ValueError(f"{name} holds no circuit; write one with circuit.save(path).")
-    version = held.pop("version", None)
-    if version != VERSION:
+    version = held.pop("version", None) if isinstance(held, dict) and held.pop("format", None) == FORMAT else None
+    if version is not None and version != VERSION:
         raise ValueError(f"{name} holds a circuit of version {version}, and this is {VERSION}; update mechvlm.")
+    if version is None or "edges" not in held or set(held) - set(fields) or not _rows(held["edges"]):
+        raise ValueError(f"{name} holds no circuit; write one with circuit.save(path).")
     edges = [[*ends, math.nan if score is None else score] for *ends, score in held["edges"]]
     return {**held, "edges": edges}
+
+
+def _rows(edges: Any) -> bool:
+    """Whether these are rows of writer, reader, span and score."""
+    return isinstance(edges, list) and all(isinstance(one, list) and len(one) == 4 for one in edges)
 
 
 def as_html(said: str, edges: Sequence[tuple[str, float]], nodes: Sequence[str]) -> str:

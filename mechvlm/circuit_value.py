@@ -42,7 +42,7 @@ class Circuit:
         inverted: whether it has all edges, or nodes, but these.
 
     Raises:
-        ValueError: for an edge or a node given twice, edges and nodes together, or numbers of heads that do not fit.
+        ValueError: for an edge or a node given twice, edges and nodes together, or numbers that do not fit.
         TypeError: for what are no edges.
 
     Example:
@@ -66,7 +66,8 @@ class Circuit:
     def __post_init__(self) -> None:
         for name in ("edges", "chosen", "crossing", "candidates"):
             given = listed(vars(self)[name])
-            if given is None or (name == "edges" and not all(isinstance(edge, Edge) for edge in given)):
+            kind = {"edges": Edge, "chosen": str}.get(name, object)
+            if given is None or not all(isinstance(one, kind) for one in given):
                 raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; see mv.Circuit.")
             object.__setattr__(self, name, given)
         if self.edges and self.chosen:
@@ -80,7 +81,16 @@ class Circuit:
         if len(set(held)) < len(held):
             twice = next(one for at, one in enumerate(held) if one in held[:at])
             raise ValueError(f"{twice} is in the circuit more than once; give each once.")
-        heads, kv_heads = whole("heads", self.heads), whole("kv_heads", self.kv_heads)
+        for name in ("heads", "kv_heads", "layers"):
+            object.__setattr__(self, name, whole(name, vars(self)[name]))
+        for name in ("crossing", "candidates"):
+            object.__setattr__(self, name, tuple(whole(f"{name}:", one) for one in vars(self)[name]))
+        if len(self.candidates) != 3 or min(self.candidates) < 0:
+            raise ValueError(
+                f"candidates={told(self.candidates)} are not three numbers, of edges, of heads and MLPs, and of heads; "
+                "give 0 where it is not known."
+            )
+        heads, kv_heads = self.heads, self.kv_heads
         if heads < 0 or bool(heads) != (kv_heads > 0) or (heads and heads % kv_heads):
             raise ValueError(
                 f"heads={heads} and kv_heads={kv_heads} do not fit; the first is a multiple of the second, and both "
@@ -133,7 +143,7 @@ class Circuit:
             span: None: only those at all positions.
 
         Raises:
-            ValueError: for an edge between nodes that are not among these.
+            ValueError: for an edge between nodes, or a chosen node, that are not among these.
 
         Example:
             >>> found = mv.Circuit([mv.Edge("image", "m2", "image")])
@@ -141,6 +151,11 @@ class Circuit:
             [[False], [True]]
         """
         if self.chosen:
+            strange = [one for one in self.chosen if one not in writers]
+            if strange:
+                raise ValueError(
+                    f"the circuit's node {strange[0]} is not in this model; name heads and MLPs that it has."
+                )
             inside = [Node.parse(one).kind in INPUTS or (one in self.chosen) != self.inverted for one in writers]
             within = Heads.among(readers)
             parts = [within.written(reader) for reader in readers]
@@ -194,18 +209,18 @@ class Circuit:
         return Heads(self.heads, self.kv_heads, tuple(self.crossing))
 
     def __and__(self, other: "Circuit") -> "Circuit":
-        return self._with(other, _in_both)
+        return self._with(other, lambda mine, theirs: [one for one in mine if one in theirs])
 
     def __or__(self, other: "Circuit") -> "Circuit":
-        return self._with(other, _in_either)
+        return self._with(other, lambda mine, theirs: [*(mine | theirs)])
 
     def __sub__(self, other: "Circuit") -> "Circuit":
-        return self._with(other, _in_first)
+        return self._with(other, lambda mine, theirs: [one for one in mine if one not in theirs])
 
     def __invert__(self) -> "Circuit":
         return replace(self, inverted=not self.inverted)
 
-    def _with(self, other: Any, join: Callable[[Sequence[Any], Sequence[Any]], list[Any]]) -> "Circuit":
+    def _with(self, other: Any, join: Callable[[dict[Any, None], dict[Any, None]], list[Any]]) -> "Circuit":
         """A circuit of the edges, or nodes, of two."""
         if not isinstance(other, Circuit):
             raise TypeError(f"{told(other)} is no circuit; make it with mv.Circuit or mv.choose_circuit.")
@@ -214,8 +229,27 @@ class Circuit:
                 "circuits of edges and of chosen nodes, or of all edges but some, cannot be put together; give two "
                 "that list edges, or two that list nodes."
             )
-        edges, chosen = join(self.edges, other.edges), join(self.chosen, other.chosen)
-        return replace(self, edges=edges, chosen=chosen, note="")
+        pairs = (self.edges, other.edges), (self.chosen, other.chosen)
+        edges, chosen = (join(dict.fromkeys(mine), dict.fromkeys(theirs)) for mine, theirs in pairs)
+        return replace(self, edges=edges, chosen=chosen, note="", **self._shared(other))
+
+    def _shared(self, other: "Circuit") -> dict[str, Any]:
+        """What is known of two circuits together: of one model where both say which."""
+        pairs = [((one.heads, one.kv_heads), one.crossing) for one in (self, other) if one.heads]
+        if len(pairs) == 2 and pairs[0][0] != pairs[1][0]:
+            (first, _), (then, _) = pairs
+            raise ValueError(
+                f"one circuit's layers have {first[0]} heads and {first[1]} key-value heads and the other's {then[0]} "
+                f"and {then[1]}, so they are not of one model; put circuits of one together."
+            )
+        (heads, kv_heads), crossing = pairs[0] if pairs else ((0, 0), self.crossing)
+        candidates = [
+            0 if 0 < a != b > 0 else max(a, b) for a, b in zip(self.candidates, other.candidates, strict=True)
+        ]
+        words = [(vars(self)[name], vars(other)[name]) for name in ("metric", "model")]
+        metric, model = [mine or theirs if mine == theirs or not (mine and theirs) else "" for mine, theirs in words]
+        known: dict[str, Any] = {"heads": heads, "kv_heads": kv_heads, "crossing": crossing, "candidates": candidates}
+        return {**known, "layers": max(self.layers, other.layers), "metric": metric, "model": model}
 
     def save(self, path: str | Path) -> None:
         """Write the circuit as JSON, an edge a line.
@@ -225,7 +259,8 @@ class Circuit:
             >>> mv.Circuit.load("circuit.json").n_edges
             1
         """
-        Path(path).write_text(as_json({**vars(self), "edges": [tuple(vars(edge).values()) for edge in self.edges]}))
+        fields = {**vars(self), "edges": [tuple(vars(edge).values()) for edge in self.edges]}
+        Path(path).write_text(as_json(fields), "utf-8")
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":
@@ -234,7 +269,8 @@ class Circuit:
         Raises:
             ValueError: for a file that `save` did not write, or that a later version of mechvlm wrote.
         """
-        held = from_json(Path(path).read_text(), str(path))
+        text = Path(path).read_text("utf-8", errors="replace")
+        held = from_json(text, str(path), set(cls.__dataclass_fields__))
         return cls(**{**held, "edges": [Edge(*edge) for edge in held["edges"]]})
 
     def edits(self, vlm: Any, source: Prompt, target: Prompt) -> list[Edit]:
@@ -274,20 +310,6 @@ class Circuit:
 
     def _repr_html_(self) -> str:
         return as_html(repr(self), [(str(edge), edge.score) for edge in self.edges], self.chosen)
-
-
-def _in_both(mine: Sequence[Any], theirs: Sequence[Any]) -> list[Any]:
-    held = set(theirs)
-    return [one for one in mine if one in held]
-
-
-def _in_either(mine: Sequence[Any], theirs: Sequence[Any]) -> list[Any]:
-    return list(dict.fromkeys([*mine, *theirs]))
-
-
-def _in_first(mine: Sequence[Any], theirs: Sequence[Any]) -> list[Any]:
-    held = set(theirs)
-    return [one for one in mine if one not in held]
 
 
 def _counted(count: int, what: str) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mechvlm.nodes import Node
-from mechvlm.sites import number
+from mechvlm.sites import number, told
 
 INPUTS = ("embed", "image", "deepstack")
 """The kinds of nodes that write and do not read."""
@@ -32,7 +32,9 @@ class Edge:
             the same edge.
 
     Raises:
-        ValueError: for a name that does not write or read, or a writer that does not stand before the reader.
+        ValueError: for a name that does not write or read, a writer that does not stand before the reader, or a score
+            that is infinite.
+        TypeError: for a span that is no name.
 
     Example:
         >>> print(mv.Edge("a3.h5", "a5.kv0<v>", "image"))
@@ -52,7 +54,11 @@ class Edge:
             raise ValueError(f"{self.reader!r} reads nothing; write for instance 'a3.h5<q>', 'm3' or 'logits'.")
         if not place_of(self.writer)[:2] < place_of(self.reader)[:2]:
             raise ValueError(f"{self.writer} does not stand before {self.reader}, so there is no edge between the two.")
+        if not (self.span is None or (isinstance(self.span, str) and self.span)):
+            raise TypeError(f"span={told(self.span)} names no positions; write for instance 'image', or None for all.")
         object.__setattr__(self, "score", number("score", self.score))
+        if math.isinf(self.score):
+            raise ValueError(f"score={self.score} is infinite; give a number, or leave it out.")
 
     def __str__(self) -> str:
         return f"{self.writer} -> {self.reader}" + ("" if self.span is None else f" ({self.span})")

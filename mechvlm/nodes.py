@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 from mechvlm.shapes import Shape
 
+_COUNT = r"(0|[1-9][0-9]*)"  # one way to write each number, so that a node has one name
 _NAMES = (
-    (re.compile(r"a(\d+)\.h(\d+)(?:<(q)>)?"), "attention"),
-    (re.compile(r"a(\d+)\.kv(\d+)<(k|v)>"), "attention"),
-    (re.compile(r"a(\d+)<(q)>"), "attention"),
-    (re.compile(r"m(\d+)"), "mlp"),
-    (re.compile(r"d(\d+)"), "deepstack"),
+    (re.compile(rf"a{_COUNT}\.h{_COUNT}(?:<(q)>)?"), "attention"),
+    (re.compile(rf"a{_COUNT}\.kv{_COUNT}<(k|v)>"), "attention"),
+    (re.compile(rf"a{_COUNT}<(q)>"), "attention"),
+    (re.compile(rf"m{_COUNT}"), "mlp"),
+    (re.compile(rf"d{_COUNT}"), "deepstack"),
     (re.compile(r"embed|image|logits"), ""),
 )
 

@@ -1,23 +1,23 @@
 """What circuits refuse, word for word; `test_errors` runs all of it."""
 
 import math
-import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tiny
 import xarray as xr
+import zoo
 
 import mechvlm as mv
+from mechvlm.circuit_text import from_json
+from mechvlm.experiments.circuit_edits import kept_at
 from mechvlm.experiments.faithfulness import check_ends
 
 Case = tuple[str, Callable[[], object]]
 MODULES = ("choosing", "circuit_edits", "circuit_overlaps", "faithfulness", "random_circuits", "circuit_measures")
 """Of the experiments, those whose raises are all reached here; and of figures `wiring` and `faithful`."""
-FOLDER = Path(tempfile.mkdtemp())
 YES = mv.logit_difference("yes", "no")
 
 
@@ -31,10 +31,8 @@ def asked() -> mv.Prompt:
     return vlm().prompt(tiny.picture(), "is there a dog ?")
 
 
-def written(text: str) -> str:
-    path = FOLDER / "circuit.json"
-    path.write_text(text)
-    return str(path)
+def read(text: str) -> object:
+    return from_json(text, "circuit.json", ["edges"])
 
 
 def scores(dims: tuple[str, ...] = (), **attrs: Any) -> xr.Dataset:
@@ -66,6 +64,11 @@ CASES: list[Case] = [
         "a3.h5 does not stand before a3.h6<q>, so there is no edge between the two.",
         lambda: mv.Edge("a3.h5", "a3.h6<q>"),
     ),
+    ("score=inf is infinite; give a number, or leave it out.", lambda: mv.Edge("image", "m0", score=math.inf)),
+    (
+        "span=3 names no positions; write for instance 'image', or None for all.",
+        lambda: mv.Edge("image", "m0", 3),  # type: ignore[arg-type]
+    ),
     ("edges=3 is no list of edges; see mv.Circuit.", lambda: mv.Circuit(3)),  # type: ignore[arg-type]
     ("edges=['m0'] is no list of edges; see mv.Circuit.", lambda: mv.Circuit(["m0"])),  # type: ignore[list-item]
     (
@@ -81,6 +84,24 @@ CASES: list[Case] = [
         "heads=4 and kv_heads=3 do not fit; the first is a multiple of the second, and both are 0 where they are not "
         "known.",
         lambda: mv.Circuit(heads=4, kv_heads=3),
+    ),
+    (
+        "candidates=(1,) are not three numbers, of edges, of heads and MLPs, and of heads; give 0 where it is not "
+        "known.",
+        lambda: mv.Circuit(candidates=(1,)),
+    ),
+    (
+        "the circuit's node m0 is not in this model; name heads and MLPs that it has.",
+        lambda: BOTH[0].kept(["image"], ["m1"]),
+    ),
+    (
+        "one circuit's layers have 4 heads and 2 key-value heads and the other's 8 and 2, so they are not of one "
+        "model; put circuits of one together.",
+        lambda: mv.Circuit(heads=4, kv_heads=2) | mv.Circuit(heads=8, kv_heads=2),
+    ),
+    (
+        "in this model m0 does not read what a0.h0 writes; leave the edge a0.h0 -> m0 out.",
+        lambda: kept_at(zoo.build("aya_vision"), mv.Circuit([mv.Edge("a0.h0", "m0")]), [None]),
     ),
     (
         "the circuit's edge image -> m0 is not in this model; make the circuit of its own scores.",
@@ -99,12 +120,20 @@ CASES: list[Case] = [
     (TOGETHER, lambda: mv.Circuit([EDGE]) | BOTH[0]),
     (TOGETHER, lambda: mv.Circuit([EDGE]) - ~mv.Circuit()),
     (
-        f"{FOLDER}/circuit.json holds no circuit; write one with circuit.save(path).",
-        lambda: mv.Circuit.load(written("{broken")),
+        "circuit.json holds no circuit; write one with circuit.save(path).",
+        lambda: read("{broken"),
     ),
     (
-        f"{FOLDER}/circuit.json holds a circuit of version 9, and this is 1; update mechvlm.",
-        lambda: mv.Circuit.load(written('{"format": "mechvlm circuit", "version": 9, "edges": []}')),
+        "circuit.json holds a circuit of version 9, and this is 1; update mechvlm.",
+        lambda: read('{"format": "mechvlm circuit", "version": 9, "edges": []}'),
+    ),
+    (
+        "circuit.json holds no circuit; write one with circuit.save(path).",
+        lambda: read('{"format": "mechvlm circuit", "version": 1, "edges": [["image", "m0"]]}'),
+    ),
+    (
+        "how='greedy' follows edges, and the scores are of nodes; write how='top'.",
+        lambda: chosen(xr.Dataset({"z": (["layer", "head"], np.ones((1, 2)))}), how="greedy"),
     ),
     ("count=None and threshold=None; give one of the two.", lambda: chosen(count=None)),
     ("by='size' is not known; choose from 'abs', 'value'.", lambda: chosen(by="size")),

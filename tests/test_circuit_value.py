@@ -12,6 +12,7 @@ import xarray as xr
 
 import mechvlm as mv
 from mechvlm.edge_paths import Heads, on_paths
+from mechvlm.nodes import Node
 
 Ends = tuple[str, str, str | None]
 WRITERS = ("embed", "image", *(f"a{layer}.h{head}" for layer in (0, 1) for head in (0, 1)), "m0", "m1")
@@ -81,10 +82,9 @@ def test_heads_that_look_at_the_picture_by_themselves_need_no_edge_that_brings_i
 
 
 def test_a_circuit_comes_back_from_its_file_as_it_was(tmp_path: Path) -> None:
-    edges = [edge("image", "a1.kv0<v>", "image", -0.25), edge("a1.h1", "logits")]
-    held = mv.Circuit(
-        edges, heads=2, kv_heads=1, layers=2, candidates=(90, 6, 4), metric="yes", model="m", note="by hand"
-    )
+    edges = [edge("image", "a1.kv0<v>", 'the "é"\n', -0.25), edge("a1.h1", "logits")]
+    known: dict[str, Any] = {"heads": 2, "kv_heads": 1, "layers": 2, "crossing": [0], "candidates": [90, 6, 4]}
+    held = mv.Circuit(edges, **known, metric="yes", model="m", note="by hand")
     held.save(tmp_path / "circuit.json")
     back = mv.Circuit.load(tmp_path / "circuit.json")
     assert back == held and back.edges[0].score == -0.25 and math.isnan(back.edges[1].score)
@@ -102,6 +102,19 @@ def test_circuits_are_put_together_as_sets_of_edges_whatever_their_scores() -> N
     assert (a - b).edges == (edge("image", "m1"),)
     nodes = mv.Circuit(chosen=["m0", "a0.h1"]), mv.Circuit(chosen=["m0", "m1"])
     assert (nodes[0] | nodes[1]).nodes == ("a0.h1", "m0", "m1") and (nodes[0] - nodes[1]).chosen == ("a0.h1",)
+
+
+def test_what_two_circuits_know_of_their_model_is_known_of_both_together() -> None:
+    found = mv.Circuit([edge("image", "m0")], heads=2, kv_heads=1, layers=2, candidates=(90, 6, 4), model="m")
+    assert mv.Circuit() | found == found == found - mv.Circuit()
+    assert (found | mv.Circuit([edge("image", "m1")], candidates=(80, 6, 0))).candidates == (0, 6, 4)
+    assert (found & mv.Circuit([edge("image", "m0")], metric="yes", model="n")).model == ""
+
+
+@pytest.mark.parametrize("name", ["m00", "a1.h01", "a01.kv0<v>", "d-1", "a\u0663.h1"])
+def test_a_node_has_one_name(name: str) -> None:
+    with pytest.raises(ValueError, match="names no node"):
+        Node.parse(name)
 
 
 def test_the_complement_has_every_edge_but_the_circuits_at_each_span() -> None:
@@ -192,8 +205,9 @@ def test_by_value_an_edge_counts_that_goes_from_the_targets_answer_towards_the_s
     assert max(one.score for one in mv.choose_circuit(scores, 10, by="value", prune=False).edges) < 0
     other = scores.assign_attrs(source_metric=5.0)
     assert min(one.score for one in mv.choose_circuit(other, 10, by="value", prune=False).edges) > 0
-    shares = scores.assign_attrs(method="information-flow-routes")
-    assert min(one.score for one in mv.choose_circuit(shares, 10, by="value", prune=False).edges) > 0
+    for without_sign in ({"method": "information-flow-routes"}, {"signed": 0}):
+        shares = scores.assign_attrs(without_sign)
+        assert min(one.score for one in mv.choose_circuit(shares, 10, by="value", prune=False).edges) > 0
 
 
 def test_scores_of_several_pairs_are_averaged_before_edges_are_chosen() -> None:

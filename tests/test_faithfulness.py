@@ -13,7 +13,7 @@ from planted_paths import Path
 
 import mechvlm as mv
 from mechvlm.experiments.circuit_edits import edge_table
-from mechvlm.experiments.circuit_measures import areas, with_means
+from mechvlm.experiments.circuit_measures import areas, mean_areas, with_means
 from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.experiments.faithfulness import kept_edges
 from mechvlm.experiments.random_circuits import random_circuit
@@ -183,15 +183,37 @@ def test_areas_are_those_of_trapezoids_from_no_edge_to_all() -> None:
     cpr, cmd = areas(share, curve)
     assert cpr.tolist() == [0.25 * (0.25 + 1.0) + 0.5 * 1.25, 0.25 * 0.5 + 0.5]
     assert cmd.tolist() == [0.25 * (0.75 + 0.5) + 0.5 * 0.25, 0.25 * (1.0 + 0.5)]
-    assert np.isnan(areas(np.array([0.5, 0.5]), curve[:, 1:])).all()
+    assert np.isnan(areas(np.array([0.5, 0.5]), curve[:, 1:])).all() and np.isnan(areas(share[::-1], curve)).all()
+    # What is pruned may leave the same circuit of several sizes, or none at all.
+    same = areas(np.array([0.0, 0.0, 0.25, 0.25, 0.5, 1.0]), curve[:, [0, 0, 1, 1, 2, 2]])
+    assert same.tolist() == [cpr.tolist(), cmd.tolist()]
+
+
+def test_the_mean_curves_areas_and_their_intervals_are_those_of_drawing_clusters_by_hand() -> None:
+    draw = np.random.default_rng(1)
+    share, curves, weights = np.array([0.2, 0.6]), draw.normal(0.7, 0.5, (9, 2)), draw.random(9) + 0.1
+    clusters = [0, 0, 1, 2, 2, 3, 4, 5, 5]
+    found = mean_areas(share, curves, weights, clusters)
+    drawn = []
+    for times in [range(6), *draw.integers(0, 6, (4000, 6))]:
+        rows = [row for cluster in times for row in range(9) if clusters[row] == cluster]
+        mean = np.average(curves[rows], axis=0, weights=weights[rows])
+        drawn.append([np.trapezoid(y, [0, 0.2, 0.6, 1]) for y in ([0, *mean, 1], np.abs(1 - np.array([0, *mean, 1])))])
+    np.testing.assert_allclose(found[:, 0], drawn[0], atol=1e-12)
+    np.testing.assert_allclose(found[:, 1:], np.quantile(drawn[1:], [0.025, 0.975], axis=0).T, atol=0.02)
+    each = np.average(areas(share, curves), axis=1, weights=weights)
+    assert found[0, 0] == pytest.approx(each[0]) and found[1, 0] < each[1] - 0.01
+    assert np.isnan(mean_areas(share, curves, weights, [0] * 9)[:, 1:]).all()
 
 
 def test_examples_are_weighed_by_what_the_model_has_to_lose() -> None:
     held = {name: (["prompt", "circuit"], [[1.0], [0.0]]) for name in ("faithfulness", "completeness")}
-    ends = {"all": ("prompt", [4.0, 0.5]), "none": ("prompt", [1.0, 1.5]), "cpr": ("prompt", [0.5, 0.1])}
-    found = with_means(xr.Dataset({**held, **ends, "cmd": ("prompt", [0.0, np.nan])}), np.ones((2, 1, 1)), None)
-    assert found.faithfulness_mean.item() == 0.75 and found.cmd_mean.item() == 0.0
-    assert found.cpr_mean.item() == pytest.approx(0.4) and found.random.item() == 1.0
+    ends = {"all": ("prompt", [4.0, 0.5]), "none": ("prompt", [1.0, 1.5])}
+    own = dict(zip(("cpr", "cmd"), areas(np.array([0.5]), np.array([[1.0], [0.0]])), strict=True))
+    own = {name: ("prompt", values) for name, values in own.items()}
+    found = with_means(xr.Dataset({**held, **ends, **own}, {"share": ("circuit", [0.5])}), np.ones((2, 1, 1)), None)
+    assert found.faithfulness_mean.item() == 0.75 and found.random.item() == 1.0
+    assert found.cpr_mean.item() == pytest.approx(0.625) and found.cmd_mean.item() == pytest.approx(0.375)
 
 
 @zoo.second_environment
@@ -200,6 +222,22 @@ def test_examples_without_anything_to_lose_have_no_faithfulness(hops: Path) -> N
     assert (
         np.isnan(found.faithfulness).all() and np.isnan(found.faithfulness_mean).all() and np.isnan(found.p_value).all()
     )
+
+
+@zoo.second_environment
+def test_a_folder_of_a_circuits_runs_is_none_of_all_edges_but_its(hops: Path, tmp_path: Any) -> None:
+    measured(hops, circuit_of(hops), out=tmp_path)
+    with pytest.raises(ValueError, match="holds another experiment"):
+        measured(hops, ~circuit_of(hops), out=tmp_path)
+
+
+@zoo.second_environment
+def test_questions_about_one_picture_are_one_cluster(hops: Path) -> None:
+    vlm, other = hops.vlm, hops.target.with_image(mv.images.black)
+    found = mv.circuit_faithfulness(
+        vlm, circuit_of(hops), [hops.source] * 3, [hops.target, hops.target, other], PLANTED, controls=0
+    )
+    assert "over 2 clusters" in found.attrs["interval"]
 
 
 @zoo.second_environment

@@ -47,15 +47,15 @@ def choose_circuit(
         by: "abs", the size of the score; "value", how far it goes from the target's answer towards the source's, so
             that what works against the target's answer is left out first.
         how: "top", the highest scores wherever they are; "greedy", one after the other the highest among the edges
-            that lead into what is in the circuit already, beginning with the logits.
+            that lead into what is in the circuit already, beginning with the logits; of edges alone.
         prune: leave out what lies on no path from what enters to the logits.
 
     Returns:
         The circuit, its edges with their scores, the highest first.
 
     Raises:
-        ValueError: for another word, neither or both of `count` and `threshold`, more edges than there are, scores
-            that are not of one pair of prompts each, or no score that is high enough.
+        ValueError: for another word, "greedy" of nodes, neither or both of `count` and `threshold`, more edges than
+            there are, scores that are not of one pair of prompts each, or no score that is high enough.
         TypeError: for other results.
 
     Example:
@@ -71,6 +71,8 @@ def choose_circuit(
     _checked(count, threshold, by, how)
     several = [scores] if isinstance(scores, xr.Dataset) else list(listed(scores) or [scores])
     of_nodes = _are_nodes(several)
+    if of_nodes and how == "greedy":
+        raise ValueError("how='greedy' follows edges, and the scores are of nodes; write how='top'.")
     table = _nodes(several) if of_nodes else _edges(several)
     rank = np.abs(table.values) if by == "abs" else table.values * _towards(several)
     finite = np.isfinite(rank)
@@ -79,7 +81,7 @@ def choose_circuit(
         what = "nodes" if of_nodes else "edges"
         raise ValueError(f"count={limit} cannot be taken of {int(finite.sum())} {what}; give a number from 1 to that.")
     within = None if of_nodes else _heads(table)
-    order = _highest(rank) if how == "top" or within is None else _grown(table, rank, within)
+    order = _highest(rank) if within is None or how == "top" else _grown(table, rank, within)
     least = -np.inf if threshold is None else number("threshold", threshold)
     chosen = list(takewhile(lambda at: rank[at] >= least, islice(order, limit)))
     if not chosen:
@@ -153,8 +155,8 @@ def _mean(tables: Sequence[xr.DataArray], dims: Sequence[str]) -> xr.DataArray:
 
 
 def _towards(several: Sequence[xr.Dataset]) -> float:
-    """1 where the source's metric is above the target's, -1 where it is below; shares have no sign to turn."""
-    if several[0].attrs.get("method") == "information-flow-routes":
+    """1 where the source's metric is above the target's, -1 below it; sizes and shares have no sign to turn."""
+    if several[0].attrs.get("method") == "information-flow-routes" or not several[0].attrs.get("signed", 1):
         return 1.0
     ends: list[list[Any]] = [[one.attrs.get(f"{end}_metric") for end in ("source", "target")] for one in several]
     if any(None in pair for pair in ends):

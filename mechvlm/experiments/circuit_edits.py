@@ -66,8 +66,31 @@ def edge_table(vlm: VLM) -> Bool[np.ndarray, "writer reader"]:
     # Whether one feeds the other follows from kinds and layers alone, of which there are fewer than nodes.
     kinds = {name: (Node.parse(name).kind, Node.parse(name).layer) for name in (*rows, *columns)}
     first, then = ({kinds[name]: name for name in names} for names in (rows, columns))
-    known = {(a, b): feeds(vlm.shape, first[a], then[b]) for a in first for b in then}
-    return np.array([[known[kinds[writer], kinds[reader]] for reader in columns] for writer in rows])
+    known = np.array([[feeds(vlm.shape, writer, reader) for reader in then.values()] for writer in first.values()])
+    placed = [[list(names).index(kinds[one]) for one in every] for names, every in ((first, rows), (then, columns))]
+    return known[np.ix_(*placed)]
+
+
+def kept_at(
+    vlm: VLM, circuit: Circuit, spans: Sequence[str | None]
+) -> dict[str | None, Bool[np.ndarray, "writer reader"]]:
+    """Which of a model's edges a circuit keeps, at each of some spans.
+
+    Raises:
+        ValueError: for an edge, or a node, that the model has not.
+
+    Example:
+        >>> {span: int(kept.sum()) for span, kept in kept_at(vlm, Circuit([Edge("image", "m1")]), [None]).items()}
+        {None: 1}
+    """
+    rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
+    kept = {span: circuit.kept(rows, columns, span) for span in spans}
+    for edge in circuit.edges:  # the names of whose ends are there
+        if not feeds(vlm.shape, edge.writer, edge.reader):
+            raise ValueError(
+                f"in this model {edge.reader} does not read what {edge.writer} writes; leave the edge {edge} out."
+            )
+    return {span: one & table for span, one in kept.items()}
 
 
 def check_spans(circuit: Circuit, prompt: Prompt) -> None:
@@ -100,12 +123,10 @@ def positions_written(writer: str, positions: Sequence[int], target: Prompt) -> 
 def _outside(vlm: VLM, circuit: Circuit, target: Prompt) -> Mapping[str, tuple[int, ...]]:
     """For each node outside the circuit, the positions at which it is."""
     check_spans(circuit, target)
-    rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
     found: dict[str, list[int]] = {}
-    for span, positions in target.spans.items():
-        inside = (circuit.kept(rows, columns, span) & table).any(1)
-        for name in (name for name, stays in zip(rows, inside, strict=True) if not stays):
-            found.setdefault(name, []).extend(positions_written(name, positions, target))
+    for span, kept in kept_at(vlm, circuit, list(target.spans)).items():
+        for name in (name for name, stays in zip(writers(vlm.shape), kept.any(1).tolist(), strict=True) if not stays):
+            found.setdefault(name, []).extend(positions_written(name, target.spans[str(span)], target))
     return {name: tuple(sorted(positions)) for name, positions in found.items() if positions}
 
 

@@ -13,12 +13,14 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from mechvlm.experiments.curves import resampled
 from mechvlm.experiments.examples import p_values
 from mechvlm.experiments.uncertainty import mean_interval
 
 SAME = 1e-5
 """Answers closer than this, to their size and one, are the same."""
-AVERAGED = ("faithfulness", "completeness", "cpr", "cmd")
+AVERAGED = ("faithfulness", "completeness")
+RESAMPLES = 2000
 
 
 def shares(
@@ -41,10 +43,11 @@ def shares(
 def areas(
     share: Float[np.ndarray, " circuit"], faithfulness: Float[np.ndarray, "prompt circuit"]
 ) -> Float[np.ndarray, "2 prompt"]:
-    """The areas CPR and CMD of each example's curve; not numbers unless shares rise from circuit to circuit.
+    """The areas CPR and CMD of each example's curve; not numbers where shares fall from circuit to circuit.
 
     CPR is the area under faithfulness f(k) over the share k of edges from 0 to 1, CMD that of |1 - f(k)|, both by
-    trapezoids between the circuits, with f(0) = 0 and f(1) = 1.
+    trapezoids between the circuits, with f(0) = 0 and f(1) = 1. Of circuits of one share, as two are of which the
+    larger has more edges on no path, the first counts, and all have to be as faithful.
 
     Example:
         >>> areas(np.array([0.5]), np.array([[1.0]])).tolist()
@@ -54,13 +57,47 @@ def areas(
         Mueller et al. (2025), "MIB: A Mechanistic Interpretability Benchmark", section 3.
     """
     inner = (share > 0) & (share < 1)
-    rising = np.isfinite(share).all() and (np.diff(share) > 0).all()
-    if not rising:
+    inner[1:] &= np.diff(share) > 0
+    same = np.diff(share) == 0
+    moved = np.abs(np.diff(faithfulness))[:, same]
+    if not np.isfinite(share).all() or (np.diff(share) < 0).any() or (moved > SAME * 100).any():
         return np.full((2, len(faithfulness)), np.nan)
     ends = np.zeros((len(faithfulness), 1)), np.ones((len(faithfulness), 1))
     curve = np.concatenate([ends[0], faithfulness[:, inner], ends[1]], axis=1)
     at = np.array([0.0, *share[inner], 1.0])
     return np.stack([np.trapezoid(curve, at, axis=1), np.trapezoid(np.abs(1 - curve), at, axis=1)])
+
+
+def mean_areas(
+    share: Float[np.ndarray, " circuit"],
+    faithfulness: Float[np.ndarray, "prompt circuit"],
+    weights: Float[np.ndarray, " prompt"],
+    clusters: Sequence[Hashable] | None = None,
+) -> Float[np.ndarray, "area end"]:
+    """The areas CPR and CMD of the mean curve, each with the low and the high end of its 95% interval.
+
+    CMD of the mean curve is at most the mean of the examples' own, whose curves may lie above 1 as well as below.
+
+    Args:
+        weights: how much each example counts.
+        clusters: what examples belong together; whole clusters are drawn again.
+
+    Example:
+        >>> mean_areas(np.array([0.5]), np.array([[1.5], [0.5]]), np.ones(2))[:, 0].tolist()
+        [0.75, 0.25]
+    """
+    names = list(range(len(weights)) if clusters is None else clusters)
+    groups = list(dict.fromkeys(names))
+    member = np.array([[one == name for one in names] for name in groups], dtype=float) * weights
+    there = np.isfinite(faithfulness)
+    sums, counts = member @ np.where(there, faithfulness, 0.0), member @ there
+    draws = resampled(np.random.default_rng(0), np.arange(len(groups)), len(groups), RESAMPLES)
+    times = np.concatenate([np.ones((1, len(groups))), draws if len(groups) > 1 else draws * np.nan])
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found = areas(share, (times @ sums) / (times @ counts))
+    known = [one[np.isfinite(one)] for one in found[:, 1:]]
+    ends = [np.quantile(one, [0.025, 0.975]) if len(one) else np.full(2, np.nan) for one in known]
+    return np.concatenate([found[:, :1], ends], axis=1)
 
 
 def with_means(
@@ -69,7 +106,8 @@ def with_means(
     """A result with the means of its shares and areas over prompts, and with random circuits beside.
 
     Args:
-        found: `faithfulness` and the others over prompt and circuit, `all` and `none` over prompt.
+        found: `faithfulness` and `completeness` over prompt and circuit, whose `share` is a coordinate, `all` and
+            `none`, `cpr` and `cmd` over prompt.
         random: faithfulness of random circuits.
         clusters: see `mean_interval`.
     """
@@ -79,6 +117,10 @@ def with_means(
     for name in AVERAGED:
         over = mean_interval(found[name], "prompt", clusters, weights=heavy.tolist())
         more |= {f"{name}_{end}": over[end].assign_attrs(found[name].attrs) for end in ("mean", "low", "high")}
+    over_curve = mean_areas(found["share"].values, found["faithfulness"].values, heavy, clusters)
+    for name, values in zip(("cpr", "cmd"), over_curve, strict=True):
+        ends = zip(("mean", "low", "high"), values, strict=True)
+        more |= {f"{name}_{end}": xr.DataArray(value, attrs=found[name].attrs) for end, value in ends}
     result = found.assign(more)
     if not random.shape[1]:
         return result

@@ -20,10 +20,11 @@ from mechvlm.batch import check_prompts
 from mechvlm.circuit_value import Circuit
 from mechvlm.edge_paths import Ends
 from mechvlm.experiments.choosing import choose_circuit
-from mechvlm.experiments.circuit_edits import check_spans, edge_table
+from mechvlm.experiments.circuit_edits import check_spans, kept_at
 from mechvlm.experiments.circuit_measures import areas, shares, with_means
 from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
+from mechvlm.experiments.knockout import clusters_of
 from mechvlm.experiments.random_circuits import all_edges, random_circuit
 from mechvlm.experiments.sweep import valued
 from mechvlm.metrics import Metric
@@ -70,7 +71,7 @@ def circuit_faithfulness(
             what was written in all sources, whose positions then have to be the same.
         controls: how many random circuits for each circuit, of as many edges on paths, or as many heads and MLPs; the
             same ones for each example. 0: none.
-        clusters: what each example belongs to, such as its picture; intervals are over clusters.
+        clusters: what each example belongs to, over which intervals are; by default the target's picture.
         seed: of the random circuits.
         batch_size: rows in one forward pass.
         out: a folder in which finished examples are kept.
@@ -79,10 +80,11 @@ def circuit_faithfulness(
         Over axes prompt and circuit: `metric` of the circuit and `complement` of all edges but its own; `faithfulness`
         and `completeness`. Over prompt: `all`, `none`, `target_metric` and `source_metric` (the model's own), and the
         areas `cpr` and `cmd` (see Source) of the curve of faithfulness over the share of edges, from no edge to all;
-        not numbers for circuits without an order of size. Of these four `_mean`, `_low` and `_high`: over prompts,
-        each weighed by the difference of its all and none, so that the mean is a quotient of means, with the ends of
-        the 95% interval. `random`, faithfulness of random circuits, over sample and circuit, weighed likewise, and
-        `p_value`: the share of them, the circuit itself counted in, that are as faithful or more.
+        not numbers for circuits that do not grow. Of these four `_mean`, `_low` and `_high`: over prompts, each
+        weighed by the size of the difference of its all and none, so that the mean is a quotient of means where all
+        these have one sign, with the ends of the 95% interval. Mean areas are those of the mean curve. `random`,
+        faithfulness of random circuits, over sample and circuit, weighed likewise, and `p_value`: the share of them,
+        the circuit itself counted in, that are as faithful or more.
         Examples for which all and none are the same have no faithfulness. Circuits have coordinates n_edges, n_nodes
         and share, of all edges (or heads and MLPs) of the model.
 
@@ -104,9 +106,9 @@ def circuit_faithfulness(
         that of |1 - f(k)|, the lower the better; both by trapezoids, with f(0) = 0 and f(1) = 1.
     """
     into, spoilt = check_prompts(targets, vlm.shape), check_prompts(sources, vlm.shape)
-    metrics = metric_of_each(metric, into)
+    metrics, apart = metric_of_each(metric, into), clusters_of(into, clusters)
     given = _circuits(circuits, sizes)
-    _checked(into, spoilt, given, ablate, whole("controls", controls))
+    _checked(vlm, into, spoilt, given, ablate, whole("controls", controls))
     draw = np.random.default_rng(whole("seed", seed))
     drawn = [[random_circuit(vlm, one, into[0], draw) for one in given] for _ in range(controls)]
     every = [~Circuit(), Circuit(), *given, *(~one for one in given), *(one for some in drawn for one in some)]
@@ -121,12 +123,13 @@ def circuit_faithfulness(
         check_ends(own, values[:2].tolist(), ablate)
         return arrays(values=np.concatenate([own, values]))
 
-    what: list[Any] = ["circuit_faithfulness", [[str(edge) for edge in one.edges] + [*one.chosen] for one in every]]
+    listed_by = [[one.inverted, *map(str, one.edges), *one.chosen] for one in every]
+    what: list[Any] = ["circuit_faithfulness", listed_by]
     what += [[one.encoding for one in spoilt], metrics, ablate, batch_size]
     groups = [[number] for number in range(len(into))]
     table = np.stack([one["values"].values for one in worked(vlm, into, groups, work, out, what)])
-    found = _measured(vlm, into, given, table, controls, clusters)
-    attrs = about(vlm, into, metrics, clusters, ablate=ablate, controls=controls, seed=seed)
+    found = _measured(vlm, into, given, table, controls, apart)
+    attrs = about(vlm, into, metrics, apart, ablate=ablate, controls=controls, seed=seed)
     for name in ("metric", "complement", "all", "none", "target_metric", "source_metric"):
         found[name].attrs = {"long_name": f"{name} {attrs['metric']}", "units": unit_of(metrics)}
     return found.assign_attrs(attrs)
@@ -143,8 +146,8 @@ def kept_edges(vlm: VLM, circuit: Circuit, prompt: Prompt) -> list[Ends]:
         (4694, [('image', 'm1', None)])
     """
     check_spans(circuit, prompt)
-    rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
-    kept = {span: circuit.kept(rows, columns, span) & table for span in (prompt.spans if circuit.spans else [None])}
+    rows, columns = writers(vlm.shape), readers(vlm.shape)
+    kept = kept_at(vlm, circuit, list(prompt.spans) if circuit.spans else [None])
     everywhere = np.logical_and.reduce(list(kept.values()))
     held = {None: everywhere} | {span: one & ~everywhere for span, one in kept.items() if span is not None}
     return [
@@ -198,7 +201,7 @@ def _circuits(circuits: Any, sizes: Any) -> list[Circuit]:
 
 
 def _checked(
-    into: Sequence[Prompt], spoilt: Sequence[Prompt], given: Sequence[Circuit], ablate: str, controls: int
+    vlm: VLM, into: Sequence[Prompt], spoilt: Sequence[Prompt], given: Sequence[Circuit], ablate: str, controls: int
 ) -> None:
     if len(into) != len(spoilt):
         raise ValueError(f"{len(spoilt)} sources were given for {len(into)} targets; give one source for each target.")
@@ -206,8 +209,9 @@ def _checked(
         raise ValueError(f"ablate={told(ablate)} is not known; choose from 'source', 'mean'.")
     if controls < 0:
         raise ValueError(f"controls={controls} draws nothing; give 0 or more random circuits.")
-    for prompt in into:
-        for one in given:
+    for one in given:
+        kept_at(vlm, one, [None])
+        for prompt in into:
             check_spans(one, prompt)
 
 
