@@ -28,7 +28,8 @@ class Circuit:
     """Some of the edges of a language model, or all edges between chosen nodes.
 
     Circuits are sets: `a & b` has the edges (or nodes) of both, `a | b` those of either, `a - b` those of the first
-    alone, and `~a` all of the model but those of `a`. So `Circuit()` has no edge, and `~Circuit()` every one.
+    alone, and `~a` all of the model but those of `a`. So `Circuit()` has no edge, and `~Circuit()` every one. Equal
+    circuits list the same in the same order, whatever the scores.
 
     Args:
         edges: each once.

@@ -136,9 +136,6 @@ class Weights:
         return torch.zeros_like(self._matrix(path)[:, 0])
 
     def _path(self, which: str, layer: int, tower: str) -> str:
-        count = self.vlm.shape.layers[tower]
-        if not 0 <= whole("layer", layer) < count:
-            raise ValueError(f"the {tower} tower has {count} layers, counted from 0, so there is no layer {layer}.")
         path = attention_of(self.vlm, layer, tower)
         names = names_of(self.vlm.hf.get_submodule(path))
         return f"{path}.{names[which == 'o'] if len(names) == 2 else names['qkvo'.index(which)]}"
@@ -170,8 +167,11 @@ def attention_of(vlm: Any, layer: int, tower: str) -> str:
     """Where a layer keeps its self-attention module.
 
     Raises:
-        ValueError: for a layer without self-attention.
+        ValueError: for a layer that is not there, or without self-attention.
     """
+    count = vlm.shape.layers[tower]
+    if not 0 <= whole("layer", layer) < count:
+        raise ValueError(f"the {tower} tower has {count} layers, counted from 0, so there is no layer {layer}.")
     stack = vlm.arch.stacks[tower]
     (where, index), block = stack.layers[layer], stack.blocks[layer]
     if block.attention is None:

@@ -255,6 +255,8 @@ def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -
         assert line.hovertext.startswith(f"{names}, {span}<br>score {float(score):+.4g}")
     assert lines[-1].hovertext.endswith(f"<b>exact {float(found.exact[0, 0]):+.4g}</b>")
     assert [line.line.width for line in lines] == sorted(line.line.width for line in lines)
+    one: Any = mv.plot.edges(found, top=1)  # nodes stand where they do beside others
+    assert one.data[0].x == lines[-1].x and one.layout.yaxis.range == figure.layout.yaxis.range
     shares = found.drop_vars(["missed", "missed_share"])
     assert [trace.name for trace in mv.plot.attributed(shares).data] == ["edge, top", "edge, random"]
     drawn: Any = mv.plot.attributed(found)

@@ -1437,6 +1437,10 @@ WEIGHTS_AND_HEADS: list[Case] = [
         lambda: direct(spans={"one": [3], "other": [3, 4]}, by="span"),
     ),
     (
+        "spans hold 'elsewhere', which stands for what no span holds; give that span another name.",
+        lambda: direct(spans={"elsewhere": [3]}, by="span"),
+    ),
+    (
         "spans hold position 99 of 26; give spans of positions of the prompt that share none.",
         lambda: direct(spans={"one": [99]}, by="span"),
     ),
@@ -1479,6 +1483,14 @@ WEIGHTS_AND_HEADS: list[Case] = [
     (
         "'red' is no prompt and no direction; give a prompt, or numbers, direction by d_model.",
         lambda: mv.ov_writes(vlm(), 0, 1, "red"),  # type: ignore[arg-type]
+    ),
+    (
+        "the directions hold values that are no finite numbers, so no word follows; give finite ones.",
+        lambda: mv.ov_writes(vlm(), 0, 1, ones(32) / 0),
+    ),
+    (
+        "the text tower has 3 layers, counted from 0, so there is no layer 9.",
+        lambda: mv.ov_writes(vlm(), 9, 1, real()),
     ),
     (
         "positions are of a prompt, and directions were given; leave them out, or give a prompt.",

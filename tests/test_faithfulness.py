@@ -240,6 +240,14 @@ def test_questions_about_one_picture_are_one_cluster(hops: Path) -> None:
     assert "over 2 clusters" in found.attrs["interval"]
 
 
+def test_where_shares_are_logarithms_no_edges_have_no_place(hops: Path) -> None:
+    whole = measured(hops, [mv.Circuit(), circuit_of(hops)])
+    few: Any = mv.plot.faithfulness(whole.assign_coords(share=("circuit", [0.0, 0.01])))
+    many: Any = mv.plot.faithfulness(whole.assign_coords(share=("circuit", [0.0, 0.5])))
+    assert [trace.x.tolist() for trace in few.data if trace.name == "without it"] == [[0.01]]
+    assert [trace.x.tolist() for trace in many.data if trace.name == "without it"] == [[0.0, 0.5]]
+
+
 @zoo.second_environment
 def test_the_curve_has_the_circuits_in_the_order_of_their_size(hops: Path) -> None:
     found = measured(hops, [~mv.Circuit(), circuit_of(hops)], controls=2)

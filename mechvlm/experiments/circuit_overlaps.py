@@ -125,7 +125,7 @@ def circuit_stability(
         found, dim = [circuit_overlap(*(make([held[at] for at in half]) for half in pair)) for pair in halves], "split"
     every = xr.concat(found, xr.DataArray(np.arange(len(found)), dims=dim, name=dim), combine_attrs="drop")
     ends = every.overlap.quantile([0.025, 0.975], dim, skipna=False)
-    every["mean"] = every.overlap.mean(dim)
+    every["mean"] = every.overlap.mean(dim, skipna=False)
     every["low"], every["high"] = ends.isel(quantile=0, drop=True), ends.isel(quantile=1, drop=True)
     return every.assign_attrs(compared=f"{len(found)} {dim}s", interval=f"95 % of {dim}s")
 

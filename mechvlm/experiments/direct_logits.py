@@ -99,8 +99,8 @@ def direct_logit_attribution(
         `contribution_mean` and so on, 95% intervals over clusters.
 
     Raises:
-        ValueError: for another metric or word for `by`; spans that share a position; edits of z where heads are split;
-            prompts whose image tokens do not lie alike, for by="token".
+        ValueError: for another metric or word for `by`; spans that share a position or are called "elsewhere"; edits of
+            z where heads are split; prompts whose image tokens do not lie alike, for by="token".
         TypeError: for what is no metric.
 
     Example:
@@ -216,6 +216,9 @@ def _spans(vlm: VLM, given: Spans, prompt: Prompt) -> dict[str, list[int]]:
     held = {name: at for name, at in prompt.spans.items() if at}
     if given is not None:
         held = checked_mapping("spans", given, prompt)
+        taken = next((name for name in (ELSEWHERE, KEYS) if name in held), None)
+        if taken is not None:
+            raise ValueError(f"spans hold {taken!r}, which stands for what no span holds; give that span another name.")
     everywhere = [position for at in held.values() for position in at]
     beyond = [position for position in everywhere if position >= len(prompt)]
     twice = [position for at, position in enumerate(everywhere) if position in everywhere[:at]]

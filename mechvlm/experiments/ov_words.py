@@ -80,7 +80,7 @@ def ov_writes(
 
     Raises:
         ValueError: for a layer, head or position that is not there, a layer that attends to the picture's keys instead,
-            directions of another width, or a word of several tokens.
+            directions of another width or with NaN, or a word of several tokens.
         TypeError: for what is neither a prompt nor directions, or positions of directions.
 
     Example:
@@ -118,6 +118,8 @@ def ov_writes(
         raise TypeError("positions are of a prompt, and directions were given; leave them out, or give a prompt.")
     streams = what.detach().reshape(-1, what.shape[-1])
     check_width(streams, vlm.shape.d_model["text"])
+    if not streams.isfinite().all():
+        raise ValueError("the directions hold values that are no finite numbers, so no word follows; give finite ones.")
     found = vlm.place.ask(vlm.model, of_directions, vlm, *about, streams)
     attrs = {"model": vlm.name, "layer": layer, "norms": "of the direction, and of the head's write alone"}
     return _dataset(vlm, found, chosen, asked, {"direction": range(len(streams))}, attrs)

@@ -22,6 +22,7 @@ def faithfulness(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fi
 
     Args:
         found: what `circuit_faithfulness` returns.
+            Where shares are so small that their logarithms are drawn, circuits without any edge are left out.
         caption: by default says what lines and bands are, and the areas under the curve.
 
     Raises:
@@ -38,6 +39,9 @@ def faithfulness(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fi
             "with mv.circuit_faithfulness."
         )
     found = found.isel(circuit=np.argsort(found["share"].values, kind="stable"))
+    least = float(found["share"].where(found["share"] > 0).min().fillna(1.0))
+    if least < NARROW:  # no edges have no place among logarithms
+        found = found.isel(circuit=np.flatnonzero(found["share"].values > 0))
     figure = go.Figure()
     series = {"circuit": "faithfulness", "without it": "completeness"}
     for number, (name, variable) in enumerate(series.items()):
@@ -49,8 +53,6 @@ def faithfulness(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fi
         _curve(figure, found, "random", "#7a7a7a", drawn.mean("sample").values, ends)
     for level in (0.0, 1.0):
         figure.add_hline(y=level, line={"color": "#b0b0b0", "width": 1, "dash": "dash"})
-    shares = found["share"].values
-    least = float(shares[shares > 0].min(initial=1.0))
     scale = {"type": "log", "range": [np.log10(least * 0.8), 0.05]} if least < NARROW else {"range": [0.0, 1.02]}
     ticks = [tick for tick in TICKS if tick >= least * 0.8]
     named = {"tickvals": ticks, "ticktext": [f"{100 * tick:g} %" for tick in ticks]} if least < NARROW else {}

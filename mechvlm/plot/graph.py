@@ -51,10 +51,10 @@ def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") 
             "mv.edge_attribution(vlm, source, target, metric)."
         )
     shown, all_of = _largest(found.score, top)
-    figure = layered(shown, _per_key(found.score), _exact(found))
     said = caption or _said(found, len(shown), all_of)
     layers = 1 + max((Node.parse(name).layer or 0) for name in found.reader.values)
     heads = len({Node.parse(name).head for name in found.writer.values} - {None})
+    figure = layered(shown, _per_key(found.score), _exact(found), layers, heads)
     return finished(figure, title, said, width=min(1000, 150 + 90 * layers), height=120 + 26 * heads)
 
 
@@ -77,7 +77,11 @@ def place(name: str, heads: int, per_key: int = 1) -> tuple[float, float]:
 
 
 def layered(
-    shown: Sequence[Shown], per_key: int = 1, exact: Mapping[tuple[str, str, str], float] | None = None
+    shown: Sequence[Shown],
+    per_key: int = 1,
+    exact: Mapping[tuple[str, str, str], float] | None = None,
+    layers: int = 0,
+    heads: int = 0,
 ) -> go.Figure:
     """Some edges between nodes, each where it stands in the pass.
 
@@ -85,6 +89,7 @@ def layered(
         shown: writer, reader, span (empty for all positions) and score of each.
         per_key: query heads that share a key-value head.
         exact: what patches of some of them did.
+        layers, heads: at least so many are given room, so that figures of one model have nodes in the same places.
 
     Example:
         >>> len(layered([("image", "a0.h1<q>", "", 2.0), ("a0.h1", "logits", "", -1.0)]).data)
@@ -92,8 +97,8 @@ def layered(
     """
     nodes = list(dict.fromkeys(name for one in shown for name in one[:2]))
     numbers = [(Node.parse(name).layer, place(name, 1, per_key)[1]) for name in nodes]
-    heads = 1 + int(max(up for _, up in numbers))
-    end = 2.0 * max((layer for layer, _ in numbers if layer is not None), default=0) + 2.5
+    heads = max(heads, 1 + int(max(up for _, up in numbers)))
+    end = 2.0 * max(0, layers - 1, *(layer for layer, _ in numbers if layer is not None)) + 2.5
     spots = {name: (min(across, end), up) for name, (across, up) in ((n, place(n, heads, per_key)) for n in nodes)}
     largest, beside, figure = max(abs(one[3]) for one in shown), dict[tuple, int](), go.Figure()
     for writer, reader, span, score in shown:
@@ -110,8 +115,8 @@ def layered(
         figure.add_scatter(x=[None], y=[None], mode="lines", line={"color": colour, "width": 3}, name=name)
     _draw_nodes(figure, spots)
     figure.update_layout(showlegend=True)
-    layers = np.arange(0, end - 2, 2)
-    figure.update_xaxes(title_text="layer", tickvals=layers, ticktext=[str(int(at // 2)) for at in layers])
+    ticks = np.arange(0, end - 2, 2)
+    figure.update_xaxes(title_text="layer", tickvals=ticks, ticktext=[str(int(at // 2)) for at in ticks])
     figure.update_xaxes(range=[-2.4, end + 0.8], zeroline=False)
     figure.update_yaxes(title_text="head", tickvals=list(range(heads)), range=[-2.4, heads + 0.2], zeroline=False)
     return figure
