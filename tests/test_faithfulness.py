@@ -233,10 +233,8 @@ def test_a_folder_of_a_circuits_runs_is_none_of_all_edges_but_its(hops: Path, tm
 
 @zoo.second_environment
 def test_questions_about_one_picture_are_one_cluster(hops: Path) -> None:
-    vlm, other = hops.vlm, hops.target.with_image(mv.images.black)
-    found = mv.circuit_faithfulness(
-        vlm, circuit_of(hops), [hops.source] * 3, [hops.target, hops.target, other], PLANTED, controls=0
-    )
+    targets, sources = [hops.target, hops.target, hops.source], [hops.source, hops.source, hops.target]
+    found = mv.circuit_faithfulness(hops.vlm, circuit_of(hops), sources, targets, PLANTED, controls=0)
     assert "over 2 clusters" in found.attrs["interval"]
 
 

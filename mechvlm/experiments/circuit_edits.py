@@ -125,7 +125,7 @@ def _outside(vlm: VLM, circuit: Circuit, target: Prompt) -> Mapping[str, tuple[i
     check_spans(circuit, target)
     found: dict[str, list[int]] = {}
     for span, kept in kept_at(vlm, circuit, list(target.spans)).items():
-        for name in (name for name, stays in zip(writers(vlm.shape), kept.any(1).tolist(), strict=True) if not stays):
+        for name in (name for name, stays in zip(writers(vlm.shape), np.any(kept, axis=1), strict=True) if not stays):
             found.setdefault(name, []).extend(positions_written(name, target.spans[str(span)], target))
     return {name: tuple(sorted(positions)) for name, positions in found.items() if positions}
 
