@@ -164,7 +164,7 @@ def interval(values: xr.DataArray, clusters: Sequence[Any], level: float) -> xr.
     if len({str(cluster) for cluster in clusters}) > 1:
         found = mean_interval(values, dim, clusters=clusters, level=level)[["mean", "low", "high"]]
     else:
-        mean = values.sum(dim) / (values.sizes[dim] or np.nan)
+        mean = values.sum(dim, min_count=1) / values.count(dim)  # not a number where there is none
         found = xr.Dataset({"mean": mean, "low": mean * np.nan, "high": mean * np.nan})
     for name in found.data_vars:
         found[name].attrs = dict(values.attrs)
