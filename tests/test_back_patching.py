@@ -138,6 +138,14 @@ def test_intervals_are_over_pictures_and_none_for_one(vlm: mv.VLM, three: list[m
     assert np.isnan(of_one.low).all()
 
 
+def test_of_one_picture_a_pair_that_is_none_has_no_mean(vlm: mv.VLM, three: list[mv.Prompt]) -> None:
+    found = mv.back_patching(vlm, three[:2], YES, sources=[1, 2], destinations=[0, 1], control=None)
+    change = (found.metric - found.clean).values
+    assert np.isnan(found["mean"].values).tolist() == [[False, True], [False, False]]
+    np.testing.assert_allclose(found["mean"].values, change.mean(0), atol=1e-12)
+    assert np.isnan(found.over_control).all()
+
+
 @zoo.second_environment
 def test_the_control_takes_streams_of_the_next_other_picture(vlm: mv.VLM, three: list[mv.Prompt]) -> None:
     found = mv.back_patching(vlm, three, YES, sources=[2], destinations=[0], control="other")
