@@ -20,7 +20,6 @@ import torch
 import xarray as xr
 import zoo
 from circuit_cases import CASES as CIRCUIT_CASES
-from circuit_cases import FOLDER
 from circuit_cases import MODULES as CIRCUIT_MODULES
 from test_devices import CASES as DEVICE_CASES
 from test_load import CASES as LOAD_CASES
@@ -1874,7 +1873,7 @@ CASES = (
 
 
 # Every process that runs tests has a folder of its own, and all have to know each test by one name.
-@pytest.mark.parametrize("message, wrong", CASES, ids=[text.replace(str(FOLDER), "")[:60] for text, _ in CASES])
+@pytest.mark.parametrize("message, wrong", CASES, ids=[text[:60] for text, _ in CASES])
 def test_message(message: str, wrong: Callable[[], object]) -> None:
     with pytest.raises((ValueError, TypeError, ModuleNotFoundError)) as caught:
         wrong()

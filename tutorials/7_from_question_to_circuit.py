@@ -86,10 +86,10 @@ for name, found in (("from no to yes", into_no), ("from yes to no", into_yes)):
 pd.DataFrame(rows).T.round(2)
 
 # %% [markdown]
-# The nodes that matter most are all found, and their sizes are not. From yes to no (the figure) it is worse than from no
-# to yes: the answer to a picture with the thing is a confident yes, and the gradient is that at the beginning of a long
-# way. A precision of 1 says that the 20 nodes with the largest estimates have the largest effects of those that were
-# patched; what was not patched is not in it. The last two columns say what may be there: no larger share than
+# The nodes that matter most are all found, and their sizes are not. From yes to no (the figure) it is worse than from
+# no to yes: the answer to a picture with the thing is a confident yes, and the gradient is that at the beginning of a
+# long way. A precision of 1 says that the 20 nodes with the largest estimates have the largest effects of those that
+# were patched; what was not patched is not in it. The last two columns say what may be there: no larger share than
 # `missed_share` of the other nodes is wrong by more than `missed`, at 95 % confidence.
 #
 # **Where gradients fail, and what helps.** Queries and keys act through the softmax of attention. Where a head looks at
