@@ -77,10 +77,27 @@ def test_every_line_of_the_table_of_causes_runs() -> None:
     for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
         names[name] = eval(code, names)
     rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert len(rows) == 12
+    assert len(rows) == 11
     engines = {code.split("(")[0]: eval(code, names).attrs.get("engine", "none") for code in rows}
     assert engines.pop("mv.knockout_answers") == "none"  # which generates, and is no sweep
     assert all(engine.startswith("rerun from the edited layer") for engine in engines.values()), engines
+
+
+@pytest.mark.skipif(find_spec("transformer_lens") is None, reason="takes seconds; runs in the second environment")
+def test_every_line_of_the_table_of_attribution_runs() -> None:
+    import mechvlm as mv
+
+    vlm = mv.load("demo")
+    real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
+    null = real.with_image(mv.images.black)
+    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "null": null, "yes": mv.logit_difference("yes", "no")}
+    part = README.split("\n## Attribution and circuits\n")[1].split("\n## ")[0]
+    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
+        names[name] = eval(code, names)
+    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
+    assert len(rows) == 12
+    for code in rows:
+        assert type(eval(code, names)).__name__ == "Dataset", code
 
 
 def test_every_line_of_the_table_of_evaluations_runs() -> None:

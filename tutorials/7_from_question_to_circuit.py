@@ -26,6 +26,8 @@
 # others to test it.
 
 # %%
+import tempfile
+
 import numpy as np
 import pandas as pd
 import xarray as xr
@@ -161,7 +163,7 @@ pd.DataFrame(
 
 # %%
 paths = mv.path_patching(vlm, source=real, target=other, metric=yes, receivers=["a7.kv1<v>", "a7.kv1<k>"])
-mv.plot.senders(paths.normalised, title="What reaches head 7.3 by its keys and values")
+mv.plot.senders(paths.normalised, title="What reaches heads 7.2 and 7.3 by keys and values")
 
 # %% [markdown]
 # **The circuit.** The edges with the largest mean scores over the pairs that it is found on; what lies on no path from
@@ -188,8 +190,9 @@ pd.DataFrame(
 
 # %%
 circuit = mv.choose_circuit(scores, 80)
-circuit.save("/tmp/red_or_green.json")
-assert mv.Circuit.load("/tmp/red_or_green.json") == circuit  # readable JSON
+folder = tempfile.mkdtemp()
+circuit.save(f"{folder}/red_or_green.json")
+assert mv.Circuit.load(f"{folder}/red_or_green.json") == circuit  # readable JSON
 mv.plot.circuit(circuit)
 
 # %%
