@@ -8,7 +8,7 @@ on the Hugging Face model: two forward passes and one backward pass, whose produ
 1e-5 of the largest.
 
     python bench/attribution.py [--lengths 600 2400] [--layers 12] [--pairs 5] [--threads 2] [--device cuda]
-        [--shape 7b --dtype bfloat16] [--calls attribution edges]
+        [--shape 7b --dtype bfloat16] [--calls AtP EAP]
 """
 
 import argparse
@@ -24,9 +24,9 @@ from attention import encoding, most, paired, sharp_model
 from overhead import HEADS, IMAGE
 
 import mechvlm as mv
-from mechvlm.experiments.attributed_nodes import KINDS
 
 TOLERANCE = 1e-5
+NINE = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
 
 
 def difference(logits: torch.Tensor) -> torch.Tensor:
@@ -90,9 +90,9 @@ def calls(at: Setting) -> dict[str, Callable[[], Any]]:
         "AtP, plain torch, attn_out and mlp_out": at.plain,
         "AtP, attn_out and mlp_out": partial(at.patching, **both),
         "AtP, four kinds (default)": at.patching,
-        "AtP, all nine kinds": partial(at.patching, kinds=KINDS),
+        "AtP, all nine kinds": partial(at.patching, kinds=NINE),
         "AtP with softmax made anew (qk), q and k": partial(at.patching, kinds=["q", "k"], method="qk"),
-        "AtP* (qk and a pass a layer), nine kinds": partial(at.patching, kinds=KINDS, method="atp*"),
+        "AtP* (qk and a pass a layer), nine kinds": partial(at.patching, kinds=NINE, method="atp*"),
         "node IG, 5 points, four kinds": partial(at.patching, method="ig"),
         "EAP, all edges": partial(at.edges, method="eap"),
         "EAP, all edges by span": partial(at.edges, method="eap", spans="each"),
