@@ -4,7 +4,8 @@ Each reader of the residual stream (the queries, keys and values of each head, e
 of its own: the sum of what the parts before it wrote, each as it is in this run where the edge is kept, and as it was
 in the other run where it is not. Readers that are given the same stream share a row of the batch, and each head is put
 together in the circuit's first row from the rows that its queries, keys and values were read from. So a circuit is one
-forward pass with a few rows, on every architecture, and nothing of a layer is computed by other means than the model's.
+forward pass with some rows, and nothing of a layer is computed by other means than the model's. Where layers attend to
+the picture's features beside the stream (Mllama) there is no such run, and it is refused.
 
 Rule this module guards: all edges give the prompt's own run, and none the other's, to rounding.
 
