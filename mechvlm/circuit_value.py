@@ -9,6 +9,7 @@ Circuit(2 edges, 3 nodes: image, 1 head, logits)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,14 @@ from mechvlm.edits import Edit
 from mechvlm.nodes import Node
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told, whole
+
+KINDS = {"edges": Edge, "chosen": str, "crossing": Integral, "candidates": Integral}
+WRITTEN = {
+    "edges": "edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for nodes",
+    "chosen": "names of heads and MLPs, chosen=['a3.h5', 'm3']",
+    "crossing": "layers, crossing=[3]",
+    "candidates": "how many edges, heads and MLPs, and heads, candidates=(0, 0, 0)",
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,9 +76,8 @@ class Circuit:
     def __post_init__(self) -> None:
         for name in ("edges", "chosen", "crossing", "candidates"):
             given = listed(vars(self)[name])
-            kind = {"edges": Edge, "chosen": str}.get(name, object)
-            if given is None or not all(isinstance(one, kind) for one in given):
-                raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; see mv.Circuit.")
+            if given is None or not all(isinstance(one, KINDS[name]) for one in given):
+                raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; write {WRITTEN[name]}.")
             object.__setattr__(self, name, given)
         if self.edges and self.chosen:
             raise ValueError("a circuit is of edges or of chosen nodes, and both were given; give one of the two.")

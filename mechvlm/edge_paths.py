@@ -53,7 +53,10 @@ class Edge:
         if not then.reads and then.kind not in ("mlp", "logits"):
             raise ValueError(f"{self.reader!r} reads nothing; write for instance 'a3.h5<q>', 'm3' or 'logits'.")
         if not place_of(self.writer)[:2] < place_of(self.reader)[:2]:
-            raise ValueError(f"{self.writer} does not stand before {self.reader}, so there is no edge between the two.")
+            raise ValueError(
+                f"{self.writer} does not stand before {self.reader}, so there is no edge between the two; name an "
+                "earlier writer, or a later reader."
+            )
         if not (self.span is None or (isinstance(self.span, str) and self.span)):
             raise TypeError(f"span={told(self.span)} names no positions; write for instance 'image', or None for all.")
         object.__setattr__(self, "score", number("score", self.score))

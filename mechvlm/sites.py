@@ -209,12 +209,14 @@ def whole(what: str, value: Any) -> int:
     """A whole number, whether Python, numpy or torch wrote it.
 
     Raises:
-        TypeError: for anything else, 1.0 included.
+        TypeError: for anything else, 1.0 and True included.
     """
     try:
-        return operator.index(value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        raise TypeError(f"{what} {told(value)} is not a whole number.") from None
+        pass
+    raise TypeError(f"{what} {told(value)} is not a whole number.")
 
 
 def whole_numbers(what: str, values: Any) -> tuple[int, ...]:

@@ -61,7 +61,8 @@ CASES: list[Case] = [
     ("'logits' writes nothing; write for instance 'image', 'a3.h5' or 'm3'.", lambda: mv.Edge("logits", "m3")),
     ("'image' reads nothing; write for instance 'a3.h5<q>', 'm3' or 'logits'.", lambda: mv.Edge("embed", "image")),
     (
-        "a3.h5 does not stand before a3.h6<q>, so there is no edge between the two.",
+        "a3.h5 does not stand before a3.h6<q>, so there is no edge between the two; name an earlier writer, or a later "
+        "reader.",
         lambda: mv.Edge("a3.h5", "a3.h6<q>"),
     ),
     ("score=inf is infinite; give a number, or leave it out.", lambda: mv.Edge("image", "m0", score=math.inf)),
@@ -69,8 +70,31 @@ CASES: list[Case] = [
         "span=3 names no positions; write for instance 'image', or None for all.",
         lambda: mv.Edge("image", "m0", 3),  # type: ignore[arg-type]
     ),
-    ("edges=3 is no list of edges; see mv.Circuit.", lambda: mv.Circuit(3)),  # type: ignore[arg-type]
-    ("edges=['m0'] is no list of edges; see mv.Circuit.", lambda: mv.Circuit(["m0"])),  # type: ignore[list-item]
+    (
+    (
+        "edges=3 is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for nodes.",
+        lambda: mv.Circuit(3),  # type: ignore[arg-type]
+    ),
+        lambda: mv.Circuit(3),
+    ),  # type: ignore[arg-type]
+    (
+        "edges=['m0'] is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
+        "nodes.",
+        lambda: mv.Circuit(["m0"]),  # type: ignore[list-item]
+    ),
+    (
+        "chosen=[(3, 5)] is no list of chosen; write names of heads and MLPs, chosen=['a3.h5', 'm3'].",
+        lambda: mv.Circuit(chosen=[(3, 5)]),  # type: ignore[list-item]
+    ),
+    (
+        "crossing=3 is no list of crossing; write layers, crossing=[3].",
+        lambda: mv.Circuit(crossing=3),  # type: ignore[arg-type]
+    ),
+    (
+        "'yes' is no metric; give mv.logit_difference('yes', 'no') or a function of logits (batch vocab), or a list "
+        "with one for each prompt.",
+        lambda: measured(metric="yes"),
+    ),
     (
         "a circuit is of edges or of chosen nodes, and both were given; give one of the two.",
         lambda: mv.Circuit([EDGE], ["m0"]),

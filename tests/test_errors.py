@@ -223,6 +223,7 @@ SITES: list[Case] = [
     ("heads=3 is not a list of heads; write for instance [0].", lambda: mv.ablate_heads(0, 3)),  # type: ignore[arg-type]
     ("heads='34' is not a list of heads; write for instance [0].", lambda: mv.ablate_heads(0, "34")),  # type: ignore[arg-type]
     ("heads=None is not a list of heads; write for instance [0].", lambda: mv.scale_heads(0, None, 2.0)),  # type: ignore[arg-type]
+    ("verify True is not a whole number.", lambda: attributed(verify=True)),
     ("heads: 1.5 is not a whole number.", lambda: mv.ablate_heads(0, [1.5])),  # type: ignore[list-item]
     ("queries: 'last' is not a whole number.", lambda: mv.rows(["last"])),  # type: ignore[list-item]
     ("keys is empty, so nothing would be edited; give at least one.", lambda: mv.cut_attention(0, [])),
@@ -1471,9 +1472,17 @@ WEIGHTS_AND_HEADS: list[Case] = [
         lambda: mv.composition_scores(vlm(), layers=[0, 3]),
     ),
     (
+        "layer 1 alone has no later layer to compose with; give two layers or more.",
+        lambda: mv.composition_scores(vlm(), layers=[1]),
+    ),
+    (
         "in layer 1 of this model keys and values are those of the picture, and not of the residual stream; choose "
         "from layers 0, 2, 4.",
         lambda: mv.composition_scores(zoo.build("mllama"), layers=[0, 1]),
+    ),
+    (
+        "the text tower has 3 layers, counted from 0, so there is no layer 3.",
+        lambda: mv.ov_writes(vlm(), 3, 1, real()),
     ),
     (
         "the text tower has 4 heads a layer, counted from 0, so there is no head 4.",
@@ -1641,7 +1650,7 @@ PATCHING: list[Case] = [
         lambda: edges_scored("exact", verify=2),
     ),
     (
-        "spans='image' is not known; give None, 'each', or positions under names.",
+        "spans='image' is not known; choose from None, 'each', or name positions, such as {'image': prompt.image}.",
         lambda: edges_scored(spans="image"),
     ),
     (

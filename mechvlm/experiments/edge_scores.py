@@ -38,11 +38,12 @@ from mechvlm.sites import told, whole, whole_numbers
 from mechvlm.vlm import VLM
 from mechvlm.writes import SUMS, writing
 
+TIMES = "(source - target) of the write times the metric's gradient at the reader's input"
 VALUES = {
-    "eap": "(source - target) of the write times the metric's gradient at the reader's input in the target's run",
-    "eap-ig": "the same with the gradient averaged on the way from the target's embeddings to the source's",
-    "clean-corrupted": "the same with the gradient averaged over the target's run and the source's",
-    "ig-activations": "the same with the gradient averaged on the way of the writer's own layer to the source's",
+    "eap": f"{TIMES} in the target's run",
+    "eap-ig": f"{TIMES}, averaged on the way from the target's embeddings to the source's",
+    "clean-corrupted": f"{TIMES}, averaged over the target's run and the source's",
+    "ig-activations": f"{TIMES}, averaged on the way of the writer's own layer to the source's",
     "information-flow-routes": "how near the write comes to the sum that the reader reads, in the target's run, as a "
     "share of what all writes do; the mean over positions",
     "exact": "the metric where the reader alone is given the source's write, less the target's metric",
@@ -226,8 +227,11 @@ def _spans(target: Prompt, spans: Any) -> dict[str, list[int]]:
     if isinstance(spans, str) and spans == "each":
         return {name: positions for name, positions in target.spans.items() if positions}
     if not isinstance(spans, Mapping) or not spans:
-        raise ValueError(f"spans={told(spans)} is not known; give None, 'each', or positions under names.")
-    found = {str(name): list(whole_numbers(f"span {name!r}", positions)) for name, positions in spans.items()}
+        raise ValueError(
+            f"spans={told(spans)} is not known; choose from None, 'each', or name positions, "
+            "such as {'image': prompt.image}."
+        )
+    found = {str(name): list(whole_numbers(f"spans[{name!r}]", positions)) for name, positions in spans.items()}
     for name, positions in found.items():
         wrong = [at for at in positions if not 0 <= at < len(target)]
         if not positions or wrong or len(set(positions)) < len(positions):

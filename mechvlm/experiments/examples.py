@@ -35,6 +35,7 @@ def metric_of_each(metric: Metric | Sequence[Metric], prompts: Sequence[Prompt])
 
     Raises:
         ValueError: for a list of another length.
+        TypeError: for what is no metric, such as a word.
 
     Example:
         >>> [str(one) for one in metric_of_each(yes, [real, null])]
@@ -42,11 +43,17 @@ def metric_of_each(metric: Metric | Sequence[Metric], prompts: Sequence[Prompt])
     """
     if callable(metric):
         return [metric] * len(prompts)
-    if len(metric) != len(prompts):
-        raise ValueError(
-            f"{len(metric)} metrics were given for {len(prompts)} prompts; give one for each, or one for all."
+    given = listed(metric)
+    if given is None or not all(map(callable, given)):
+        raise TypeError(
+            f"{told(metric)} is no metric; give mv.logit_difference('yes', 'no') or a function of logits (batch "
+            "vocab), or a list with one for each prompt."
         )
-    return list(metric)
+    if len(given) != len(prompts):
+        raise ValueError(
+            f"{len(given)} metrics were given for {len(prompts)} prompts; give one for each, or one for all."
+        )
+    return list(given)
 
 
 def positions_of(given: PositionsOf, prompt: Prompt) -> tuple[int, ...] | None:

@@ -139,7 +139,7 @@ def kept_edges(vlm: VLM, circuit: Circuit, prompt: Prompt) -> list[Ends]:
     """The edges of a circuit in a model, one by one; of all spans at once where it has them at all.
 
     Raises:
-        ValueError: for spans that the prompt has not, or edges that the model has not.
+        ValueError: for spans that the prompt has not, or edges or nodes that the model has not.
 
     Example:
         >>> len(kept_edges(vlm, ~Circuit(), real)), kept_edges(vlm, Circuit([Edge("image", "m1")]), real)

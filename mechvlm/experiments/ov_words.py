@@ -37,7 +37,7 @@ from mechvlm.experiments.record import record, word_list
 from mechvlm.experiments.sweep import numbers
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import unsaid
-from mechvlm.sites import Site, places, told
+from mechvlm.sites import Site, places, told, whole
 from mechvlm.unembedding import unembedded
 from mechvlm.vlm import VLM
 from mechvlm.walk import at
@@ -93,8 +93,10 @@ def ov_writes(
         Elhage et al. (2021), "A Mathematical Framework for Transformer Circuits", on OV circuits; Dar et al. (2023),
         "Analyzing Transformers in Embedding Space", section 3.
     """
+    layers, count = vlm.shape.layers["text"], vlm.shape.heads["text"]
+    if not 0 <= whole("layer", layer) < layers:
+        raise ValueError(f"the text tower has {layers} layers, counted from 0, so there is no layer {layer}.")
     attention_of(vlm, layer, "text")
-    count = vlm.shape.heads["text"]
     chosen = list(range(count)) if heads is None else list(places("heads", [heads] if np.ndim(heads) == 0 else heads))
     if max(chosen) >= count:
         raise ValueError(

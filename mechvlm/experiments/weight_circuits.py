@@ -134,4 +134,6 @@ def _layers(vlm: VLM, layers: Sequence[int] | None) -> list[int]:
             f"in {named(across)} of this model keys and values are those of the picture, and not of the residual "
             f"stream; choose from {named(own)}."
         )
+    if len(chosen) < 2:
+        raise ValueError(f"{named(chosen)} alone has no later layer to compose with; give two layers or more.")
     return sorted(chosen)
