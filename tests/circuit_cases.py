@@ -71,12 +71,10 @@ CASES: list[Case] = [
         lambda: mv.Edge("image", "m0", 3),  # type: ignore[arg-type]
     ),
     (
-    (
-        "edges=3 is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for nodes.",
+        "edges=3 is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
+        "nodes.",
         lambda: mv.Circuit(3),  # type: ignore[arg-type]
     ),
-        lambda: mv.Circuit(3),
-    ),  # type: ignore[arg-type]
     (
         "edges=['m0'] is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
         "nodes.",

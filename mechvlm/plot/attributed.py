@@ -5,6 +5,8 @@
 ['estimate = exact', 'z, top', 'z, random']
 """
 
+import math
+
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -103,9 +105,16 @@ def _said(found: xr.Dataset) -> str:
 
 def _agreed(of: xr.Dataset, kind: str) -> str:
     """How well the two agree for one kind."""
-    top, random = (float(of.pearson.sel(among=among)) for among in ("top", "random"))
-    said = f"{kind}: r {top:.3f} among the top"
+    top, random = (
+        [float(of[name].sel(among=among)) for name in ("pearson", "spearman")] for among in ("top", "random")
+    )
+    said = f"{kind}: {_correlated(*top)} among the top, precision {float(of.precision):.2f}"
     if not (of.drawn == "random").any():
         return f"{said}, which are all"
-    error = f", largest error of these {float(of.missed):.3g}" if "missed" in of else ""
-    return f"{said}, {random:.3f} among random nodes{error}"
+    worst = f", largest error of these {float(of.missed):.3g}" if "missed" in of else ""
+    return f"{said}, {_correlated(*random)} among random nodes{worst}"
+
+
+def _correlated(pearson: float, spearman: float) -> str:
+    """The two correlations, where there are any."""
+    return f"r {pearson:.3f} (of ranks {spearman:.3f})" if math.isfinite(pearson) else "no correlation"

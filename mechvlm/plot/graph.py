@@ -7,6 +7,7 @@ each other: layers across, heads up, MLPs below them.
 ((6.0, 5.0), (7.0, -1.5))
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -29,8 +30,8 @@ def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") 
 
     The broader an edge, the larger its score by size; blue raises the metric, orange lowers it. Where spans are apart,
     each edge is that of one span, and edges between the same two nodes lie beside each other. A key-value head stands
-    at the first query head that it serves. Hovering shows names, span and score, and what the edge's patch did where
-    it was verified.
+    in the middle of the query heads that it serves. Hovering shows names, span and score, and what the edge's patch did
+    where it was verified.
 
     Args:
         found: what `edge_attribution` returns.
@@ -71,7 +72,9 @@ def place(name: str, heads: int, per_key: int = 1) -> tuple[float, float]:
     if node.layer is None:
         return float("inf"), (heads - 1) / 2
     if node.kind == "attention":
-        head = (heads - 1) / 2 if node.head is None else node.head * (per_key if node.reads in ("k", "v") else 1)
+        head = (heads - 1) / 2 if node.head is None else float(node.head)
+        if node.head is not None and node.reads in ("k", "v"):
+            head = node.head * per_key + (per_key - 1) / 2
         return 2.0 * node.layer, float(head)
     return 2.0 * node.layer + 1.0, -1.5 if node.kind == "mlp" else heads + 0.5
 
@@ -97,7 +100,7 @@ def layered(
     """
     nodes = list(dict.fromkeys(name for one in shown for name in one[:2]))
     numbers = [(Node.parse(name).layer, place(name, 1, per_key)[1]) for name in nodes]
-    heads = max(heads, 1 + int(max(up for _, up in numbers)))
+    heads = max(heads, 1 + math.ceil(max(up for _, up in numbers)))
     end = 2.0 * max(0, layers - 1, *(layer for layer, _ in numbers if layer is not None)) + 2.5
     spots = {name: (min(across, end), up) for name, (across, up) in ((n, place(n, heads, per_key)) for n in nodes)}
     largest, beside, figure = max(abs(one[3]) for one in shown), dict[tuple, int](), go.Figure()

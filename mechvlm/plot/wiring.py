@@ -62,7 +62,8 @@ def circuit(found: Circuit, title: str = "", caption: str = "") -> go.Figure:
     figure.update_yaxes(title_text="head", zeroline=False, range=[places.below - 0.8, places.above + 0.8], **ticks)
     figure.update_layout(showlegend=bool(found.edges))
     said = f" Drawn are the {MOST} of largest score." if len(found.edges) > MOST else ""
-    said += " Dotted: of the other sign." if any(line.line.dash == "dot" for line in figure.data) else ""
+    dotted = any(line.line.dash == "dot" for line in figure.data)
+    said += " Dotted: scores of the sign that fewer edges have." if dotted else ""
     size = min(920.0, max(380.0, 84.0 * (places.layers + 2))), min(640.0, max(260.0, 30.0 * (places.heads + 4)))
     return finished(figure, title, caption or plain(repr(found)) + "." + said, *size)
 
