@@ -17,10 +17,7 @@ attention_rollout, attention_flow, queries_to_patches, compose_queries. Maps hel
 compare_maps. Lenses: logit_lens, tuned_lens, object_map, segmentation_scores, word_share. Patching: patch_spans,
 patch_positions, patch_heads, patch_features, patch_pairs, path_patching, back_patching. Attribution:
 attribution_patching, edge_attribution, direct_logit_attribution. Circuits: Circuit, Edge, choose_circuit,
-circuit_faithfulness, circuit_overlap, circuit_stability.
-attention_rollout, attention_flow, queries_to_patches, compose_queries. Lenses: logit_lens, tuned_lens, object_map,
-segmentation_scores, word_share. Patching: patch_spans, patch_positions, patch_heads, patch_features, patch_pairs,
-attribution_patching. Parts of a logit: direct_logit_attribution. Circuits of
+circuit_faithfulness, circuit_overlap, circuit_stability. Circuits of
 weights: composition_scores, ov_writes. What heads look at: label_heads.
 Ablations: ablate_each_head, ablate_each, ablate_in_order, ablate_all_but, strongest, find_heads, heads_found,
 soft_identity, ablate_image_tokens, norm_outliers, gradient_tokens, mean_activations, mean_features, accuracy,

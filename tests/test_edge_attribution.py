@@ -17,6 +17,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 import mechvlm as mv
 from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.nodes import feeds, readers, writers
+from mechvlm.plot.graph import layered
 
 YES = mv.logit_difference("yes", "no")
 PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
@@ -242,6 +243,14 @@ def test_a_layers_own_way_to_the_source_is_exact_where_it_writes_to_the_answer_a
     circuit: list[Any] = [(w, r, None) for w, r in pairs if feeds(vlm.shape, w, r) and (w, r) != ("m1", "logits")]
     exact = circuit_metrics(vlm, other, real, [circuit], YES)[0] - found.attrs["target_metric"]
     assert float(found.score.sel(writer="m1", reader="logits")) == pytest.approx(exact, rel=1e-2)
+
+
+def test_shared_keys_stand_before_the_middle_of_their_heads_under_their_own_name() -> None:
+    figure: Any = layered([("image", "a1.kv1<v>", "", 2.0), ("a1.h2", "logits", "", 1.0)], per_key=2)
+    nodes = next(trace for trace in figure.data if trace.mode == "markers+text")
+    spots = dict(zip(nodes.text, zip(nodes.x, nodes.y, strict=True), strict=True))
+    assert spots["a1.h2"] == (2.0, 2.0)
+    assert spots["a1.kv1"][0] < 2.0 and spots["a1.kv1"][1] == 2.5
 
 
 def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -> None:

@@ -143,8 +143,12 @@ def checked(
 
 
 def _both(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, among: str) -> tuple[float, float]:
-    """Pearson's and Spearman's correlation among the nodes of one choice, or of both."""
+    """Pearson's and Spearman's correlation among the nodes of one choice, or of both; of two, which always lie on a
+    line, there is none.
+    """
     here = drawn == among if among != "both" else np.ones(len(drawn), bool)
+    if here.sum() < 3:
+        return float("nan"), float("nan")
     return correlation(estimate[here], exact[here]), correlation(ranks(estimate[here]), ranks(exact[here]))
 
 

@@ -64,7 +64,10 @@ def attribution_patching(
     estimate is wrong.
 
     Args:
-        source, target: as in `patch_spans`. Of a minimal pair `*pair.prompts(vlm)`, with `pair.metric`.
+        source: the prompt patched from; target: the one patched into, in whose run the gradients are taken. With the
+            picture in the source and a null picture in the target, what brings the answer back is positive; for a
+            circuit (`choose_circuit`) it is the other way round. Of a minimal pair `*pair.prompts(vlm)`, with
+            `pair.metric`.
         kinds: "resid_pre", "q", "k", "v", "z", "cross_z", "attn_out", "resid_mid", "mlp_out", "resid_post" of the
             layers that have them, those of heads head by head; and without a layer "embed", the words' embeddings, and
             "image_features", all that the picture hands to the language model, by image token (by key where layers

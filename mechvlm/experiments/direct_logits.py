@@ -85,7 +85,7 @@ def direct_logit_attribution(
         ("image" where the answering position is an image token, and "d0", what deep-stack added to it); "a3.h5", head 5
         of layer 3; "m3", its MLP; "bias", the biases of attention's outputs; "norm.bias" and "unembed.bias";
         "spellings" where a word has several; "edits" where the model has edits, for what they put into the stream.
-        Coordinates `kind`, `layer` and `head`, -1 for what has none. `heads` over layer and head, and `mlps` over
+        Coordinates `kind`, `of_layer` and `of_head`, -1 for what has none. `heads` over layer and head, and `mlps` over
         layer, are the same by layer. `metric` is the model's own number; `logit` the same before the cap of a model
         that caps its logits (Gemma 2), and what is taken apart; `remainder`, `logit` less the sum: rounding.
         With by="span" or "token", `by_span` over layer, head and span: what a head takes from the positions it looks

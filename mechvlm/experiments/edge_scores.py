@@ -71,7 +71,10 @@ def edge_attribution(
     not linear: `verify` patches some of the edges, to see by how much.
 
     Args:
-        source, target: as in `patch_spans`. Of a minimal pair `*pair.prompts(vlm)`, with `pair.metric`.
+        source: the prompt patched from; target: the one patched into, in whose run the gradients are taken. With the
+            picture in the source and a null picture in the target, what brings the answer back is positive; for a
+            circuit (`choose_circuit`) it is the other way round. Of a minimal pair `*pair.prompts(vlm)`, with
+            `pair.metric`.
         method: "eap" takes the gradient at the target; "eap-ig" averages it over `steps` points between the embeddings
             (words, image features and what deep-stack adds of them) of the target and of the source;
             "clean-corrupted" over the target's run and the source's; "ig-activations" over points at which all that

@@ -74,7 +74,7 @@ def path_patching(
     worked out anew; an edge of `edge_attribution` is of what the head adds behind the norm, with the scale of each run.
 
     Args:
-        source, target: as in `patch_spans`.
+        source: the prompt patched from. target: the one patched into.
         senders: what writes into the residual stream: "a3.h5" (a head), "m3" (an MLP), "embed" (the words), "image"
             (what enters at image tokens), "d3" (what deep-stack adds behind layer 3). None means every head and MLP
             that stands before a receiver. Each by itself.

@@ -23,6 +23,8 @@ STEPS = 24  # of a curve
 FADED = 0.75
 Shown = tuple[str, str, str, float]
 """Writer, reader, span and score."""
+BEFORE = 0.35
+"""How far before their heads shared keys and values stand, in half layers."""
 
 
 def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") -> go.Figure:
@@ -30,8 +32,8 @@ def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") 
 
     The broader an edge, the larger its score by size; blue raises the metric, orange lowers it. Where spans are apart,
     each edge is that of one span, and edges between the same two nodes lie beside each other. A key-value head stands
-    in the middle of the query heads that it serves. Hovering shows names, span and score, and what the edge's patch did
-    where it was verified.
+    before the middle of the query heads that it serves. Hovering shows names, span and score, and what the edge's patch
+    did where it was verified.
 
     Args:
         found: what `edge_attribution` returns.
@@ -75,6 +77,7 @@ def place(name: str, heads: int, per_key: int = 1) -> tuple[float, float]:
         head = (heads - 1) / 2 if node.head is None else float(node.head)
         if node.head is not None and node.reads in ("k", "v"):
             head = node.head * per_key + (per_key - 1) / 2
+            return 2.0 * node.layer - (BEFORE if per_key > 1 else 0.0), head
         return 2.0 * node.layer, float(head)
     return 2.0 * node.layer + 1.0, -1.5 if node.kind == "mlp" else heads + 0.5
 
@@ -135,6 +138,7 @@ def _draw_nodes(figure: go.Figure, spots: Mapping[str, tuple[float, float]]) -> 
     across, up = zip(*named, strict=True)
     marker = {"size": 9, "color": "white", "line": {"color": INK, "width": 1.5}}
     sides = ["bottom center" if y < 0 else "top center" for y in up]
+    sides = ["middle left" if ".kv" in text else side for text, side in zip(texts, sides, strict=True)]
     look = {"mode": "markers+text", "textposition": sides, "textfont": {"size": 11}, "hoverinfo": "skip"}
     figure.add_scatter(x=across, y=up, text=texts, marker=marker, showlegend=False, **look)
 
