@@ -243,11 +243,14 @@ class Visit:
 
     def gradient_edit(self, site: tuple, entry: tuple) -> Callable[[Tensor], Tensor]:
         """An edit of a gradient as the hook autograd calls."""
+        # The graph holds its hooks, where no collector of cycles looks: a hook that held `self.graph` would keep the
+        # activations of every run for good.
+        fired, edited, layout = self.fired, self.edited, self.plan.layout
 
         def change(gradient: Tensor) -> Tensor:
-            self.fired.add(entry[0])
-            self.edited[site] = apply_edit(gradient.detach(), site, entry, self.plan.layout, False)
-            return self.edited[site]
+            fired.add(entry[0])
+            edited[site] = apply_edit(gradient.detach(), site, entry, layout, False)
+            return edited[site]
 
         return change
 
