@@ -9,7 +9,6 @@ Circuit(2 edges, 3 nodes: image, 1 head, logits)
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,11 @@ import numpy as np
 from jaxtyping import Bool
 
 from mechvlm.circuit_text import as_html, as_json, from_json
-from mechvlm.edge_paths import INPUTS, Edge, Heads, on_paths, place_of
+from mechvlm.edge_paths import INPUTS, LISTS, Edge, Heads, on_paths, place_of
 from mechvlm.edits import Edit
 from mechvlm.nodes import Node
 from mechvlm.prompt import Prompt
 from mechvlm.sites import listed, told, whole
-
-KINDS = {"edges": Edge, "chosen": str, "crossing": Integral, "candidates": Integral}
-WRITTEN = {
-    "edges": "edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for nodes",
-    "chosen": "names of heads and MLPs, chosen=['a3.h5', 'm3']",
-    "crossing": "layers, crossing=[3]",
-    "candidates": "how many edges, heads and MLPs, and heads, candidates=(0, 0, 0)",
-}
 
 
 @dataclass(frozen=True, repr=False)
@@ -74,10 +65,11 @@ class Circuit:
     inverted: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("edges", "chosen", "crossing", "candidates"):
+        for name in LISTS:
             given = listed(vars(self)[name])
-            if given is None or not all(isinstance(one, KINDS[name]) for one in given):
-                raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; write {WRITTEN[name]}.")
+            kind, how = LISTS[name]
+            if given is None or not all(isinstance(one, kind) for one in given):
+                raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; write {how}.")
             object.__setattr__(self, name, given)
         if self.edges and self.chosen:
             raise ValueError("a circuit is of edges or of chosen nodes, and both were given; give one of the two.")

@@ -11,6 +11,7 @@ goes on from these positions, except through keys and values, which other positi
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from mechvlm.nodes import Node
 from mechvlm.sites import number, told
@@ -65,6 +66,15 @@ class Edge:
 
     def __str__(self) -> str:
         return f"{self.writer} -> {self.reader}" + ("" if self.span is None else f" ({self.span})")
+
+
+LISTS: dict[str, tuple[type, str]] = {
+    "edges": (Edge, "edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for nodes"),
+    "chosen": (str, "names of heads and MLPs, chosen=['a3.h5', 'm3']"),
+    "crossing": (Integral, "layers, crossing=[3]"),
+    "candidates": (Integral, "how many edges, heads and MLPs, and heads, candidates=(0, 0, 0)"),
+}
+"""What the lists of a circuit hold, and how they are written."""
 
 
 @dataclass(frozen=True)

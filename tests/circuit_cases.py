@@ -163,6 +163,11 @@ CASES: list[Case] = [
     ("count=3 cannot be taken of 2 edges; give a number from 1 to that.", lambda: chosen(count=3)),
     ("no score is 2 or more; the highest is 1.", lambda: chosen(count=None, threshold=2)),
     (
+        "no edge of the top 1 by abs lies on a path from what enters to the logits; choose more of them, or "
+        "how='greedy', which follows paths from the logits, or prune=False.",
+        chosen,
+    ),
+    (
         "3 holds no scores of edges or of heads and MLPs; give what mv.edge_attribution returns, or "
         "mv.attribution_patching with kinds=['z', 'mlp_out'].",
         lambda: chosen(3),

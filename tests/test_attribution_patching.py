@@ -105,6 +105,7 @@ def test_a_prompt_patched_with_itself_changes_nothing(vlm: mv.VLM, real: mv.Prom
     found = mv.attribution_patching(vlm, real, real, YES, verify=1)
     assert all((found[kind] == 0).all() for kind in ("resid_pre", "attn_out", "mlp_out", "z"))
     assert np.abs(found.exact).max() < 1e-12
+    assert found.attrs["note"] == "source and target are the same prompt, so no patch changes anything"
 
 
 def linear_end() -> tuple[mv.VLM, mv.Prompt, mv.Prompt, int, int]:

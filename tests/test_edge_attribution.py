@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_
 
 import mechvlm as mv
 from mechvlm.experiments.circuit_runs import circuit_metrics
+from mechvlm.experiments.edge_turns import ALONG
 from mechvlm.nodes import feeds, readers, writers
 from mechvlm.plot.graph import layered
 
@@ -155,7 +156,8 @@ def test_an_exact_edge_is_what_the_circuit_without_it_loses(
 )
 def test_planted_edges_are_found_and_no_others(build: Any, method: str) -> None:
     made = build()
-    found = mv.edge_attribution(made.vlm, made.source, made.target, PLANTED, method, steps=1, spans="each", verify=2)
+    asked: dict[str, Any] = {"steps": 1} if method in ALONG else {}
+    found = mv.edge_attribution(made.vlm, made.source, made.target, PLANTED, method, spans="each", verify=2, **asked)
     gap = found.attrs["source_metric"] - found.attrs["target_metric"]
     score = found.score.copy()
     for (writer, reader, span), share in made.edges.items():
@@ -170,6 +172,7 @@ def test_planted_edges_are_found_and_no_others(build: Any, method: str) -> None:
 def test_a_prompt_patched_with_itself_changes_nothing(vlm: mv.VLM, real: mv.Prompt) -> None:
     found = mv.edge_attribution(vlm, real, real, YES, steps=1)
     assert not np.nan_to_num(found.score.values).any()
+    assert found.attrs["note"] == "source and target are the same prompt, so no patch changes anything"
 
 
 def test_spans_may_be_a_function_of_the_target(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt) -> None:
@@ -192,10 +195,10 @@ def test_gradients_at_both_ends_are_averaged(vlm: mv.VLM, real: mv.Prompt, other
 @zoo.second_environment
 def test_points_lie_where_they_are_said_to(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt, found: xr.Dataset) -> None:
     here = found.score.sum("span", skipna=False)
-    at_target = mv.edge_attribution(vlm, real, other, YES, steps=1, points="target").score
+    at_target = mv.edge_attribution(vlm, real, other, YES, steps=1, rule="left").score
     xr.testing.assert_allclose(at_target, here, rtol=0, atol=1e-12)
-    at_source = mv.edge_attribution(vlm, real, other, YES, steps=1, points="source").score
-    both = mv.edge_attribution(vlm, real, other, YES, steps=2, points="target").score
+    at_source = mv.edge_attribution(vlm, real, other, YES, steps=1, rule="right").score
+    both = mv.edge_attribution(vlm, real, other, YES, steps=2, rule="left").score
     middle = mv.edge_attribution(vlm, real, other, YES, steps=1).score
     xr.testing.assert_allclose(both, (middle + here) / 2, rtol=0, atol=1e-12)
     assert float(np.abs(at_source - here).max()) > 1e-3

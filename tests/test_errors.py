@@ -1637,8 +1637,12 @@ PATCHING: list[Case] = [
         lambda: edges_scored("ig"),
     ),
     (
-        "points='ends' is not known; choose from 'midpoint', 'source', 'target'.",
-        lambda: edges_scored(points="ends"),
+        "rule='ends' is not known; choose from 'midpoint', 'left', 'right', 'gauss-legendre'.",
+        lambda: edges_scored("eap-ig", rule="ends"),
+    ),
+    (
+        "steps=3 is of a path, and method='eap' has none; choose from 'eap-ig', 'ig-activations'.",
+        lambda: edges_scored("eap", steps=3),
     ),
     ("steps=0 takes no gradient; give 1 or more.", lambda: edges_scored(steps=0)),
     ("verify=-1 patches nothing; give 0 or more edges.", lambda: edges_scored(verify=-1)),

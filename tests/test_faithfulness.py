@@ -207,13 +207,19 @@ def test_the_mean_curves_areas_and_their_intervals_are_those_of_drawing_clusters
 
 
 def test_examples_are_weighed_by_what_the_model_has_to_lose() -> None:
-    held = {name: (["prompt", "circuit"], [[1.0], [0.0]]) for name in ("faithfulness", "completeness")}
+    held = {name: (["prompt", "circuit"], [[1.0] * 2, [0.0] * 2]) for name in ("faithfulness", "completeness")}
     ends = {"all": ("prompt", [4.0, 0.5]), "none": ("prompt", [1.0, 1.5])}
-    own = dict(zip(("cpr", "cmd"), areas(np.array([0.5]), np.array([[1.0], [0.0]])), strict=True))
+    own = dict(zip(("cpr", "cmd"), areas(np.array([0.2, 0.5]), np.array([[1.0] * 2, [0.0] * 2])), strict=True))
     own = {name: ("prompt", values) for name, values in own.items()}
-    found = with_means(xr.Dataset({**held, **ends, **own}, {"share": ("circuit", [0.5])}), np.ones((2, 1, 1)), None)
-    assert found.faithfulness_mean.item() == 0.75 and found.random.item() == 1.0
-    assert found.cpr_mean.item() == pytest.approx(0.625) and found.cmd_mean.item() == pytest.approx(0.375)
+    given = xr.Dataset({**held, **ends, **own}, {"share": ("circuit", [0.2, 0.5])})
+    found = with_means(given, np.ones((2, 1, 2)), None)
+    assert (found.faithfulness_mean == 0.75).all() and (found.random == 1.0).all()
+    assert found.cpr_mean.item() == pytest.approx(0.7375) and found.cmd_mean.item() == pytest.approx(0.2625)
+
+
+def test_one_circuit_has_no_area() -> None:
+    assert np.isnan(areas(np.array([0.5]), np.array([[1.0]]))).all()
+    assert np.isnan(areas(np.array([0.0, 0.5, 1.0]), np.array([[0.0, 1.0, 1.0]]))).all()
 
 
 @zoo.second_environment

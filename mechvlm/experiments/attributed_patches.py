@@ -21,7 +21,7 @@ from mechvlm.experiments.attributed_nodes import Nodes, tables
 from mechvlm.experiments.attributed_passes import estimated
 from mechvlm.experiments.attributed_ways import completeness_of, passes_of, way_of
 from mechvlm.experiments.curves import check_seed
-from mechvlm.experiments.exchange import layers_of, matched, patched_with
+from mechvlm.experiments.exchange import layers_of, matched, nothing_between, patched_with
 from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
@@ -154,6 +154,7 @@ def attribution_patching(
     found = xr.Dataset(named)
     about: dict[str, str | int | float] = {
         **patched_with(vlm, "denoise", nodes.later),
+        **nothing_between(source, target),
         **how,
         **(completeness_of(float(sums["inputs"]), source_end - target_end) if way.inputs else {}),
         **{"signed": int(not way.sized), "source_metric": source_end, "target_metric": target_end},

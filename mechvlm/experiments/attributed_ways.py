@@ -19,7 +19,7 @@ from mechvlm.edits import Edit
 from mechvlm.experiments.attributed_nodes import STREAM, Nodes
 from mechvlm.experiments.exchange import layers_of
 from mechvlm.experiments.inputs import PIXELS, input_sites
-from mechvlm.experiments.paths import edits_to, points_of
+from mechvlm.experiments.paths import edits_to, path_points
 from mechvlm.plan import key_of
 from mechvlm.prompt import Prompt
 from mechvlm.sites import PATTERN_KINDS, Site, told
@@ -33,7 +33,6 @@ METHODS = {
     "ig": "estimate: (source - target) times the metric's gradient, averaged over the path from target to source",
 }
 PATHS = ("embed", "image_features", "pixels")
-RULES = ("midpoint", "left", "right", "gauss-legendre")
 STEPS = 5
 Held = dict[Any, Any]
 
@@ -158,12 +157,7 @@ def _path(
     rule = "midpoint" if asked["rule"] is None else asked["rule"]
     if path not in PATHS:
         raise ValueError(f"path={told(path)} is not known; choose from {', '.join(map(repr, PATHS))}.")
-    if rule not in RULES:
-        raise ValueError(f"rule={told(rule)} is not known; choose from {', '.join(map(repr, RULES))}.")
-    count = STEPS if asked["steps"] is None else asked["steps"]
-    shares, weights = points_of(count, rule if rule == "gauss-legendre" else "midpoint")
-    if rule in ("left", "right"):
-        shares = [share + (0.5 if rule == "right" else -0.5) / len(shares) for share in shares]
+    shares, weights = path_points(STEPS if asked["steps"] is None else asked["steps"], rule)
     if nodes.tower != "text" and path != "pixels":
         raise ValueError(
             f"the path of {path!r} begins behind the {nodes.tower} tower, so no gradient reaches it; say path='pixels'."

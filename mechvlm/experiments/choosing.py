@@ -41,7 +41,8 @@ def choose_circuit(
 
     Args:
         scores: what `edge_attribution` returns, for a circuit of edges; or `attribution_patching` with the kinds "z"
-            or "mlp_out" or both, for one of heads and MLPs. Several of them, of several pairs of prompts: their mean.
+            or "mlp_out" or both, for one of heads and MLPs. Several of them, of several pairs of prompts: their mean,
+            for which the metric has to go the same way from every target to its source, as `pair.metric` does.
         count: how many edges, or nodes. With `prune` fewer may be left.
         threshold: instead of a count, all whose score, as `by` says, is at least so much.
         by: "abs", the size of the score; "value", how far it goes from the target's answer towards the source's, so
@@ -55,7 +56,8 @@ def choose_circuit(
 
     Raises:
         ValueError: for another word, "greedy" of nodes, neither or both of `count` and `threshold`, more edges than
-            there are, scores that are not of one pair of prompts each, or no score that is high enough.
+            there are, scores that are not of one pair of prompts each, no score that is high enough, or edges none
+            of which lies on a path.
         TypeError: for other results.
 
     Example:
@@ -67,6 +69,28 @@ def choose_circuit(
         Syed et al. (2023), "Attribution Patching Outperforms Automated Circuit Discovery", section 3; Hanna et al.
         (2024), "Have Faith in Faithfulness", section 3 (greedy) and appendix (pruning); `by="value"` as in Mueller et
         al. (2025), "MIB", section 3, for CPR.
+    """
+    found = scored_circuit(scores, count, threshold, by, how, prune)
+    if not found.n_nodes:
+        raise ValueError(
+            f"no edge of the {found.note} lies on a path from what enters to the logits; choose more of them, or "
+            "how='greedy', which follows paths from the logits, or prune=False."
+        )
+    return found
+
+
+def scored_circuit(
+    scores: Any,
+    count: int | None = None,
+    threshold: float | None = None,
+    by: str = "abs",
+    how: str = "top",
+    prune: bool = True,
+) -> Circuit:
+    """The same circuit, which has no edge where none of those chosen lies on a path.
+
+    Raises:
+        ValueError, TypeError: see `choose_circuit`.
     """
     _checked(count, threshold, by, how)
     several = [scores] if isinstance(scores, xr.Dataset) else list(listed(scores) or [scores])

@@ -21,6 +21,8 @@ SAME = 1e-5
 """Answers closer than this, to their size and one, are the same."""
 AVERAGED = ("faithfulness", "completeness")
 RESAMPLES = 2000
+FEWEST = 2
+"""Circuits between none and all edges, of which there is a curve."""
 
 
 def shares(
@@ -45,12 +47,14 @@ def areas(
 ) -> Float[np.ndarray, "2 prompt"]:
     """The areas CPR and CMD of each example's curve; not numbers where shares fall from circuit to circuit.
 
+    Of a single circuit there is no curve, and its area would be that of two straight lines: not a number either.
+
     CPR is the area under faithfulness f(k) over the share k of edges from 0 to 1, CMD that of |1 - f(k)|, both by
     trapezoids between the circuits, with f(0) = 0 and f(1) = 1. Of circuits of one share, as two are of which the
     larger has more edges on no path, the first counts, and all have to be as faithful.
 
     Example:
-        >>> areas(np.array([0.5]), np.array([[1.0]])).tolist()
+        >>> areas(np.array([0.25, 0.5]), np.array([[0.5, 1.0]])).tolist()
         [[0.75], [0.25]]
 
     Source:
@@ -59,8 +63,9 @@ def areas(
     inner = (share > 0) & (share < 1)
     inner[1:] &= np.diff(share) > 0
     same = np.diff(share) == 0
+    few = inner.sum() < FEWEST
     moved = np.abs(np.diff(faithfulness))[:, same]
-    if not np.isfinite(share).all() or (np.diff(share) < 0).any() or (moved > SAME * 100).any():
+    if few or not np.isfinite(share).all() or (np.diff(share) < 0).any() or (moved > SAME * 100).any():
         return np.full((2, len(faithfulness)), np.nan)
     ends = np.zeros((len(faithfulness), 1)), np.ones((len(faithfulness), 1))
     curve = np.concatenate([ends[0], faithfulness[:, inner], ends[1]], axis=1)
@@ -83,7 +88,7 @@ def mean_areas(
         clusters: what examples belong together; whole clusters are drawn again.
 
     Example:
-        >>> mean_areas(np.array([0.5]), np.array([[1.5], [0.5]]), np.ones(2))[:, 0].tolist()
+        >>> mean_areas(np.array([0.25, 0.5]), np.array([[0.5, 1.5], [0.5, 0.5]]), np.ones(2))[:, 0].tolist()
         [0.75, 0.25]
     """
     names = list(range(len(weights)) if clusters is None else clusters)

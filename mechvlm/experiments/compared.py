@@ -19,6 +19,7 @@ from jaxtyping import Float
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.attributed_checks import correlation, ranks
 from mechvlm.experiments.chance import holm, sign_flips
+from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.deletion import MODES, advantages, area, curves_of, random_orders, ranked_tokens
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
 from mechvlm.experiments.inputs import token_dim
@@ -114,7 +115,7 @@ def compare_maps(
     asked = check_prompts(prompts, vlm.shape)
     metrics, groups = metric_of_each(metric, asked), clusters_of(asked, clusters)
     others, named = _nulls(asked, null), chosen_maps(asked[0], maps, at, metrics)
-    parts, drawn = _shares(shares), [whole("samples", samples), whole("seed", seed)]
+    parts, drawn = _shares(shares), [whole("samples", samples), check_seed(seed)]
     ends = _ends(vlm, asked, others, metrics)
     kept = [at for at, (real, least) in enumerate(ends) if real > least]
 

@@ -25,8 +25,9 @@ from mechvlm.experiments.attributed_patches import MISSED
 from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.edge_checks import edges_patched, patched_exactly
 from mechvlm.experiments.edge_products import Graph, edges_scored
-from mechvlm.experiments.edge_turns import METHODS, POINTS, turns_of
-from mechvlm.experiments.exchange import matched, patched_with
+from mechvlm.experiments.edge_turns import ALONG, METHODS, turns_of
+from mechvlm.experiments.exchange import matched, nothing_between, patched_with
+from mechvlm.experiments.paths import RULES, path_points
 from mechvlm.experiments.record import metric_name, metric_unit, record
 from mechvlm.metrics import Metric
 from mechvlm.nodes import Node, feeds, readers, writers
@@ -39,6 +40,8 @@ from mechvlm.vlm import VLM
 from mechvlm.writes import SUMS, writing
 
 TIMES = "(source - target) of the write times the metric's gradient at the reader's input"
+STEPS = 5
+"""Points on a path, unless their number is given."""
 VALUES = {
     "eap": f"{TIMES} in the target's run",
     "eap-ig": f"{TIMES}, averaged on the way from the target's embeddings to the source's",
@@ -56,8 +59,8 @@ def edge_attribution(
     target: Prompt,
     metric: Metric,
     method: str = "eap-ig",
-    steps: int = 5,
-    points: str = "midpoint",
+    steps: int | None = None,
+    rule: str | None = None,
     spans: str | Mapping[str, Sequence[int]] | Callable[[Prompt], Mapping[str, Sequence[int]]] | None = None,
     verify: int = 0,
     seed: int = 0,
@@ -81,9 +84,9 @@ def edge_attribution(
             one layer's attention, or MLP, writes is between the two, each writer by its own layer's points (passes:
             `steps` for each layer's attention and MLP); "information-flow-routes" is no estimate of a patch: the share
             of each write in what a reader reads, by distance, in the target's run alone; "exact" patches every edge.
-        steps: points of "eap-ig" and "ig-activations".
-        points: "midpoint", the middles of equal stretches; "source", their ends nearer to the source, which is the
-            published rule for edges; "target", those nearer to the target.
+        steps: points of "eap-ig" and "ig-activations"; 5 unless given.
+        rule: of these two, where on the path the points are, as in `attribution_patching`; "right" is the rule
+            published for edges, with the source's corrupted prompt among its points.
         spans: None sums over all positions; "each" keeps the target's spans apart; or positions under names of your
             own, or a function from the target to them, such as `mv.image_regions`. A position is where the write is
             written and read.
@@ -101,9 +104,9 @@ def edge_attribution(
         in `attribution_patching`. Shares are held against the size of the exact change, and have no `missed`.
 
     Raises:
-        ValueError: where positions cannot be matched; for a method, points or spans that are not known, fewer than one
-            step, a negative `verify` or `seed`, or a `verify` where every edge is patched anyway; a batch of no rows;
-            or a gradient of the metric that is no finite number.
+        ValueError: where positions cannot be matched; for a method, rule or spans that are not known, fewer than one
+            step, `steps` or `rule` of a method that has none, a negative `verify` or `seed`, or a `verify` where every
+            edge is patched anyway; a batch of no rows; or a gradient of the metric that is no finite number.
         TypeError: for spans that are no lists of positions.
 
     Example:
@@ -117,12 +120,13 @@ def edge_attribution(
     """
     matched(vlm, source, target, range(vlm.shape.layers["text"]))
     _check_edits(vlm)
-    count = _checked(method, steps, points, verify)
+    count = _checked(method, verify)
+    points = _points(method, steps, rule)
     rows_at_once(batch_size, 1)
     drawn = check_seed(seed)
     chosen = _spans(target, spans)
     graph = graph_of(vlm, target, list(chosen.values()))
-    score, ends, about = _scored(vlm, source, target, metric, graph, method, steps, points, batch_size)
+    score, ends, about = _scored(vlm, source, target, metric, graph, method, points, batch_size)
     check_finite("edges", score)
     table = _table(vlm, graph, score, list(chosen) if spans is not None else None)
     routes = method == "information-flow-routes"
@@ -130,7 +134,11 @@ def edge_attribution(
     long = "share of what is read" if routes else f"change of {metric_name(metric)}"
     found = xr.Dataset({"score": table.assign_attrs({"long_name": long, "units": unit})})
     about |= {"method": method, "source_metric": ends["source"], "target_metric": ends["target"]}
-    about |= {"value": VALUES[method], **patched_with(vlm, "denoise")}
+    about |= {
+        "value": VALUES[method],
+        **patched_with(vlm, "denoise"),
+        **({} if routes else nothing_between(source, target)),
+    }
     if count:
         both = (source, target)
         more, engine = edges_patched(vlm, both, metric, graph, table, count, drawn, routes, batch_size)
@@ -174,8 +182,7 @@ def _scored(
     metric: Metric,
     graph: Graph,
     method: str,
-    steps: int,
-    points: str,
+    points: tuple[int, str],
     batch_size: int | None,
 ) -> tuple[np.ndarray, dict[str, float], dict[str, Any]]:
     """Scores over writer, reader and span, the metric of both prompts, and what a record has to say."""
@@ -188,22 +195,32 @@ def _scored(
         for (writer, reader, span), change in zip(edges, changes, strict=True):
             score[rows[writer], columns[reader], span] = change
         return score, ends, {"engine": engine}
-    turns, kept = turns_of(vlm, source, target, metric, graph, method, steps, points)
+    turns, kept = turns_of(vlm, source, target, metric, graph, method, *points)
     shown = vlm.place.ask(vlm.model, edges_scored, vlm.arch, vlm.shape.logit_cap, graph, turns, kept)
     for turn, fired in zip(turns, shown["fired"], strict=True):
         check_fired(turn.what.plan, fired)
     ends = {name: float(end) for name, end in shown["ends"].items()}
-    told_points = {"steps": steps, "points": points} if method in ("eap-ig", "ig-activations") else {}
+    told_points = dict(zip(("steps", "rule"), points, strict=True)) if method in ALONG else {}
     return shown["scores"].numpy(), ends, told_points
 
 
-def _checked(method: object, steps: object, points: object, verify: object) -> int:
+def _points(method: str, steps: Any, rule: Any) -> tuple[int, str]:
+    """How many points there are on the path, and by which rule."""
+    given = {name: value for name, value in (("steps", steps), ("rule", rule)) if value is not None}
+    if given and method not in ALONG:
+        name, value = next(iter(given.items()))
+        raise ValueError(
+            f"{name}={told(value)} is of a path, and method={method!r} has none; choose from "
+            f"{', '.join(map(repr, ALONG))}."
+        )
+    found = STEPS if steps is None else steps, RULES[0] if rule is None else rule
+    return len(path_points(*found)[0]), found[1]
+
+
+def _checked(method: object, verify: object) -> int:
     """How many edges of each sort are patched."""
-    for name, given, known in (("method", method, METHODS), ("points", points, POINTS)):
-        if given not in known:
-            raise ValueError(f"{name}={told(given)} is not known; choose from {', '.join(map(repr, known))}.")
-    if whole("steps", steps) < 1:
-        raise ValueError(f"steps={steps} takes no gradient; give 1 or more.")
+    if method not in METHODS:
+        raise ValueError(f"method={told(method)} is not known; choose from {', '.join(map(repr, METHODS))}.")
     count = whole("verify", verify)
     if count < 0:
         raise ValueError(f"verify={count} patches nothing; give 0 or more edges.")

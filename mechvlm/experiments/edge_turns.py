@@ -3,8 +3,8 @@
 Rule this module guards: gradients are averaged along a way from the target to the source that ends at both, and the
 points on it have names.
 
->>> shares_of(2, "midpoint"), shares_of(2, "source"), shares_of(2, "target")
-([0.75, 0.25], [1.0, 0.5], [0.5, 0.0])
+>>> [site.kind for site in entering(vlm, real)]
+['resid_pre']
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from torch import Tensor
 from mechvlm.batch import metric_values
 from mechvlm.edits import Edit
 from mechvlm.experiments.edge_products import Graph, Turn
+from mechvlm.experiments.paths import path_points
 from mechvlm.experiments.sight import deepstack_layers
 from mechvlm.metrics import Metric
 from mechvlm.passes import pass_of
@@ -28,27 +29,12 @@ from mechvlm.vlm import VLM
 from mechvlm.writes import write_sites
 
 METHODS = ("eap", "eap-ig", "clean-corrupted", "ig-activations", "information-flow-routes", "exact")
-POINTS = ("midpoint", "source", "target")
-
-
-def shares_of(steps: int, points: str) -> list[float]:
-    """How far each point is on the way from the target (0) to the source (1).
-
-    Args:
-        points: "midpoint" takes the middles of so many equal stretches; "source" their ends nearer to the source, as
-            published for edges (k = 0 ... m - 1 from the corrupted prompt); "target" those nearer to the target
-            (k = 1 ... m).
-
-    Example:
-        >>> shares_of(1, "midpoint"), shares_of(1, "source"), shares_of(1, "target")
-        ([0.5], [1.0], [0.0])
-    """
-    shift = {"midpoint": 0.5, "source": 0.0, "target": 1.0}[points]
-    return [1 - (step + shift) / steps for step in range(steps)]
+ALONG = ("eap-ig", "ig-activations")
+"""Those that take gradients at points on a path."""
 
 
 def turns_of(
-    vlm: VLM, source: Prompt, target: Prompt, metric: Metric, graph: Graph, method: str, steps: int, points: str
+    vlm: VLM, source: Prompt, target: Prompt, metric: Metric, graph: Graph, method: str, steps: int, rule: str
 ) -> tuple[list[Turn], dict]:
     """The passes of a method, in order, and the mapping in which the source's activations are handed on to edits."""
     held, kept = dict[tuple, Any](), dict[tuple, Tensor]()
@@ -73,10 +59,11 @@ def turns_of(
     if method == "ig-activations":
         groups = layer_by_layer(vlm, source, graph.writers)
     ends = [one(source, "source", read=groups_sites(groups)), one(target, "target")]
-    along = [(rows, sites, share) for rows, sites in groups.items() for share in shares_of(steps, points)]
+    points = list(zip(*path_points(steps, rule), strict=True))
     between = [
-        one(target, "", 1 / steps, [nearer(site, kept, share) for site in sites], rows=rows)
-        for rows, sites, share in along
+        one(target, "", weight, [nearer(site, kept, share) for site in sites], rows=rows)
+        for rows, sites in groups.items()
+        for share, weight in points
     ]
     return [*ends, *between], kept
 

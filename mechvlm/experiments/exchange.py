@@ -139,6 +139,19 @@ def matched(vlm: VLM, source: Prompt, target: Prompt, layers: Sequence[int], tow
         check_layers_run(vlm, prompt, layers)
 
 
+def nothing_between(source: Prompt, target: Prompt) -> dict[str, str | int | float]:
+    """What a record has to say of two prompts that are the same, so that nothing patched changes anything.
+
+    Example:
+        >>> nothing_between(real, null), list(nothing_between(real, real))
+        ({}, ['note'])
+    """
+    own, other = target.encoding, source.encoding
+    if own.keys() != other.keys() or not all(torch.equal(own[name], other[name]) for name in own):
+        return {}
+    return {"note": "source and target are the same prompt, so no patch changes anything"}
+
+
 def layers_of(vlm: VLM, tower: str, layers: Sequence[int] | None) -> list[int]:
     """The layers of a tower that can reach the answer, or those that were given.
 

@@ -19,10 +19,11 @@ from jaxtyping import Float
 from mechvlm.batch import check_prompts
 from mechvlm.circuit_value import Circuit
 from mechvlm.edge_paths import Ends
-from mechvlm.experiments.choosing import choose_circuit
+from mechvlm.experiments.choosing import scored_circuit
 from mechvlm.experiments.circuit_edits import check_spans, kept_at
 from mechvlm.experiments.circuit_measures import areas, shares, with_means
 from mechvlm.experiments.circuit_runs import circuit_metrics
+from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
 from mechvlm.experiments.knockout import clusters_of
 from mechvlm.experiments.random_circuits import all_edges, random_circuit
@@ -80,11 +81,11 @@ def circuit_faithfulness(
         Over axes prompt and circuit: `metric` of the circuit and `complement` of all edges but its own; `faithfulness`
         and `completeness`. Over prompt: `all`, `none`, `target_metric` and `source_metric` (the model's own), and the
         areas `cpr` and `cmd` (see Source) of the curve of faithfulness over the share of edges, from no edge to all;
-        not numbers for circuits that do not grow. Of these four `_mean`, `_low` and `_high`: over prompts, each
-        weighed by the size of the difference of its all and none, so that the mean is a quotient of means where all
-        these have one sign, with the ends of the 95% interval. Mean areas are those of the mean curve. `random`,
-        faithfulness of random circuits, over sample and circuit, weighed likewise, and `p_value`: the share of them,
-        the circuit itself counted in, that are as faithful or more.
+        not numbers for circuits that do not grow, or for less than two between these ends. Of these four `_mean`,
+        `_low` and `_high`: over prompts, each weighed by the size of the difference of its all and none, so that the
+        mean is a quotient of means where all these have one sign, with the ends of the 95% interval. Mean areas are
+        those of the mean curve. `random`, faithfulness of random circuits, over sample and circuit, weighed likewise,
+        and `p_value`: the share of them, the circuit itself counted in, that are as faithful or more.
         Examples for which all and none are the same have no faithfulness. Circuits have coordinates n_edges, n_nodes
         and share, of all edges (or heads and MLPs) of the model.
 
@@ -109,7 +110,7 @@ def circuit_faithfulness(
     metrics, apart = metric_of_each(metric, into), clusters_of(into, clusters)
     given = _circuits(circuits, sizes)
     _checked(vlm, into, spoilt, given, ablate, whole("controls", controls))
-    draw = np.random.default_rng(whole("seed", seed))
+    draw = np.random.default_rng(check_seed(seed))
     drawn = [[random_circuit(vlm, one, into[0], draw) for one in given] for _ in range(controls)]
     every = [~Circuit(), Circuit(), *given, *(~one for one in given), *(one for some in drawn for one in some)]
 
@@ -189,7 +190,7 @@ def _circuits(circuits: Any, sizes: Any) -> list[Circuit]:
     if all(isinstance(one, xr.Dataset) for one in given):
         if sizes is None:
             raise ValueError("scores make circuits of any size; give sizes, for instance sizes=[10, 100, 1000].")
-        return [choose_circuit(given, size) for size in listed(sizes) or [sizes]]
+        return [scored_circuit(given, size) for size in listed(sizes) or [sizes]]
     wrong = [one for one in given if not isinstance(one, Circuit)]
     if wrong:
         raise TypeError(f"{told(wrong[0])} is no circuit; make it with mv.Circuit or mv.choose_circuit.")

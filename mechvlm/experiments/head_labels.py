@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import check_prompts
+from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.examples import averaged, prompt_coordinates
 from mechvlm.experiments.head_scores import scored
 from mechvlm.experiments.knockout import clusters_of
@@ -89,7 +90,7 @@ def label_heads(
     groups = clusters_of(asked, clusters)
     _check(asked, least, repeat)
     spans = [_spans(vlm, prompt, own, sink_threshold) for prompt, own in zip(asked, shown, strict=True)]
-    drawn = np.random.default_rng(seed)
+    drawn = np.random.default_rng(check_seed(seed))
     words = [_words(vlm, prompt, repeat, drawn) for prompt in asked]
     layers = own_layers(vlm)
     works = [scored(vlm, prompt, one, layers, own) for prompt, one, own in zip(asked, spans, words, strict=True)]

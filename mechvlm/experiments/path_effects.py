@@ -56,7 +56,7 @@ def path_patching(
     source: Prompt,
     target: Prompt,
     metric: Metric,
-    senders: Sequence[str] | None = None,
+    senders: str | Sequence[str] | None = None,
     receivers: str | Sequence[str] | Mapping[str, str | Sequence[str]] = "logits",
     positions: Sequence[int] | str | None = None,
     freeze: Sequence[str] = ("heads", "mlps"),
@@ -75,9 +75,9 @@ def path_patching(
 
     Args:
         source: the prompt patched from. target: the one patched into.
-        senders: what writes into the residual stream: "a3.h5" (a head), "m3" (an MLP), "embed" (the words), "image"
-            (what enters at image tokens), "d3" (what deep-stack adds behind layer 3). None means every head and MLP
-            that stands before a receiver. Each by itself.
+        senders: one or several of what writes into the residual stream: "a3.h5" (a head), "m3" (an MLP), "embed" (the
+            words), "image" (what enters at image tokens), "d3" (what deep-stack adds behind layer 3). None means every
+            head and MLP that stands before a receiver. Each by itself.
         receivers: "logits", or a list of "a5.h3<q>" (a head's queries), "a5.kv1<k>", "a5.kv1<v>" (keys and values,
             which with grouped queries serve several heads), "a5.h3<z>" (all that a head takes in), "m5" (what an MLP
             reads), "a5<q>" (the queries of a layer that attends to the picture's features). Those of a list receive

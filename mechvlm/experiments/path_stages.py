@@ -140,7 +140,7 @@ def senders_of(vlm: VLM, senders: Any, receivers: Sequence[Sequence[str]]) -> li
                 "receiver."
             )
         return found
-    given = values_of_axis("senders", senders)
+    given = [senders] if isinstance(senders, str) else values_of_axis("senders", senders)
     wrong = [name for name in given if name not in known]
     if wrong or not given:
         told = f"{wrong[0]!r} is no sender" if wrong else "senders is empty, and so has no sender"

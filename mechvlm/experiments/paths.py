@@ -21,6 +21,7 @@ from mechvlm.prompt import Prompt
 from mechvlm.sites import Site, told, whole
 
 METHODS = ("gauss-legendre", "midpoint")
+RULES = ("midpoint", "left", "right", "gauss-legendre")
 
 
 def points_of(steps: Any, method: Any) -> tuple[list[float], list[float]]:
@@ -39,6 +40,29 @@ def points_of(steps: Any, method: Any) -> tuple[list[float], list[float]]:
         return [(step + 0.5) / count for step in range(count)], [1 / count] * count
     at, weights = np.polynomial.legendre.leggauss(count)
     return ((at + 1) / 2).tolist(), (weights / 2).tolist()
+
+
+def path_points(steps: Any, rule: Any) -> tuple[list[float], list[float]]:
+    """Points on the way from a target (0) to a source (1), and how each of them weighs.
+
+    Args:
+        rule: "midpoint" takes the middles of so many equal stretches, "right" their ends nearer to the source, "left"
+            those nearer to the target; "gauss-legendre" has points and weights of its own.
+
+    Raises:
+        ValueError: for another rule, or fewer steps than one.
+        TypeError: for a number of steps that is not whole.
+
+    Example:
+        >>> [path_points(2, rule)[0] for rule in ("midpoint", "left", "right")]
+        [[0.25, 0.75], [0.0, 0.5], [0.5, 1.0]]
+    """
+    if rule not in RULES:
+        raise ValueError(f"rule={told(rule)} is not known; choose from {', '.join(map(repr, RULES))}.")
+    if rule in METHODS:
+        return points_of(steps, rule)
+    middles, weights = points_of(steps, "midpoint")
+    return [middle + (0.5 if rule == "right" else -0.5) / len(middles) for middle in middles], weights
 
 
 def baseline_of(prompt: Prompt, at: str, baseline: Any) -> tuple[str, Prompt | None]:
