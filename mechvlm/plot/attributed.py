@@ -111,7 +111,10 @@ def _agreed(of: xr.Dataset, kind: str) -> str:
     said = f"{kind}: {_correlated(*top)} among the top, precision {float(of.precision):.2f}"
     if not (of.drawn == "random").any():
         return f"{said}, which are all"
-    worst = f", largest error of these {float(of.missed):.3g}" if "missed" in of else ""
+    worst = ""
+    if "missed" in of:
+        more = f"at most {100 * float(of.missed_share):.2g} % of all others err by more"
+        worst = f", largest error of these {float(of.missed):.3g} ({more}, at 95 % confidence)"
     return f"{said}, {_correlated(*random)} among random nodes{worst}"
 
 
