@@ -5,10 +5,11 @@ positions (1 and 4 pictures). Source and target differ in words and pictures; th
 Calls are run in turn with the raw forward pass; a ratio is the median of the pairs. Peak memory is how far a call
 raises the process's resident memory above what the raw forward does. "plain torch" is attribution patching with hooks
 on the Hugging Face model: two forward passes and one backward pass, whose products are asserted equal to mechvlm's to
-1e-5 of the largest.
+1e-5 of the largest. Where TransformerLens is installed, its attribution patching of heads and MLPs, which is handed the
+picture, is timed too, and asserted equal in the same way.
 
     python bench/attribution.py [--lengths 600 2400] [--layers 12] [--pairs 5] [--threads 2] [--device cuda]
-        [--shape 7b --dtype bfloat16] [--calls AtP EAP]
+        [--shape 7b --dtype bfloat16] [--calls AtP EAP TransformerLens]
 """
 
 import argparse
@@ -24,6 +25,7 @@ from attention import encoding, most, paired, sharp_model
 from overhead import HEADS, IMAGE
 
 import mechvlm as mv
+from mechvlm import bridge
 
 TOLERANCE = 1e-5
 NINE = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "resid_post")
@@ -83,6 +85,37 @@ class Setting:
         return {name: torch.stack(those) for name, those in found.items()}
 
 
+class Lens:
+    """The same model in TransformerLens, and attribution patching there."""
+
+    def __init__(self, at: Setting) -> None:
+        self.at, self.model = at, bridge.bridged(at.vlm).model
+        self.model.original_model.requires_grad_(True)  # it takes gradients at the embeddings' hook
+        self.model.register_forward_pre_hook(self.shown, with_kwargs=True)
+
+    def shown(self, _model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A call with what belongs to the tokens beside them."""
+        (one,) = [given for given in self.at.given if torch.equal(given["input_ids"], args[0])]
+        return args, {**kwargs, **{name: x for name, x in one.items() if name != "input_ids"}}
+
+    def scores(self) -> dict[Any, float]:
+        """Its scores, by its nodes."""
+        from transformer_lens.tools.analysis.attribution_patching import attribution_patch
+
+        ends = [given["input_ids"] for given in self.at.given]
+        return attribution_patch(self.model, *ends, lambda logits: difference(logits[:, -1])[0]).node_scores
+
+    def apart(self) -> float:
+        """The largest difference from mechvlm's, over the largest score."""
+        own, gaps, largest = self.at.patching(kinds=["z", "mlp_out"]), [0.0], 0.0
+        for node, score in self.scores().items():
+            if node.kind != "embed":
+                kind, place = ("mlp_out", ()) if node.head is None else ("z", (node.head,))
+                gaps.append(abs(score - own[kind].values[node.layer, node.position, *place]))
+                largest = max(largest, abs(score))
+        return float(max(gaps) / largest)
+
+
 def calls(at: Setting) -> dict[str, Callable[[], Any]]:
     """What is timed."""
     both = {"kinds": ["attn_out", "mlp_out"]}
@@ -127,6 +160,17 @@ def settings(arguments: argparse.Namespace) -> list[Setting]:
     return found
 
 
+def beside(at: Setting, pairs: int) -> None:
+    """TransformerLens's time for heads and MLPs over mechvlm's, once both are found to say the same."""
+    lens = Lens(at)
+    gap = lens.apart()
+    assert gap < TOLERANCE, f"TransformerLens's scores differ by {gap:.1e} of the largest"
+    own = partial(at.patching, kinds=["z", "mlp_out"])
+    ratio = paired(own, lens.scores, pairs, at.cuda)
+    said = f"TransformerLens's heads and MLPs, over mechvlm's (largest difference {gap:.1e})"
+    print(f"| {len(at.target)} | {said} | {ratio:.1f} times mechvlm's | |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[600, 2400])
@@ -153,6 +197,8 @@ def main() -> None:
                 ratio = paired(at.raw, call, arguments.pairs, at.cuda)
                 print(f"| {len(at.target)} | {name} | {ratio:.2f} | {risen:+.0f} |", flush=True)
         print(f"| {len(at.target)} | largest difference from plain torch, over the largest | {gap:.1e} | |", flush=True)
+        if bridge.installed() and any(part in "TransformerLens" for part in arguments.calls):
+            beside(at, arguments.pairs)
 
 
 if __name__ == "__main__":
