@@ -18,7 +18,6 @@ import mechvlm as mv
 from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.experiments.edge_turns import ALONG
 from mechvlm.nodes import feeds, readers, writers
-from mechvlm.plot.graph import layered
 
 YES = mv.logit_difference("yes", "no")
 PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
@@ -248,28 +247,34 @@ def test_a_layers_own_way_to_the_source_is_exact_where_it_writes_to_the_answer_a
     assert float(found.score.sel(writer="m1", reader="logits")) == pytest.approx(exact, rel=1e-2)
 
 
-def test_shared_keys_stand_before_the_middle_of_their_heads_under_their_own_name() -> None:
-    figure: Any = layered([("image", "a1.kv1<v>", "", 2.0), ("a1.h2", "logits", "", 1.0)], per_key=2)
-    nodes = next(trace for trace in figure.data if trace.mode == "markers+text")
-    spots = dict(zip(nodes.text, zip(nodes.x, nodes.y, strict=True), strict=True))
-    assert spots["a1.h2"] == (2.0, 2.0)
-    assert spots["a1.kv1"][0] < 2.0 and spots["a1.kv1"][1] == 2.5
+def test_shared_keys_stand_before_the_middle_of_their_heads_under_their_own_name(found: xr.Dataset) -> None:
+    spots, of_circuit = (
+        dict(zip(figure.data[-1].text, zip(figure.data[-1].x, figure.data[-1].y, strict=True), strict=True))
+        for figure in (mv.plot.edges(found, top=300), mv.plot.circuit(mv.choose_circuit(found, 20)))
+    )
+    assert spots["a1.h2"] == (1.0, 2.0)
+    assert spots["a1.kv1"][0] < 1.0 and spots["a1.kv1"][1] == 2.5
+    assert of_circuit.items() <= spots.items()
 
 
 def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -> None:
     figure: Any = mv.plot.edges(found, top=5)
-    lines = [trace for trace in figure.data if trace.hovertext is not None]
+    lines = [trace for trace in figure.data if trace.mode == "lines" and trace.hovertext is not None]
     scores = found.score.stack(edge=("writer", "reader", "span")).dropna("edge")
     largest = scores[np.argsort(-np.abs(scores.values))[:5]]
     for line, score in zip(reversed(lines), largest, strict=True):
         writer, reader, span = score.edge.item()
         names = f"{writer} -> {reader}".replace("<", "&lt;").replace(">", "&gt;").replace("-&gt;", "->")
-        assert line.hovertext.startswith(f"{names}, {span}<br>score {float(score):+.4g}")
-    assert lines[-1].hovertext.endswith(f"<b>exact {float(found.exact[0, 0]):+.4g}</b>")
+        assert line.hovertext[0].startswith(f"{names}, {span}<br>score {float(score):+.4g}")
+    assert lines[-1].hovertext[0].endswith(f"<b>exact {float(found.exact[0, 0]):+.4g}</b>")
     assert [line.line.width for line in lines] == sorted(line.line.width for line in lines)
     one: Any = mv.plot.edges(found, top=1)  # nodes stand where they do beside others
     assert one.data[0].x == lines[-1].x and one.layout.yaxis.range == figure.layout.yaxis.range
+    assert [trace.name for trace in figure.data if trace.showlegend is None] == ["raises the metric", "lowers it"]
+    assert "at 95 % confidence" in figure.layout.annotations[0].text.replace("<br>", " ")
     shares = found.drop_vars(["missed", "missed_share"])
+    grey: Any = mv.plot.edges(shares.assign_attrs(method="information-flow-routes"), top=5)
+    assert not grey.layout.showlegend and len({line.line.color for line in grey.data[:-1]}) == 1
     assert [trace.name for trace in mv.plot.attributed(shares).data] == ["edge, top", "edge, random"]
     drawn: Any = mv.plot.attributed(found)
     assert [trace.name for trace in drawn.data] == ["estimate = exact", "edge, top", "edge, random"]

@@ -97,25 +97,25 @@ def _edge_texts(one: xr.Dataset) -> list[str]:
 
 def _said(found: xr.Dataset) -> str:
     """How well estimates and patches agree, kind by kind."""
-    parts = [_agreed(found.sel(kind=kind), kind) for kind in map(str, found["kind"].values)]
+    parts = [f"{kind}: {agreed(found.sel(kind=kind))}" for kind in map(str, found["kind"].values)]
     way = f"Method {found.attrs['method']}. " if "method" in found.attrs else ""
     count = found.attrs["verify"]
     return f"{way}Up to {count} nodes by estimate and as many at random of each kind. {'; '.join(parts)}."
 
 
-def _agreed(of: xr.Dataset, kind: str) -> str:
-    """How well the two agree for one kind."""
+def agreed(of: xr.Dataset) -> str:
+    """How well estimates and patches of one kind agree, in words."""
     top, random = (
         [float(of[name].sel(among=among)) for name in ("pearson", "spearman")] for among in ("top", "random")
     )
-    said = f"{kind}: {_correlated(*top)} among the top, precision {float(of.precision):.2f}"
+    said = f"{_correlated(*top)} among the top, precision {float(of.precision):.2f}"
     if not (of.drawn == "random").any():
         return f"{said}, which are all"
     worst = ""
     if "missed" in of:
         more = f"at most {100 * float(of.missed_share):.2g} % of all others err by more"
         worst = f", largest error of these {float(of.missed):.3g} ({more}, at 95 % confidence)"
-    return f"{said}, {_correlated(*random)} among random nodes{worst}"
+    return f"{said}, {_correlated(*random)} among random ones{worst}"
 
 
 def _correlated(pearson: float, spearman: float) -> str:
