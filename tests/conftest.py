@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Iterator
 from importlib.util import find_spec
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test downloads; one that tries fails with a sentence instead of waiting
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -62,6 +63,30 @@ def generator() -> torch.Generator:
     np.random.seed(0)
     torch.manual_seed(0)
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def vlm() -> Any:
+    """A tiny model in double precision; modules that want another define it."""
+    import tiny
+
+    return tiny.vlm(2, "sdpa", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def real(vlm: Any) -> Any:
+    """A prompt to the module's model."""
+    import tiny
+
+    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
+
+
+@pytest.fixture(scope="module")
+def other(vlm: Any) -> Any:
+    """Another picture and another word."""
+    import tiny
+
+    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
 
 
 @pytest.fixture(scope="session")

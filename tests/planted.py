@@ -7,6 +7,7 @@ that the unembedding reads as yes (bright) or no (dark). So the answer is in the
 the last position after it, and every other head adds exactly nothing.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,13 +18,15 @@ BRIGHT, MARK, CALL, SAID, CONSTANT = 2, 3, 1, 4, 6
 """Directions of the residual stream: brightness, image mark, the last word's mark, the answer, and one for all."""
 
 
-def build(layer: int, head: int, kv_heads: int = 2, layers: int = 3, heads: int = 4, attention: str = "sdpa") -> Any:
-    """The hand-built model."""
+def empty(
+    heads: int = 4, kv_heads: int = 2, layers: int = 3, width: int = 32, attention: str = "sdpa", **more: Any
+) -> Any:
+    """A LLaVA that sees and says nothing: all its weights are zero, but for those of norms."""
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
     )
     text = LlamaConfig(
-        hidden_size=32,
+        hidden_size=width,
         intermediate_size=16,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -31,18 +34,26 @@ def build(layer: int, head: int, kv_heads: int = 2, layers: int = 3, heads: int 
         vocab_size=12,
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 1e12},
+        **more,
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16)
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    return model
+
+
+def build(layer: int, head: int, kv_heads: int = 2, layers: int = 3, heads: int = 4, attention: str = "sdpa") -> Any:
+    """The hand-built model."""
+    model = empty(heads, kv_heads, layers, attention=attention)
+    with torch.no_grad():
         plant(model, layer, head)
     return model
 
 
-def plant(model: Any, layer: int, head: int) -> None:
-    """Set the few weights that are not zero."""
+def seen_and_said(model: Any) -> None:
+    """Brightness into the image tokens, marks into these and into all, and the answer out of the last position."""
     parts = model.model
     patches = parts.vision_tower.embeddings.patch_embedding.weight
     patches[0], patches[1] = 1 / patches[0].numel(), -1 / patches[1].numel()
@@ -52,8 +63,15 @@ def plant(model: Any, layer: int, head: int) -> None:
     parts.multi_modal_projector.linear_2.weight[BRIGHT, 1] = -1.0
     parts.multi_modal_projector.linear_2.bias[MARK] = 1.0
     parts.language_model.embed_tokens.weight[:, CONSTANT] = 1.0
-    parts.language_model.embed_tokens.weight[LAST, CALL] = 1.0
-    attention = parts.language_model.layers[layer].self_attn
+    model.lm_head.weight[YES, SAID], model.lm_head.weight[NO, SAID] = 3.0, -3.0
+
+
+def plant(model: Any, layer: int, head: int) -> None:
+    """Set the few weights that are not zero."""
+    seen_and_said(model)
+    language = model.model.language_model
+    language.embed_tokens.weight[LAST, CALL] = 1.0
+    attention = language.layers[layer].self_attn
     width, group = attention.head_dim, attention.num_key_value_groups
     # The slowest rotary pair does not turn within this text, so that the score depends on the marks alone.
     query, key = head * width + width - 1, (head // group) * width + width - 1
@@ -61,7 +79,12 @@ def plant(model: Any, layer: int, head: int) -> None:
     attention.k_proj.weight[key, MARK] = 12.0
     attention.v_proj.weight[(head // group) * width, BRIGHT] = 1.0
     attention.o_proj.weight[SAID, head * width] = 2.0
-    model.lm_head.weight[YES, SAID], model.lm_head.weight[NO, SAID] = 3.0, -3.0
+
+
+def asked(vlm: Any, value: float, words: Sequence[int] = (1, 2, 3, 4, 7, LAST)) -> Any:
+    """A prompt of a picture of one brightness, which stands behind the first two of some words."""
+    ids = torch.tensor([[*words[:2], *[IMAGE] * 16, *words[2:]]])
+    return vlm.prompt(encoding={"input_ids": ids, "pixel_values": torch.full((1, 3, 8, 8), value)})
 
 
 def planted(
@@ -71,9 +94,4 @@ def planted(
     import mechvlm as mv
 
     vlm = mv.VLM(build(layer, head, kv_heads, attention=attention))
-    ids = torch.tensor([[1, 2, *[IMAGE] * 16, 3, 4, 7, LAST]])
-    bright, dark = (
-        vlm.prompt(encoding={"input_ids": ids, "pixel_values": torch.full((1, 3, 8, 8), value)})
-        for value in (1.0, -1.0)
-    )
-    return vlm, bright, dark, layer, head
+    return vlm, asked(vlm, 1.0), asked(vlm, -1.0), layer, head

@@ -26,22 +26,14 @@ def ended(layer: int, head: int) -> Any:
     return made
 
 
-def asked(vlm: mv.VLM, value: float, **words: int) -> mv.Prompt:
-    """A prompt about a picture of one brightness, with other words at some places: `at18=11`."""
-    ids = torch.tensor([[1, 2, *[planted.IMAGE] * 16, 3, 4, 7, planted.LAST]])
-    for place, word in words.items():
-        ids[0, int(place.removeprefix("at"))] = word
-    return vlm.prompt(encoding={"input_ids": ids, "pixel_values": torch.full((1, 3, 8, 8), value)})
-
-
 def saturated(layer: int = 1, head: int = 2) -> tuple[mv.VLM, mv.Prompt, mv.Prompt, mv.Prompt]:
     """The model, a prompt that asks, one that does not, and one in which the marked word stands behind the image."""
     made = ended(layer, head)
     with torch.no_grad():
         made.model.language_model.embed_tokens.weight[MARKED, planted.MARK] = 5.0
     vlm = mv.VLM(made)
-    plain, marked = asked(vlm, 1.0), asked(vlm, 1.0, **{f"at{PLACE}": MARKED})
-    return vlm, plain, asked(vlm, 1.0, at21=OTHER), marked
+    others = [planted.asked(vlm, 1.0, words) for words in ((1, 2, 3, 4, 7, OTHER), (1, 2, MARKED, 4, 7, planted.LAST))]
+    return vlm, planted.asked(vlm, 1.0), *others
 
 
 def cancelled(layer: int = 1, head: int = 2) -> tuple[mv.VLM, mv.Prompt, mv.Prompt]:
@@ -55,4 +47,4 @@ def cancelled(layer: int = 1, head: int = 2) -> tuple[mv.VLM, mv.Prompt, mv.Prom
         last.mlp.up_proj.weight[0, planted.CONSTANT] = 1.0
         last.mlp.down_proj.weight[planted.SAID, 0] = -1 / 20
     vlm = mv.VLM(made)
-    return vlm, asked(vlm, -1.0), asked(vlm, 1.0)
+    return vlm, planted.asked(vlm, -1.0), planted.asked(vlm, 1.0)

@@ -9,10 +9,10 @@ stands: the induction head of two layers.
 import math
 from typing import Any
 
+import planted
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-VOCABULARY, IMAGE = 12, 10
+VOCABULARY = 12
 CONSTANT, WORD, BEFORE, WIDTH, HEAD = 0, 2, 14, 40, 16
 SLOW = (2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 """The dimensions of a head that rotary embedding hardly turns within these texts."""
@@ -20,25 +20,8 @@ SLOW = (2, 3, 4, 5, 6, 7, 10, 11, 12, 13, 14, 15)
 
 def build(attention: str = "sdpa") -> Any:
     """The hand-built model."""
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
-    )
-    text = LlamaConfig(
-        hidden_size=WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=HEAD,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e12},
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16)
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+    model = planted.empty(2, 2, 2, WIDTH, attention, head_dim=HEAD)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
         plant(model)
     return model
 
@@ -66,5 +49,4 @@ def asked(attention: str = "sdpa") -> tuple[Any, Any]:
     import mechvlm as mv
 
     vlm = mv.VLM(build(attention))
-    ids = torch.tensor([[1, 1, *[IMAGE] * 16, 1, 1, 1, 1]])
-    return vlm, vlm.prompt(encoding={"input_ids": ids, "pixel_values": torch.ones(1, 3, 8, 8)})
+    return vlm, planted.asked(vlm, 1.0, [1] * 6)

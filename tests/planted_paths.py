@@ -16,13 +16,13 @@ Without norms everything that carries the answer is linear, and first-order esti
 from dataclasses import dataclass
 from typing import Any
 
+import planted
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from planted import BRIGHT, CALL, CONSTANT, LAST, MARK, SAID
 
-YES, NO, FIRST, ASK, LAST, IMAGE = 5, 6, 1, 8, 9, 10
-CALL, BRIGHT, MARK, SAID, CONSTANT, SINK, HOP, HERE = 1, 2, 3, 4, 6, 7, 8, 9
-"""Directions of the residual stream: the asking word's mark, brightness, image mark, the answer, one for all, the first
-word's mark, what the asking word has seen, and the last word's mark."""
+FIRST, ASK, SINK, HOP, HERE = 1, 8, 7, 8, 9
+"""The first word and the one that asks; directions of the first word's mark, what the asking word has seen, and the
+last word's mark."""
 LAYERS, HEADS, KV_HEADS, WIDTH = 4, 4, 2, 8
 SURE = 64.0
 
@@ -73,48 +73,19 @@ def twins(norms: bool = False, attention: str = "sdpa", dtype: torch.dtype = tor
 
 def empty(norms: bool, attention: str) -> Any:
     """A model that reads brightness and says nothing."""
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=2
-    )
-    text = LlamaConfig(
-        hidden_size=HEADS * WIDTH,
-        intermediate_size=16,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        vocab_size=12,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e12},
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=16)
-    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+    model = planted.empty(HEADS, KV_HEADS, LAYERS, HEADS * WIDTH, attention)
     with torch.no_grad():
-        for name, weight in model.named_parameters():
-            weight.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
-        seen_and_said(model)
+        planted.seen_and_said(model)
+        model.model.multi_modal_projector.linear_2.bias[CONSTANT] = 1.0
+        words = model.model.language_model.embed_tokens.weight
+        words[FIRST, SINK] = words[ASK, CALL] = words[LAST, HERE] = 1.0
     if not norms:
-        words = model.model.language_model
-        words.norm = torch.nn.Identity()
-        for layer in words.layers:
+        language = model.model.language_model
+        language.norm = torch.nn.Identity()
+        for layer in language.layers:
             layer.input_layernorm = torch.nn.Identity()
             layer.post_attention_layernorm = torch.nn.Identity()
     return model
-
-
-def seen_and_said(model: Any) -> None:
-    """Brightness into the image tokens, marks into the words, and the answer out of the last position."""
-    parts = model.model
-    patches = parts.vision_tower.embeddings.patch_embedding.weight
-    patches[0], patches[1] = 1 / patches[0].numel(), -1 / patches[1].numel()
-    parts.multi_modal_projector.linear_1.weight[0, 0] = 1.0
-    parts.multi_modal_projector.linear_1.weight[1, 0] = -1.0
-    parts.multi_modal_projector.linear_2.weight[BRIGHT, 0] = 1.0
-    parts.multi_modal_projector.linear_2.weight[BRIGHT, 1] = -1.0
-    parts.multi_modal_projector.linear_2.bias[MARK] = parts.multi_modal_projector.linear_2.bias[CONSTANT] = 1.0
-    words = parts.language_model.embed_tokens.weight
-    words[:, CONSTANT] = 1.0
-    words[FIRST, SINK] = words[ASK, CALL] = words[LAST, HERE] = 1.0
-    model.lm_head.weight[YES, SAID], model.lm_head.weight[NO, SAID] = 3.0, -3.0
 
 
 def plant(model: Any, layer: int, head: int, asks: int, finds: int, reads: int, writes: int, amount: float) -> None:
@@ -138,8 +109,5 @@ def asked(model: Any, edges: dict[tuple[str, str, str], float], dtype: torch.dty
     import mechvlm as mv
 
     vlm = mv.VLM(model.requires_grad_(False).to(dtype))
-    ids = torch.tensor([[FIRST, 2, *[IMAGE] * 16, 3, ASK, 7, LAST]])
-    bright, grey = (
-        vlm.prompt(encoding={"input_ids": ids, "pixel_values": torch.full((1, 3, 8, 8), value)}) for value in (1.0, 0.0)
-    )
+    bright, grey = (planted.asked(vlm, value, [FIRST, 2, 3, ASK, 7, LAST]) for value in (1.0, 0.0))
     return Path(vlm, bright, grey, edges)

@@ -25,21 +25,6 @@ KINDS = ("resid_pre", "k", "z", "attn_out", "mlp_out", "resid_post")
 LAYERS = range(3)
 
 
-@pytest.fixture(scope="module")
-def vlm() -> mv.VLM:
-    return tiny.vlm(2, "sdpa", torch.float64)
-
-
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
-def other(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
-
-
 def watched(vlm: mv.VLM, prompt: mv.Prompt, edits: Any = ()) -> tuple[Plain, Tensor]:
     """A plain pass of the eager model in a graph, and the metric."""
     plain = Plain(tiny.model(2, "eager", torch.float64), edits, gradients=True)

@@ -20,21 +20,6 @@ KINDS = ("resid_pre", "q", "k", "v", "z", "attn_out", "resid_mid", "mlp_out", "r
 
 
 @pytest.fixture(scope="module")
-def vlm() -> mv.VLM:
-    return tiny.vlm(2, "sdpa", torch.float64)  # transformers' eager attention has its softmax in half of that precision
-
-
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
-def other(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
-
-
-@pytest.fixture(scope="module")
 def found(vlm: mv.VLM, real: mv.Prompt, other: mv.Prompt) -> xr.Dataset:
     return mv.attribution_patching(vlm, real, other, YES, kinds=KINDS, verify=2)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import planted_paths
 import pytest
 import tiny
@@ -16,11 +17,6 @@ from torch import Tensor
 import mechvlm as mv
 
 YES = mv.logit_difference("yes", "no")
-
-
-@pytest.fixture(scope="module")
-def vlm() -> mv.VLM:
-    return tiny.vlm(2, "sdpa", torch.float64)
 
 
 @pytest.fixture(scope="module")
@@ -90,17 +86,17 @@ def late() -> tuple[mv.VLM, mv.Prompt, mv.Prompt]:
     """Layer 1 asks the image tokens for what layer 2 only then writes into them."""
     model = planted_paths.empty(norms=False, attention="sdpa")
     with torch.no_grad():
-        of = {"asks": planted_paths.MARK, "finds": planted_paths.MARK}
-        planted_paths.plant(model, 2, 0, **of, reads=planted_paths.BRIGHT, writes=planted_paths.HOP, amount=1.0)
-        of = {"asks": planted_paths.HERE, "finds": planted_paths.MARK}
-        planted_paths.plant(model, 1, 3, **of, reads=planted_paths.HOP, writes=planted_paths.SAID, amount=2.0)
+        of = {"asks": planted.MARK, "finds": planted.MARK}
+        planted_paths.plant(model, 2, 0, **of, reads=planted.BRIGHT, writes=planted_paths.HOP, amount=1.0)
+        of = {"asks": planted_paths.HERE, "finds": planted.MARK}
+        planted_paths.plant(model, 1, 3, **of, reads=planted_paths.HOP, writes=planted.SAID, amount=2.0)
     path = planted_paths.asked(model, {}, torch.float64)
     return path.vlm, path.source, path.target
 
 
 def test_a_picture_that_comes_too_late_is_used_when_it_is_put_earlier() -> None:
     vlm, bright, _ = late()
-    metric = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+    metric = mv.logit_difference(planted.YES, planted.NO)
     found = mv.back_patching(vlm, bright, metric)
     assert float(found.clean[0]) == 0
     changed = found["mean"].to_series().dropna()
@@ -111,7 +107,7 @@ def test_a_picture_that_comes_too_late_is_used_when_it_is_put_earlier() -> None:
 @zoo.second_environment
 def test_the_control_of_an_even_picture_in_another_order_is_the_patch_itself() -> None:
     vlm, bright, _ = late()
-    metric = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+    metric = mv.logit_difference(planted.YES, planted.NO)
     found = mv.back_patching(vlm, bright, metric, sources=[2], destinations=[0])
     assert found.over_control.item() == pytest.approx(0, abs=1e-9)
 

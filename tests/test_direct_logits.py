@@ -28,11 +28,6 @@ def vlm() -> mv.VLM:
 
 
 @pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
 def found(vlm: mv.VLM, real: mv.Prompt) -> xr.Dataset:
     return mv.direct_logit_attribution(vlm, real, YES, by="token")
 

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import planted
 import planted_paths
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from mechvlm.experiments.edge_turns import ALONG
 from mechvlm.nodes import feeds, readers, writers
 
 YES = mv.logit_difference("yes", "no")
-PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+PLANTED = mv.logit_difference(planted.YES, planted.NO)
 HEADS, GROUP, WIDTH = 4, 2, 8
 
 
@@ -34,16 +35,6 @@ def vlm() -> mv.VLM:
                 exact.load_state_dict(norm.state_dict())
                 parent.register_module(name, exact.requires_grad_(False))
     return mv.VLM(model, tiny.processor())
-
-
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
-def other(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
 
 
 @pytest.fixture(scope="module")

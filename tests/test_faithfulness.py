@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import planted
 import planted_paths
 import pytest
 import tiny
@@ -20,7 +21,7 @@ from mechvlm.experiments.random_circuits import random_circuit
 from mechvlm.nodes import readers, writers
 from mechvlm.writes import writing
 
-PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+PLANTED = mv.logit_difference(planted.YES, planted.NO)
 YES = mv.logit_difference("yes", "no")
 
 

@@ -7,22 +7,11 @@ import planted
 import planted_heads
 import pytest
 import tiny
-import torch
 import xarray as xr
 import zoo
 
 import mechvlm as mv
 from mechvlm.experiments.head_scores import alone, behind, repeated
-
-
-@pytest.fixture(scope="module")
-def vlm() -> mv.VLM:
-    return tiny.vlm(2, "sdpa", torch.float64)
-
-
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
 
 
 @pytest.fixture(scope="module")

@@ -29,17 +29,6 @@ def vlm() -> mv.VLM:
     return tiny.vlm(2, "eager")
 
 
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
-def other(vlm: mv.VLM) -> mv.Prompt:
-    """Another picture and another word."""
-    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
-
-
 def near(found: Any, expected: Any, tolerance: float = 2e-5) -> None:
     assert np.abs(np.asarray(found, dtype=float) - np.asarray(expected, dtype=float)).max() < tolerance
 

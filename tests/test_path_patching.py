@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import planted
 import planted_paths
 import pytest
 import tiny
@@ -18,23 +19,8 @@ from mechvlm.experiments import path_effects
 from mechvlm.nodes import writers
 
 YES = mv.logit_difference("yes", "no")
-PLANTED = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+PLANTED = mv.logit_difference(planted.YES, planted.NO)
 WIDTH, HEADS = 8, 4
-
-
-@pytest.fixture(scope="module")
-def vlm() -> mv.VLM:
-    return tiny.vlm(2, "sdpa", torch.float64)
-
-
-@pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
-def other(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(2), "is there a red dog ?")
 
 
 Change = Callable[[Tensor], Tensor]

@@ -1,12 +1,13 @@
 """The hand-built models whose answer goes along known edges: that it does, by patching alone."""
 
+import planted
 import planted_paths
 import pytest
 import torch
 
 import mechvlm as mv
 
-METRIC = mv.logit_difference(planted_paths.YES, planted_paths.NO)
+METRIC = mv.logit_difference(planted.YES, planted.NO)
 
 
 @pytest.mark.parametrize("norms", [True, False])
@@ -24,6 +25,6 @@ def test_twin_heads_add_up(norms: bool) -> None:
     made = planted_paths.twins(norms)
     site = mv.Site("attn_out", 1)
     run = made.vlm.run(made.source, [site], variants=[[mv.ablate_heads(1, heads)] for heads in ([3], [2], [0])])[site]
-    said = run[:, -1, planted_paths.SAID].tolist()
+    said = run[:, -1, planted.SAID].tolist()
     assert said[0] == 2 * said[1] > 0 and said[2] == pytest.approx(sum(said[:2]))
     assert torch.count_nonzero(run[2]) == 1

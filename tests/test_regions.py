@@ -16,11 +16,6 @@ def vlm() -> mv.VLM:
 
 
 @pytest.fixture(scope="module")
-def real(vlm: mv.VLM) -> mv.Prompt:
-    return vlm.prompt(tiny.picture(1), "is there a red cat ?")
-
-
-@pytest.fixture(scope="module")
 def tiled() -> mv.Prompt:
     """Seen in several tiles and padded."""
     return zoo.ask(zoo.build("llava_next-vicuna"), tiny.picture(0, 60, 40))
