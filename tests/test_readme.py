@@ -51,69 +51,45 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not vlm.run(real).logits.equal(vlm.run(real, edits=names[edits]).logits)
 
 
-def test_every_line_of_the_second_table_runs() -> None:
+def lines_of(heading: str, **more: Any) -> dict[str, Any]:
+    """What the lines of a section's table give, by their code; `more` are names beside those of the first table."""
     import mechvlm as mv
 
     vlm = mv.load("demo")
     real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
-    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "yes": mv.logit_difference("yes", "no")}
-    part = README.split("\n## More of it\n")[1].split("\n## ")[0]
+    names = {"mv": mv, "vlm": vlm, "real": real, "null": real.with_image(mv.images.black), **more}
+    names["yes"] = mv.logit_difference("yes", "no")
+    part = README.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
-        names[name] = eval(code, names)
-    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert len(rows) == 12
-    for code in rows:
-        assert type(eval(code, names)).__name__ in ("Dataset", "Figure"), code
+        names[name] = eval(code.replace('"demo", split="adversarial"', "some"), names)
+    return {code: eval(code, names) for code in re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)}
+
+
+def test_every_line_of_the_second_table_runs() -> None:
+    found = lines_of("More of it")
+    assert len(found) == 12 and {type(one).__name__ for one in found.values()} == {"Dataset", "Figure"}, found
 
 
 def test_every_line_of_the_table_of_causes_runs() -> None:
-    import mechvlm as mv
-
-    vlm = mv.load("demo")
-    real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
-    null = real.with_image(mv.images.black)
-    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "null": null, "yes": mv.logit_difference("yes", "no")}
-    part = README.split("\n## Causes\n")[1].split("\n## ")[0]
-    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
-        names[name] = eval(code, names)
-    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert len(rows) == 11
-    engines = {code.split("(")[0]: eval(code, names).attrs.get("engine", "none") for code in rows}
+    found = lines_of("Causes")
+    assert len(found) == 11
+    engines = {code.split("(")[0]: one.attrs.get("engine", "none") for code, one in found.items()}
     assert engines.pop("mv.knockout_answers") == "none"  # which generates, and is no sweep
     assert all(engine.startswith("rerun from the edited layer") for engine in engines.values()), engines
 
 
 @pytest.mark.skipif(find_spec("transformer_lens") is None, reason="takes seconds; runs in the second environment")
 def test_every_line_of_the_table_of_attribution_runs() -> None:
-    import mechvlm as mv
-
-    vlm = mv.load("demo")
-    real = vlm.prompt(mv.demo.scenes()[0].image, "Is there a 7 in the image?")
-    null = real.with_image(mv.images.black)
-    names: dict[str, Any] = {"mv": mv, "vlm": vlm, "real": real, "null": null, "yes": mv.logit_difference("yes", "no")}
-    part = README.split("\n## Attribution and circuits\n")[1].split("\n## ")[0]
-    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
-        names[name] = eval(code, names)
-    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert len(rows) == 12
-    for code in rows:
-        assert type(eval(code, names)).__name__ == "Dataset", code
+    found = lines_of("Attribution and circuits")
+    assert len(found) == 12 and {type(one).__name__ for one in found.values()} == {"Dataset"}, found
 
 
 def test_every_line_of_the_table_of_evaluations_runs() -> None:
     """On two pictures of the demo's benchmark; all of them take ten seconds each time."""
     import mechvlm as mv
 
-    names: dict[str, Any] = {
-        "mv": mv,
-        "vlm": mv.load("demo"),
-        "some": mv.evaluate.read_pope("demo", "adversarial")[:12],
-    }
-    part = README.split("\n## Evaluation\n")[1].split("\n## ")[0]
-    for name, code in re.findall(r"`(\w+) = ([^`]+)`", part):
-        names[name] = eval(code.replace('"demo", split="adversarial"', "some"), names)
-    rows = re.findall(r"^\| .* \| `(.+)` \|$", part, flags=re.MULTILINE)
-    assert [type(eval(code, names)).__name__ for code in rows] == ["Dataset", "Dataset", "DataFrame"]
+    found = lines_of("Evaluation", some=mv.evaluate.read_pope("demo", "adversarial")[:12])
+    assert [type(one).__name__ for one in found.values()] == ["Dataset", "Dataset", "DataFrame"]
 
 
 def test_the_code_for_a_model_elsewhere_runs() -> None:
