@@ -130,22 +130,3 @@ def feeds(shape: Shape, writer: str, reader: str) -> bool:
         between = "resid_mid" in shape.kinds["text"][first.layer]
         return first.kind == "attention" and then.kind == "mlp" and between
     return first.layer < then.layer
-
-
-def heads_of(shape: Shape, reader: str) -> tuple[str, ...]:
-    """The heads, as writers, that a reader is part of; a key-value head serves several.
-
-    Example:
-        >>> heads_of(vlm.shape, "a3.kv1<v>")
-        ('a3.h2', 'a3.h3')
-    """
-    node = Node.parse(reader)
-    if node.kind != "attention":
-        return ()
-    count = shape.heads["text"]
-    if node.head is None:
-        return tuple(f"a{node.layer}.h{head}" for head in range(count))
-    if node.reads == "q":
-        return (f"a{node.layer}.h{node.head}",)
-    group = count // shape.kv_heads["text"]
-    return tuple(f"a{node.layer}.h{head}" for head in range(node.head * group, (node.head + 1) * group))

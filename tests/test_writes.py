@@ -5,7 +5,8 @@ import tiny
 import torch
 import zoo
 
-from mechvlm.nodes import Node, feeds, heads_of, readers, writers
+from mechvlm.edge_paths import Heads
+from mechvlm.nodes import Node, feeds, readers, writers
 from mechvlm.plan import key_of
 from mechvlm.writes import write_sites, writing, written
 
@@ -66,4 +67,5 @@ def test_a_key_value_head_is_part_of_all_heads_of_its_group() -> None:
     shape = zoo.build("llava_next-mistral").shape
     group = shape.heads["text"] // shape.kv_heads["text"]
     assert group > 1
-    assert heads_of(shape, "a1.kv1<v>") == tuple(f"a1.h{head}" for head in range(group, 2 * group))
+    within = Heads(shape.heads["text"], shape.kv_heads["text"])
+    assert within.written("a1.kv1<v>") == tuple(f"a1.h{head}" for head in range(group, 2 * group))

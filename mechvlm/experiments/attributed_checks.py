@@ -15,9 +15,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from mechvlm.sites import whole
+
 AMONG = ("top", "random", "both")
 UNSEEN = 0.05
 """How likely a draw may be to have met none of the worst nodes, for `missed_share`."""
+MISSED = (
+    "missed: the largest |exact - estimate| of the random nodes, no bound on that of the nodes that were not patched; "
+    "missed_share: at 95 % confidence no larger share of the nodes that are not among the top has a larger one"
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,22 @@ class Node:
     head: int | None
     estimate: float
     drawn: str
+
+
+def count_of(verify: object, what: str = "nodes") -> int:
+    """How many of each sort are patched.
+
+    Raises:
+        ValueError: for a negative number.
+
+    Example:
+        >>> count_of(3)
+        3
+    """
+    count = whole("verify", verify)
+    if count < 0:
+        raise ValueError(f"verify={count} patches nothing; give 0 or more {what}.")
+    return count
 
 
 def chosen_nodes(estimates: Mapping[str, xr.DataArray], count: int, seed: int) -> dict[str, list[Node]]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import xarray as xr
 
-from mechvlm.experiments.attributed_checks import Node, check_finite, checked, chosen_nodes, unpatched
+from mechvlm.experiments.attributed_checks import MISSED, Node, check_finite, checked, chosen_nodes, count_of, unpatched
 from mechvlm.experiments.attributed_nodes import Nodes, tables
 from mechvlm.experiments.attributed_passes import estimated
 from mechvlm.experiments.attributed_ways import completeness_of, passes_of, way_of
@@ -27,13 +27,9 @@ from mechvlm.experiments.sweep import measuring
 from mechvlm.metrics import Metric
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import Work, done, unsaid
-from mechvlm.sites import Site, whole
+from mechvlm.sites import Site
 from mechvlm.vlm import VLM
 
-MISSED = (
-    "missed: the largest |exact - estimate| of the random nodes, no bound on that of the nodes that were not patched; "
-    "missed_share: at 95 % confidence no larger share of the nodes that are not among the top has a larger one"
-)
 UNSIGNED = "; of estimates without sign, |exact| is what they are held against"
 
 
@@ -143,7 +139,7 @@ def attribution_patching(
     chosen = layers_of(vlm, tower, layers)
     matched(vlm, source, target, chosen, tower)
     nodes = Nodes.of(vlm, target, kinds, chosen, tower, positions, layers is not None)
-    count, drawn = _count(verify), check_seed(seed)
+    count, drawn = count_of(verify), check_seed(seed)
     way, how = way_of(vlm, source, target, nodes, method, {"steps": steps, "path": path, "rule": rule})
     source_end, target_end, sums = done(vlm, estimated(vlm, source, target, metric, nodes, way, batch_size))
     for key, values in sums.items():
@@ -167,14 +163,6 @@ def attribution_patching(
         found = found.merge(_with_units(checked(picked, changed, unpatched(made, picked), dim, way.sized), metric))
         about |= {"verify": count, "seed": drawn, "engine": engine, "missed_says": MISSED + UNSIGNED * way.sized}
     return found.assign_attrs(record(vlm, [source, target], metric, **about))
-
-
-def _count(verify: object) -> int:
-    """How many nodes of each sort are patched."""
-    count = whole("verify", verify)
-    if count < 0:
-        raise ValueError(f"verify={count} patches nothing; give 0 or more nodes.")
-    return count
 
 
 def _patched(

@@ -20,8 +20,7 @@ import numpy as np
 import xarray as xr
 
 from mechvlm.batch import check_fired
-from mechvlm.experiments.attributed_checks import check_finite
-from mechvlm.experiments.attributed_patches import MISSED
+from mechvlm.experiments.attributed_checks import MISSED, check_finite, count_of
 from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.edge_checks import edges_patched, patched_exactly
 from mechvlm.experiments.edge_products import Graph, edges_scored
@@ -35,7 +34,7 @@ from mechvlm.points import rows_at_once
 from mechvlm.prompt import Prompt
 from mechvlm.reads import inputs_of
 from mechvlm.shapes import Shape
-from mechvlm.sites import told, whole, whole_numbers
+from mechvlm.sites import told, whole_numbers
 from mechvlm.vlm import VLM
 from mechvlm.writes import SUMS, writing
 
@@ -221,9 +220,7 @@ def _checked(method: object, verify: object) -> int:
     """How many edges of each sort are patched."""
     if method not in METHODS:
         raise ValueError(f"method={told(method)} is not known; choose from {', '.join(map(repr, METHODS))}.")
-    count = whole("verify", verify)
-    if count < 0:
-        raise ValueError(f"verify={count} patches nothing; give 0 or more edges.")
+    count = count_of(verify, "edges")
     if count and method == "exact":
         raise ValueError(f"verify={count} patches edges that method='exact' patches anyway; leave it out.")
     return count

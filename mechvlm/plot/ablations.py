@@ -10,6 +10,7 @@ import plotly.graph_objects as go
 import xarray as xr
 
 from mechvlm.plot.charts import bars, heatmap, hover_texts, lines
+from mechvlm.plot.look import GREY
 
 
 def effects(found: xr.Dataset, facet: str | None = None, title: str = "", caption: str = "") -> go.Figure:
@@ -102,7 +103,7 @@ def head_search(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fig
         f"{candidate}<br><b>{value:.4g}</b>"
         for candidate, value in zip(tried.candidate.values, tried.values, strict=True)
     ]
-    dots = {"color": "#8a8a8a", "size": 4, "opacity": 0.6}
+    dots = {"color": GREY, "size": 4, "opacity": 0.6}
     hover = {"hovertext": text, "hoverinfo": "text", "showlegend": False}
     figure.add_scatter(x=tried["round"].values, y=tried.values, mode="markers", marker=dots, name="candidates", **hover)
     return figure

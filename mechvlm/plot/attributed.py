@@ -11,9 +11,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from mechvlm.plot.look import INK, PALETTE, finished, plain
+from mechvlm.plot.look import GREY, INK, PALETTE, finished, plain
 
-GREY = "#8a8a8a"
 SYMBOLS = {"top": "circle", "random": "circle-open"}
 
 

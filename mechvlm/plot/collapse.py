@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 import xarray as xr
 from plotly.subplots import make_subplots
 
-from mechvlm.plot.look import DASHES, PALETTE, faded, finished, label, plain, tick_step
+from mechvlm.plot.look import DASHES, GREY, PALETTE, faded, finished, label, plain, tick_step
 
 HEADINGS = ("Outputs of layers", "Last output after the final norm")
 PUBLISHED = "Outputs of layers, the last after the final norm"
@@ -151,7 +151,7 @@ def _expected(figure: go.Figure, found: xr.Dataset, value: str, null: str) -> No
     falls = float(found[f"{rate}_mean"].sel(picture=null, span="image"))
     start = float(found[f"{value}_mean"].sel(picture="real", span="image", layer=first))
     layers = found.layer.values[first:-1]
-    line = {"color": "#8a8a8a", "dash": "dot", "width": 2}
+    line = {"color": GREY, "dash": "dot", "width": 2}
     y = start * np.exp(-falls * (layers - first))
     figure.add_scatter(x=layers, y=y, mode="lines", line=line, name=f"expected from {plain(null)}", hoverinfo="y")
 

@@ -15,7 +15,7 @@ import xarray as xr
 
 from mechvlm.imagemap import ImageMap
 from mechvlm.plot.canvas import COUNTED_BY, embedded
-from mechvlm.plot.look import DASHES, FAINT, PALETTE, finished, plain
+from mechvlm.plot.look import DASHES, FAINT, GREY, PALETTE, finished, plain
 from mechvlm.plot.patched import RASTER
 from mechvlm.plot.pictures import BOTH_SIGNS, ELSEWHERE, ONE_SIGN
 from mechvlm.prompt import Prompt
@@ -141,7 +141,7 @@ class _Pixels:
         plain_line = {"mode": "lines", "hoverinfo": "skip", "showlegend": False, **self.axes}
         self.figure.add_scatter(x=shares, y=low, line={"width": 0}, **plain_line)
         self.figure.add_scatter(x=shares, y=high, line={"width": 0}, fill="tonexty", fillcolor="#e2e2e2", **plain_line)
-        mean = {"color": "#9a9a9a", "width": 2, "dash": "dot"}
+        mean = {"color": GREY, "width": 2, "dash": "dot"}
         series = [("random orders", one.random.mean("sample").values, mean)]
         for at, name in enumerate(one["map"].values):
             ink, dash = PALETTE[at % len(PALETTE)], DASHES[at // len(PALETTE) % len(DASHES)]

@@ -9,7 +9,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from mechvlm.plot.look import PALETTE, faded, finished, label, plain
+from mechvlm.plot.look import GREY, PALETTE, faded, finished, label, plain
 
 NARROW = 0.1
 """Below this share sizes stand where their logarithms are, since they usually double from one to the next."""
@@ -50,7 +50,7 @@ def faithfulness(found: xr.Dataset, title: str = "", caption: str = "") -> go.Fi
     if "random" in found:
         drawn = found["random"]
         ends = drawn.min("sample").values, drawn.max("sample").values
-        _curve(figure, found, "random", "#7a7a7a", drawn.mean("sample").values, ends)
+        _curve(figure, found, "random", GREY, drawn.mean("sample").values, ends)
     for level in (0.0, 1.0):
         figure.add_hline(y=level, line={"color": "#b0b0b0", "width": 1, "dash": "dash"})
     scale = {"type": "log", "range": [np.log10(least * 0.8), 0.05]} if least < NARROW else {"range": [0.0, 1.02]}

@@ -16,7 +16,7 @@ import xarray as xr
 
 PALETTE = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D"]  # after Okabe and Ito
 DASHES = ["solid", "dash", "dot", "dashdot"]
-INK, FAINT, NOTHING = "#222222", "#e8e8e8", "#d9d9d9"
+INK, GREY, FAINT, NOTHING = "#222222", "#8a8a8a", "#e8e8e8", "#d9d9d9"  # GREY is what results stand beside
 LEFT, RIGHT, TOP, BOTTOM = 70, 110, 66, 64  # margins; RIGHT has room for a legend or a colour bar
 
 _FRAME = {

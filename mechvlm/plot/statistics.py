@@ -10,9 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from mechvlm.plot.look import INK, PALETTE, faded, finished, plain
+from mechvlm.plot.look import GREY, INK, PALETTE, faded, finished, plain
 
-GREY = "#8a8a8a"
 DRAWN = {"accuracy": "accuracy", "precision": "precision", "recall": "recall", "f1": "F1", "yes_ratio": "yes-ratio"}
 """Metrics that a comparison draws, in this order; the Brier score is the only one of which less is better."""
 MODELS = {"base": PALETTE[0], "edited": PALETTE[1], "threshold": PALETTE[2]}
