@@ -12,7 +12,8 @@ import zoo
 from plain import Plain
 
 import mechvlm as mv
-from mechvlm.experiments.attributed_checks import checked, chosen_nodes, correlation, ranks, unpatched
+from mechvlm.experiments.attributed_checks import checked, chosen_nodes, unpatched
+from mechvlm.experiments.correlations import correlation, ranks
 
 PLANTED = mv.logit_difference(planted.YES, planted.NO)
 YES = mv.logit_difference("yes", "no")

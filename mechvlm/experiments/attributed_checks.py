@@ -3,8 +3,9 @@
 Rule this module guards: what was patched is told apart by how it was chosen. Nodes chosen by their estimate say how
 good the top of the list is; only nodes drawn at random say anything of what the estimate passed over.
 
->>> correlation(np.array([1.0, 2.0, 3.0]), np.array([2.0, 4.0, 6.0]))
-1.0
+>>> table = xr.DataArray([[1.0, -3.0]], dims=["layer", "position"], coords={"layer": [0], "position": [0, 1]})
+>>> [node.drawn for node in chosen_nodes({"mlp_out": table}, 1, seed=0)["mlp_out"]]
+['top', 'random']
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from mechvlm.experiments.correlations import correlation, ranks
 from mechvlm.sites import whole
 
 AMONG = ("top", "random", "both")
@@ -183,29 +185,3 @@ def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, left: int)
         return precision, float("nan"), 0.0
     missed = float(np.abs(exact - estimate)[random].max())
     return precision, missed, 1 - UNSEEN ** (1 / random.sum()) if left else 0.0
-
-
-def ranks(values: Float[np.ndarray, " value"]) -> Float[np.ndarray, " value"]:
-    """Each value's place in the order, from 1; equal ones share the mean of theirs.
-
-    Example:
-        >>> ranks(np.array([5.0, 1.0, 5.0]))
-        array([2.5, 1. , 2.5])
-    """
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    places: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return places
-
-
-def correlation(one: Float[np.ndarray, " value"], other: Float[np.ndarray, " value"]) -> float:
-    """Pearson's correlation; not a number for fewer than two values, or where one of the two does not vary.
-
-    Example:
-        >>> correlation(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
-        nan
-    """
-    if len(one) < 2:
-        return float("nan")
-    first, second = one - one.mean(), other - other.mean()
-    size = float(np.sqrt((first**2).sum() * (second**2).sum()))
-    return float((first * second).sum()) / size if size > 0 else float("nan")

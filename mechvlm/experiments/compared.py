@@ -17,8 +17,8 @@ import xarray as xr
 from jaxtyping import Float
 
 from mechvlm.batch import check_prompts
-from mechvlm.experiments.attributed_checks import correlation, ranks
 from mechvlm.experiments.chance import holm, sign_flips
+from mechvlm.experiments.correlations import correlation, ranks
 from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.deletion import MODES, advantages, area, curves_of, random_orders, ranked_tokens
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
