@@ -7,8 +7,10 @@ in the pass, and nothing here holds a tensor.
 Node(kind='attention', layer=3, head=1, reads='v')
 """
 
+import math
 import re
 from dataclasses import dataclass
+from functools import cache
 
 from mechvlm.shapes import Shape
 
@@ -50,6 +52,7 @@ class Node:
     reads: str = ""
 
     @staticmethod
+    @cache
     def parse(name: str) -> "Node":
         """The node of a name.
 
@@ -121,12 +124,29 @@ def feeds(shape: Shape, writer: str, reader: str) -> bool:
         >>> feeds(vlm.shape, "a3.h5", "m3"), feeds(vlm.shape, "a3.h5", "a3.h6<q>")
         (True, False)
     """
-    first, then = Node.parse(writer), Node.parse(reader)
-    if first.layer is None or then.kind == "logits":
-        return True
-    assert then.layer is not None
-    if first.layer == then.layer:
-        # In a layer whose attention and MLP read one stream (Cohere 2) none of the two reads what the other writes.
-        between = "resid_mid" in shape.kinds["text"][first.layer]
-        return first.kind == "attention" and then.kind == "mlp" and between
-    return first.layer < then.layer
+    return written_at(writer) < read_at(shape, reader)
+
+
+def written_at(writer: str) -> float:
+    """When a node writes, in half layers: the later a number, the later in the pass.
+
+    Example:
+        >>> written_at("image"), written_at("a3.h5"), written_at("m3")
+        (-1.0, 6.0, 7.0)
+    """
+    node = Node.parse(writer)
+    return -1.0 if node.layer is None else 2.0 * node.layer + (node.kind != "attention")
+
+
+def read_at(shape: Shape, reader: str) -> float:
+    """When the stream that a node reads is put together; what is written before stands in it.
+
+    Example:
+        >>> read_at(vlm.shape, "a3.h5<q>"), read_at(vlm.shape, "m3"), read_at(vlm.shape, "logits")
+        (6.0, 7.0, inf)
+    """
+    node = Node.parse(reader)
+    if node.layer is None:
+        return math.inf
+    # In a layer whose attention and MLP read one stream (Cohere 2) none of the two reads what the other writes.
+    return 2.0 * node.layer + (node.kind == "mlp" and "resid_mid" in shape.kinds["text"][node.layer])

@@ -9,28 +9,47 @@ the picture's features beside the stream (Mllama) there is no such run, and it i
 
 Rule this module guards: all edges give the prompt's own run, and none the other's, to rounding.
 
->>> wires_of(vlm.shape, [[("m7", "logits", None)]], [0] * len(real), [""]).rows
+>>> streams_of(vlm.shape, np.zeros((1, 74, 137), dtype=bool)).rows  # no edge: all readers are given the same
 1
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mechvlm.nodes import Node, feeds, readers, writers
+from mechvlm.nodes import read_at, readers, writers
 from mechvlm.passes import Pass, of_groups, passed
 from mechvlm.plan import Plan
 from mechvlm.shapes import Parts, Shape
 from mechvlm.visit import Visit
 from mechvlm.writes import Writing, head_writes, written
 
-Edges = Sequence[tuple[str, str, str | None]]
-"""Of a circuit: who writes, who reads, and at the positions of which span; None for all."""
 END = ("end", 0)
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The streams that the readers of one circuit are given, each of them once.
+
+    Attributes:
+        kept: for each moment at which streams are put together, the edges that are kept in each of them. Moments are
+            ("pre", layer), ("mid", layer) and ("end", 0).
+        places: which of the streams of its moment each reader is given.
+    """
+
+    kept: dict[tuple, Bool[np.ndarray, "row span writer"]]
+    places: Int[np.ndarray, " reader"]
+
+    @property
+    def rows(self) -> int:
+        """How many different streams there are at one moment, at most."""
+        return max(map(len, self.kept.values()))
 
 
 @dataclass(frozen=True)
@@ -42,8 +61,7 @@ class Wires:
         rows: of the batch, for each circuit.
         writers: names, in forward order.
         spans: of each position, the number of its span.
-        masks: for each moment at which streams are put together, the edges that are kept, `circuit row writer span`.
-            Moments are ("pre", layer), ("mid", layer) and ("end", 0).
+        masks: for each moment the edges that are kept; see `Streams`.
         places: for each reader, the row of the batch that it reads, of each circuit.
         between: for each layer, whether its MLP reads behind its attention.
     """
@@ -52,7 +70,7 @@ class Wires:
     rows: int
     writers: tuple[str, ...]
     spans: Int[Tensor, " pos"]
-    masks: dict[tuple, Bool[Tensor, "circuit row writer span"]]
+    masks: dict[tuple, Bool[Tensor, "circuit row span writer"]]
     places: dict[str, Int[Tensor, " circuit"]]
     between: tuple[bool, ...]
 
@@ -62,59 +80,48 @@ class Wires:
         return torch.arange(self.circuits) * self.rows
 
 
-def wires_of(shape: Shape, circuits: Sequence[Edges], of_position: Sequence[int], spans: Sequence[str]) -> Wires:
-    """The streams that the readers of some circuits are given.
+def streams_of(shape: Shape, kept: Bool[np.ndarray, "span writer reader"]) -> Streams:
+    """The streams that the readers of a circuit are given.
+
+    Args:
+        kept: the edges of the circuit, at each span, or at all of them alike.
+    """
+    by_reader = np.ascontiguousarray(kept.transpose(2, 0, 1))
+    found: dict[tuple, dict[bytes, int]] = {}
+    places = []
+    for edges, reader in zip(by_reader, readers(shape), strict=True):
+        here = found.setdefault(_moment(shape, reader), {})
+        places.append(here.setdefault(edges.tobytes(), len(here)))
+    size = (-1, *kept.shape[:2])
+    different = {moment: np.frombuffer(b"".join(here), dtype=bool).reshape(size) for moment, here in found.items()}
+    return Streams(different, np.array(places))
+
+
+def wires_of(shape: Shape, circuits: Sequence[Streams], of_position: Sequence[int]) -> Wires:
+    """The streams of several circuits as rows of one batch.
 
     Args:
         of_position: the number of each position's span.
-        spans: their names.
     """
-    names, numbers = writers(shape), {name: number for number, name in enumerate(writers(shape))}
-    moments: dict[tuple, list[str]] = {}
-    for reader in readers(shape):
-        moments.setdefault(_moment(shape, reader), []).append(reader)
-    kept = [_by_reader(edges) for edges in circuits]
-    streams = {
-        moment: [_together([by.get(reader, frozenset()) for reader in those]) for by in kept]
-        for moment, those in moments.items()
-    }
-    rows = max(len(different) for each in streams.values() for different, _ in each)
-    masks, places = {}, {}
-    for moment, those in moments.items():
-        mask = torch.zeros(len(circuits), rows if moment[0] == "pre" else 1, len(names), len(spans), dtype=torch.bool)
-        for circuit, (different, _) in enumerate(streams[moment]):
-            for row, edges in enumerate(different):
-                for writer, span in edges:
-                    mask[circuit, row, numbers[writer], slice(None) if span is None else spans.index(span)] = True
-        masks[moment] = mask
-        for number, reader in enumerate(those):
-            rows_of = [circuit * rows + which[number] for circuit, (_, which) in enumerate(streams[moment])]
-            places[reader] = torch.tensor(rows_of)
+    rows, spans = max(one.rows for one in circuits), max(one.kept[END].shape[1] for one in circuits)
+    names, masks = writers(shape), {}
+    for moment in circuits[0].kept:
+        each = [one.kept[moment] for one in circuits]
+        mask = np.zeros((len(each), rows if moment[0] == "pre" else 1, spans, len(names)), dtype=bool)
+        for circuit, kept in enumerate(each):
+            mask[circuit, : len(kept)] = kept
+        masks[moment] = torch.from_numpy(mask)
+    placed = np.array([one.places + at * rows for at, one in enumerate(circuits)])
+    places = dict(zip(readers(shape), torch.from_numpy(placed).unbind(1), strict=True))
     between = tuple("resid_mid" in kinds for kinds in shape.kinds["text"])
-    return Wires(len(circuits), rows, names, torch.tensor(of_position), masks, places, between)
+    held = torch.tensor(of_position if spans > 1 else [0] * len(of_position))
+    return Wires(len(circuits), rows, names, held, masks, places, between)
 
 
 def _moment(shape: Shape, reader: str) -> tuple:
     """When a reader's stream is put together."""
-    node = Node.parse(reader)
-    if node.kind == "logits":
-        return END
-    behind = node.kind == "mlp" and feeds(shape, f"a{node.layer}.h0", reader)
-    return ("mid" if behind else "pre", node.layer)
-
-
-def _by_reader(edges: Edges) -> dict[str, frozenset]:
-    """For each reader, from whom and where it is given what is written in this run."""
-    found: dict[str, set] = {}
-    for writer, reader, span in edges:
-        found.setdefault(reader, set()).add((writer, span))
-    return {reader: frozenset(those) for reader, those in found.items()}
-
-
-def _together(asked: Sequence[frozenset]) -> tuple[list[frozenset], list[int]]:
-    """Streams without those that are there already, and which of them each reader is given."""
-    different = list(dict.fromkeys(asked))
-    return different, [different.index(one) for one in asked]
+    half = read_at(shape, reader)
+    return END if half == math.inf else (("pre", "mid")[int(half % 2)], int(half // 2))
 
 
 class Wired(Visit):
@@ -203,13 +210,12 @@ class Wired(Visit):
             self.base += self.other[added]
         mask = self.wires.masks[moment].to(x)
         found = self.base.unsqueeze(1).repeat(1, mask.shape[1], 1, 1)
-        for span in range(mask.shape[-1]):
+        for span in range(mask.shape[2]):
             here = (self.wires.spans == span).nonzero()[:, 0].to(found.device)
-            change = torch.einsum("crw,cwpd->crpd", mask[..., span].to(self.changes), self.changes[:, :, here])
+            change = torch.einsum("crw,cwpd->crpd", mask[:, :, span].to(self.changes), self.changes[:, :, here])
             found[:, :, here] += change
         x = x.clone()
-        rows = torch.arange(self.wires.rows)[: mask.shape[1]]
-        at = (self.wires.first[:, None] + rows).flatten().to(x.device)
+        at = (self.wires.first[:, None] + torch.arange(mask.shape[1])).flatten().to(x.device)
         x[at] = found.flatten(0, 1).to(x)
         return x
 

@@ -13,10 +13,9 @@ import zoo
 from planted_paths import Path
 
 import mechvlm as mv
-from mechvlm.experiments.circuit_edits import edge_table
+from mechvlm.experiments.circuit_edits import edge_table, kept_in
 from mechvlm.experiments.circuit_measures import areas, mean_areas, with_means
 from mechvlm.experiments.circuit_runs import circuit_metrics
-from mechvlm.experiments.faithfulness import kept_edges
 from mechvlm.experiments.random_circuits import random_circuit
 from mechvlm.nodes import readers, writers
 from mechvlm.writes import writing
@@ -128,18 +127,11 @@ def test_edits_of_edges_patch_a_node_where_none_of_its_edges_is(hops: Path) -> N
 
 def test_the_edges_of_a_circuit_and_of_its_complement_are_those_of_the_model(hops: Path) -> None:
     vlm, prompt, circuit = hops.vlm, hops.target, circuit_of(hops)
-    spans = [name for name, held in prompt.spans.items()]
-
-    def each(one: mv.Circuit) -> list[tuple[str, str, str]]:
-        return [
-            (writer, reader, name)
-            for writer, reader, span in kept_edges(vlm, one, prompt)
-            for name in (spans if span is None else [span])
-        ]
-
-    mine, theirs = each(circuit), each(~circuit)
-    assert set(mine) == set(hops.edges) and len(mine) == len(hops.edges)
-    assert len({*mine, *theirs}) == len(mine) + len(theirs) == len(spans) * int(edge_table(vlm).sum())
+    mine, theirs = (kept_in(vlm, one, prompt) for one in (circuit, ~circuit))
+    names = list(prompt.spans), writers(vlm.shape), readers(vlm.shape)
+    named = [tuple(some[at] for some, at in zip(names, place, strict=True)) for place in np.argwhere(mine)]
+    assert sorted(named) == sorted((span, writer, reader) for writer, reader, span in hops.edges)
+    assert not (mine & theirs).any() and ((mine | theirs) == edge_table(vlm)).all()
 
 
 @zoo.second_environment
@@ -148,7 +140,9 @@ def test_the_mean_of_several_sources_stands_for_what_is_left_out() -> None:
     prompts = [vlm.prompt(tiny.picture(number), "is there a red cat ?") for number in range(3)]
     circuit = mv.Circuit([mv.Edge("image", "a1.h0<q>"), mv.Edge("a1.h0", "logits")], heads=4, kv_heads=2)
     found = mv.circuit_faithfulness(vlm, circuit, prompts[1:], [prompts[0]] * 2, YES, ablate="mean", controls=0)
-    by_hand = circuit_metrics(vlm, prompts[0], prompts[1:], [kept_edges(vlm, circuit, prompts[0])], YES)
+    by_hand = circuit_metrics(
+        vlm, prompts[0], prompts[1:], [[(one.writer, one.reader, None) for one in circuit.edges]], YES
+    )
     np.testing.assert_allclose(found.metric.values, [by_hand, by_hand], atol=1e-9)
     np.testing.assert_allclose(found["none"].values[0], found["none"].values[1], atol=1e-9)
 

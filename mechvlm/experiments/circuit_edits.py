@@ -17,7 +17,7 @@ from mechvlm.edits import Edit, patch
 from mechvlm.experiments.exchange import matched
 from mechvlm.experiments.patches import features_patch, heads_patch
 from mechvlm.experiments.sight import cross_layers, head_site
-from mechvlm.nodes import Node, feeds, readers, writers
+from mechvlm.nodes import Node, feeds, read_at, readers, writers, written_at
 from mechvlm.prompt import Prompt
 from mechvlm.sites import Site
 from mechvlm.vlm import VLM
@@ -62,13 +62,8 @@ def edge_table(vlm: VLM) -> Bool[np.ndarray, "writer reader"]:
         >>> edge_table(vlm).shape, int(edge_table(vlm).sum())
         ((74, 137), 4694)
     """
-    rows, columns = writers(vlm.shape), readers(vlm.shape)
-    # Whether one feeds the other follows from kinds and layers alone, of which there are fewer than nodes.
-    kinds = {name: (Node.parse(name).kind, Node.parse(name).layer) for name in (*rows, *columns)}
-    first, then = ({kinds[name]: name for name in names} for names in (rows, columns))
-    known = np.array([[feeds(vlm.shape, writer, reader) for reader in then.values()] for writer in first.values()])
-    placed = [[list(names).index(kinds[one]) for one in every] for names, every in ((first, rows), (then, columns))]
-    return known[np.ix_(*placed)]
+    written = np.array([written_at(name) for name in writers(vlm.shape)])
+    return written[:, None] < np.array([read_at(vlm.shape, name) for name in readers(vlm.shape)])
 
 
 def kept_at(
@@ -91,6 +86,20 @@ def kept_at(
                 f"in this model {edge.reader} does not read what {edge.writer} writes; leave the edge {edge} out."
             )
     return {span: one & table for span, one in kept.items()}
+
+
+def kept_in(vlm: VLM, circuit: Circuit, prompt: Prompt) -> Bool[np.ndarray, "span writer reader"]:
+    """Which of a model's edges a circuit keeps at each span of a prompt; all spans are one where the circuit has none.
+
+    Raises:
+        ValueError: for spans that the prompt has not, or edges or nodes that the model has not.
+
+    Example:
+        >>> kept_in(vlm, ~Circuit(), real).shape, kept_in(vlm, Circuit([Edge("image", "m1", "last")]), real).shape
+        ((1, 74, 137), (5, 74, 137))
+    """
+    check_spans(circuit, prompt)
+    return np.stack(list(kept_at(vlm, circuit, list(prompt.spans) if circuit.spans else [None]).values()))
 
 
 def check_spans(circuit: Circuit, prompt: Prompt) -> None:

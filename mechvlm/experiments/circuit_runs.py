@@ -4,26 +4,28 @@
 (1,)
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from mechvlm.batch import metric_values
+from mechvlm.edge_paths import Ends
+from mechvlm.experiments.circuit_edits import edge_table
 from mechvlm.experiments.sweep import numbers
 from mechvlm.matching import check_matched
 from mechvlm.metrics import Metric
-from mechvlm.nodes import feeds, readers, writers
+from mechvlm.nodes import readers, writers
 from mechvlm.passes import pass_of
 from mechvlm.points import rows_at_once
 from mechvlm.prompt import Prompt
 from mechvlm.rounds import unsaid
 from mechvlm.sites import told
 from mechvlm.vlm import VLM
-from mechvlm.wired import Edges, run_wired, wires_of
+from mechvlm.wired import Streams, run_wired, streams_of, wires_of
 from mechvlm.writes import SUMS, write_sites, writing
 
 ROWS = 64
@@ -34,7 +36,7 @@ def circuit_metrics(
     vlm: VLM,
     target: Prompt,
     source: Prompt | Sequence[Prompt],
-    circuits: Sequence[Edges],
+    circuits: Sequence[Sequence[Ends]],
     metric: Metric,
     batch_size: int | None = None,
 ) -> Float[np.ndarray, " circuit"]:
@@ -65,20 +67,39 @@ def circuit_metrics(
         Wang et al. (2023), "Interpretability in the Wild", section 2.3; Hanna et al. (2024), "Have Faith in
         Faithfulness", section 2, edges as streams of their own.
     """
+    streams = (streams_of(vlm.shape, _table(vlm, edges, list(target.spans))) for edges in circuits)
+    return streams_metrics(vlm, target, source, streams, metric, batch_size)
+
+
+def streams_metrics(
+    vlm: VLM,
+    target: Prompt,
+    source: Prompt | Sequence[Prompt],
+    circuits: Iterable[Streams],
+    metric: Metric,
+    batch_size: int | None = None,
+) -> Float[np.ndarray, " circuit"]:
+    """The same of circuits by the streams that their readers are given; see `circuit_metrics`.
+
+    Args:
+        vlm, target, source, metric, batch_size: as there.
+        circuits: of edges at the target's spans, in their order, or at all positions.
+
+    Raises:
+        ValueError: as there, but for edges.
+    """
     others = [source] if isinstance(source, Prompt) else list(source)
     for other in others:
         check_matched(other, target)
     _checked(vlm)
-    spans = list(target.spans)
-    wanted = [_edges(vlm, edges, spans) for edges in circuits]
-    of_position = [next(n for n, span in enumerate(spans) if at in target.spans[span]) for at in range(len(target))]
+    place = {at: number for number, held in enumerate(target.spans.values()) for at in held}
+    of_position = [place[at] for at in range(len(target))]
     value, held = partial(metric_values, vlm.metric(metric)), dict[tuple, Any]()
     read = [pass_of(vlm, held, other, read=write_sites(vlm, bool(other.image)), value=unsaid) for other in others]
-    passes, start = [], 0
+    wanted, passes, start = list(circuits), [], 0
     size = rows_at_once(batch_size, ROWS)
     while start < len(wanted):
-        some = max(1, size // wires_of(vlm.shape, wanted[start : start + 1], of_position, spans).rows)
-        wires = wires_of(vlm.shape, wanted[start : start + some], of_position, spans)
+        wires = wires_of(vlm.shape, wanted[start : start + max(1, size // wanted[start].rows)], of_position)
         passes.append((pass_of(vlm, held, target, variants=[[]] * (wires.rows * wires.circuits), value=value), wires))
         start += wires.circuits
     how = writing(vlm)
@@ -101,17 +122,18 @@ def _checked(vlm: VLM) -> None:
         )
 
 
-def _edges(vlm: VLM, edges: Edges, spans: Sequence[str]) -> list[tuple[str, str, str | None]]:
-    """The edges of one circuit, each looked at."""
-    write, read = set(writers(vlm.shape)), set(readers(vlm.shape))
-    found = []
+def _table(vlm: VLM, edges: Sequence[Ends], spans: Sequence[str]) -> Bool[np.ndarray, "span writer reader"]:
+    """The edges of one circuit, each looked at, at each span."""
+    known = edge_table(vlm)
+    rows, columns = ({name: at for at, name in enumerate(names(vlm.shape))} for names in (writers, readers))
+    kept = np.zeros((len(spans), *known.shape), dtype=bool)
     for writer, reader, span in edges:
-        if writer not in write or reader not in read or not feeds(vlm.shape, writer, reader):
+        if writer not in rows or reader not in columns or not known[rows[writer], columns[reader]]:
             raise ValueError(
                 f"there is no edge {writer} -> {reader} in this model; see mechvlm.nodes for what writes, what reads, "
                 "and what stands before what."
             )
         if span is not None and span not in spans:
             raise ValueError(f"the edge {writer} -> {reader} is at {told(span)}; choose from {', '.join(spans)}.")
-        found.append((writer, reader, span))
-    return found
+        kept[slice(None) if span is None else spans.index(span), rows[writer], columns[reader]] = True
+    return kept

@@ -8,7 +8,7 @@ beside random circuits of as many edges.
 array([[0.]])
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,10 @@ from jaxtyping import Float
 
 from mechvlm.batch import check_prompts
 from mechvlm.circuit_value import Circuit
-from mechvlm.edge_paths import Ends
 from mechvlm.experiments.choosing import scored_circuit
-from mechvlm.experiments.circuit_edits import check_spans, kept_at
+from mechvlm.experiments.circuit_edits import check_spans, kept_at, kept_in
 from mechvlm.experiments.circuit_measures import areas, shares, with_means
-from mechvlm.experiments.circuit_runs import circuit_metrics
+from mechvlm.experiments.circuit_runs import streams_metrics
 from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
 from mechvlm.experiments.knockout import clusters_of
@@ -35,6 +34,7 @@ from mechvlm.rounds import Work, beside
 from mechvlm.sites import listed, told, whole
 from mechvlm.units import arrays, worked
 from mechvlm.vlm import VLM
+from mechvlm.wired import Streams, streams_of
 
 OFF = 0.02
 """How far the circuits of all edges and of none may be from the model's own answers, as a share of their difference."""
@@ -114,13 +114,14 @@ def circuit_faithfulness(
     drawn = [[random_circuit(vlm, one, into[0], draw) for one in given] for _ in range(controls)]
     every = [~Circuit(), Circuit(), *given, *(~one for one in given), *(one for some in drawn for one in some)]
 
+    streams = _streams(vlm, every)
+
     def work(group: Sequence[int]) -> Work[xr.Dataset]:
         (number,) = group
         pair = into[number], (spoilt if ablate == "mean" else spoilt[number])
         plain = [valued(vlm, one, metrics[number]) for one in (into[number], spoilt[number])]
         own = yield from beside(plain)
-        wanted = [kept_edges(vlm, one, into[number]) for one in every]
-        values = circuit_metrics(vlm, *pair, wanted, metrics[number], batch_size)
+        values = streams_metrics(vlm, *pair, streams(into[number]), metrics[number], batch_size)
         check_ends(own, values[:2].tolist(), ablate)
         return arrays(values=np.concatenate([own, values]))
 
@@ -134,28 +135,6 @@ def circuit_faithfulness(
     for name in ("metric", "complement", "all", "none", "target_metric", "source_metric"):
         found[name].attrs = {"long_name": f"{name} {attrs['metric']}", "units": unit_of(metrics)}
     return found.assign_attrs(attrs)
-
-
-def kept_edges(vlm: VLM, circuit: Circuit, prompt: Prompt) -> list[Ends]:
-    """The edges of a circuit in a model, one by one; of all spans at once where it has them at all.
-
-    Raises:
-        ValueError: for spans that the prompt has not, or edges or nodes that the model has not.
-
-    Example:
-        >>> len(kept_edges(vlm, ~Circuit(), real)), kept_edges(vlm, Circuit([Edge("image", "m1")]), real)
-        (4694, [('image', 'm1', None)])
-    """
-    check_spans(circuit, prompt)
-    rows, columns = writers(vlm.shape), readers(vlm.shape)
-    kept = kept_at(vlm, circuit, list(prompt.spans) if circuit.spans else [None])
-    everywhere = np.logical_and.reduce(list(kept.values()))
-    held = {None: everywhere} | {span: one & ~everywhere for span, one in kept.items() if span is not None}
-    return [
-        (rows[row], columns[column], span)
-        for span, one in held.items()
-        for row, column in zip(*np.nonzero(one), strict=True)
-    ]
 
 
 def check_ends(own: Sequence[float], circuits: Sequence[float], ablate: str = "source") -> None:
@@ -216,6 +195,19 @@ def _checked(
             check_spans(one, prompt)
 
 
+def _streams(vlm: VLM, circuits: Sequence[Circuit]) -> Callable[[Prompt], list[Streams]]:
+    """From a prompt to the streams of the circuits, which are made once for all prompts with the same spans."""
+    made: dict[tuple[str, ...], list[Streams]] = {}
+
+    def at_spans(prompt: Prompt) -> list[Streams]:
+        spans = tuple(prompt.spans)
+        if spans not in made:
+            made[spans] = [streams_of(vlm.shape, kept_in(vlm, one, prompt)) for one in circuits]
+        return made[spans]
+
+    return at_spans
+
+
 def _measured(
     vlm: VLM,
     into: Sequence[Prompt],
@@ -259,11 +251,13 @@ def _size(vlm: VLM, circuit: Circuit, prompt: Prompt) -> tuple[int, int, float]:
 
     Edges at a span count by themselves, as the model's do where circuits are at spans.
     """
+    kept = kept_in(vlm, circuit, prompt)
     if circuit.chosen:
         every = [name for name in writers(vlm.shape) if Node.parse(name).kind in ("attention", "mlp")]
         inside = len(every) - circuit.n_nodes if circuit.inverted else circuit.n_nodes
-        return len(kept_edges(vlm, circuit, prompt)), inside, inside / len(every)
-    total = len(all_edges(vlm, prompt, list(prompt.spans) if circuit.spans else []))
+        return int(kept.sum()), inside, inside / len(every)
+    total = int(all_edges(vlm, prompt, list(prompt.spans) if circuit.spans else [None]).sum())
     edges = total - len(circuit.edges) if circuit.inverted else len(circuit.edges)
-    nodes = {name for writer, reader, _ in kept_edges(vlm, circuit, prompt) for name in (writer, reader)}
+    ends = (writers(vlm.shape), (0, 2)), (readers(vlm.shape), (0, 1))
+    nodes = {names[at] for names, axes in ends for at in np.flatnonzero(kept.any(axes))}
     return edges, len(nodes) if circuit.inverted else circuit.n_nodes, edges / total

@@ -8,13 +8,14 @@ compared with can. Edges drawn one by one would lie on no path, and any circuit 
 1
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
 from mechvlm.circuit_value import Circuit
-from mechvlm.edge_paths import INPUTS, Edge, Ends, Heads, at_other_positions
+from mechvlm.edge_paths import INPUTS, Edge, Heads, at_other_positions
 from mechvlm.experiments.circuit_edits import edge_table, positions_written
 from mechvlm.nodes import Node, readers, writers
 from mechvlm.prompt import Prompt
@@ -41,41 +42,45 @@ def random_circuit(vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.G
     """
     if circuit.chosen:
         return Circuit(chosen=_nodes(vlm, circuit, draw), inverted=circuit.inverted, note="random nodes")
-    columns, rows, table = readers(vlm.shape), writers(vlm.shape), edge_table(vlm)
-    before = {reader: [rows[at] for at in np.flatnonzero(table[:, number])] for number, reader in enumerate(columns)}
-    spans = {name: list(held) for name, held in prompt.spans.items() if held} if circuit.spans else {}
-    found: dict[Ends, None] = {}
+    columns, rows = readers(vlm.shape), writers(vlm.shape)
+    spans: dict[Any, list[int]] = prompt.spans if circuit.spans else {None: list(range(len(prompt)))}
+    table = all_edges(vlm, prompt, list(spans))
+    found: dict[tuple[int, ...], None] = {}
     idle = 0
     while len(found) < len(circuit.edges) and idle < PATIENCE:
-        path = [edge for edge in _path(before, Heads.among(columns), spans, prompt, draw) if edge not in found]
+        path = [place for place in _path(table, rows, columns, list(spans.values()), draw) if place not in found]
         fits = 0 < len(path) <= len(circuit.edges) - len(found)
         found |= dict.fromkeys(path if fits else [])
         idle = 0 if fits else idle + 1
-    left = [edge for edge in all_edges(vlm, prompt, list(spans)) if edge not in found]
+    for place in found:
+        table[place] = False
+    left = np.flatnonzero(table)
     missing = min(len(circuit.edges) - len(found), len(left))
-    found |= dict.fromkeys(left[at] for at in draw.choice(len(left), missing, replace=False).tolist())
-    return Circuit([Edge(*edge) for edge in found], inverted=circuit.inverted, note="random paths")
+    more = np.unravel_index(left[draw.choice(len(left), missing, replace=False)], table.shape)
+    edges = [
+        Edge(rows[row], columns[column], list(spans)[at]) for at, row, column in [*found, *zip(*more, strict=True)]
+    ]
+    return Circuit(edges, inverted=circuit.inverted, note="random paths")
 
 
-def all_edges(vlm: VLM, prompt: Prompt, spans: list[str]) -> list[Ends]:
-    """All edges of a model that carry something, at each of some spans of a prompt, or at all positions.
+def all_edges(vlm: VLM, prompt: Prompt, spans: Sequence[str | None]) -> Bool[np.ndarray, "span writer reader"]:
+    """All edges of a model that carry something, at each of some spans of a prompt; None is all positions.
 
     Left out are those of embeddings and pictures where there is none, and those to the logits but at the last position.
 
     Example:
-        >>> len(all_edges(vlm, real, [])), len(all_edges(vlm, real, ["image"])), len(all_edges(vlm, real, ["last"]))
-        (4694, 4484, 4557)
+        >>> all_edges(vlm, real, [None, "image", "last"]).sum((1, 2))
+        array([4694, 4484, 4557])
     """
-    rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
-    found: list[Ends] = []
-    some: list[Any] = list(spans) or [None]
-    for span in some:
-        held = range(len(prompt)) if span is None else prompt.spans[span]
-        writes = np.array([bool(positions_written(name, list(held), prompt)) for name in rows])
-        reads = np.array([name != "logits" or len(prompt) - 1 in held for name in columns])
-        kept = table & writes[:, None] & reads
-        found += [(rows[row], columns[column], span) for row, column in zip(*np.nonzero(kept), strict=True)]
-    return found
+    kinds = {name: Node.parse(name).kind for name in writers(vlm.shape)}
+    found = []
+    for span in spans:
+        held = list(range(len(prompt))) if span is None else prompt.spans[span]
+        one_of = {kind: name for name, kind in kinds.items()}
+        writes = {kind: bool(positions_written(name, held, prompt)) for kind, name in one_of.items()}
+        reads = np.array([name != "logits" or len(prompt) - 1 in held for name in readers(vlm.shape)])
+        found.append(edge_table(vlm) & np.array([writes[kind] for kind in kinds.values()])[:, None] & reads)
+    return np.stack(found)
 
 
 def _nodes(vlm: VLM, circuit: Circuit, draw: np.random.Generator) -> list[str]:
@@ -88,27 +93,29 @@ def _nodes(vlm: VLM, circuit: Circuit, draw: np.random.Generator) -> list[str]:
 
 
 def _path(
-    before: Mapping[str, list[str]],
-    within: Heads,
-    spans: Mapping[str, list[int]],
-    prompt: Prompt,
+    table: Bool[np.ndarray, "span writer reader"],
+    rows: Sequence[str],
+    columns: Sequence[str],
+    spans: Sequence[Sequence[int]],
     draw: np.random.Generator,
-) -> list[Ends]:
-    """One path from the logits back to what enters; a layer that looks at the picture by itself may be its end."""
-    reader: str = "logits"
-    span = next((name for name, held in spans.items() if len(prompt) - 1 in held), None)
-    path: list[Ends] = []
-    while True:
-        held = spans[span] if span is not None else list(range(len(prompt)))
-        some = [name for name in before[reader] if positions_written(name, held, prompt)]
-        if not some:
+) -> list[tuple[int, ...]]:
+    """Places of one path from the logits back to what enters; a layer that looks at the picture may be its end.
+
+    Args:
+        spans: positions of each.
+    """
+    within, last = Heads.among(columns), max(map(max, spans))
+    span, column = next(at for at, held in enumerate(spans) if last in held), columns.index("logits")
+    path: list[tuple[int, ...]] = []
+    while (some := np.flatnonzero(table[span, :, column])).size:
+        row = int(some[draw.integers(len(some))])
+        path.append((span, row, column))
+        if Node.parse(rows[row]).kind in INPUTS:
             return path
-        writer = some[draw.integers(len(some))]
-        path.append((writer, reader, span))
-        if Node.parse(writer).kind in INPUTS:
-            return path
-        choices = within.readers(writer)
+        choices = within.readers(rows[row])
         reader = choices[draw.integers(len(choices))]
-        if span is not None and at_other_positions(reader):
-            seen = [name for name, those in spans.items() if min(those) <= max(held)]
+        column = columns.index(reader)
+        if at_other_positions(reader):
+            seen = [at for at, held in enumerate(spans) if min(held) <= max(spans[span])]
             span = seen[draw.integers(len(seen))]
+    return path
