@@ -86,7 +86,7 @@ def streams_of(shape: Shape, kept: Bool[np.ndarray, "span writer reader"]) -> St
     Args:
         kept: the edges of the circuit, at each span, or at all of them alike.
     """
-    by_reader = np.ascontiguousarray(kept.transpose(2, 0, 1))
+    by_reader = np.stack([np.ascontiguousarray(one.T) for one in kept], axis=1)  # quicker than all at once
     found: dict[tuple, dict[bytes, int]] = {}
     places = []
     for edges, reader in zip(by_reader, readers(shape), strict=True):
@@ -211,7 +211,8 @@ class Wired(Visit):
         mask = self.wires.masks[moment].to(x)
         found = self.base.unsqueeze(1).repeat(1, mask.shape[1], 1, 1)
         for span in range(mask.shape[2]):
-            here = (self.wires.spans == span).nonzero()[:, 0].to(found.device)
+            at = (self.wires.spans == span).nonzero()[:, 0].to(found.device)
+            here = at if mask.shape[2] > 1 else slice(None)  # all positions, without a copy of what is large
             change = torch.einsum("crw,cwpd->crpd", mask[:, :, span].to(self.changes), self.changes[:, :, here])
             found[:, :, here] += change
         x = x.clone()

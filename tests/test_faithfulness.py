@@ -13,11 +13,13 @@ import zoo
 from planted_paths import Path
 
 import mechvlm as mv
+from mechvlm.experiments import circuit_runs
 from mechvlm.experiments.circuit_edits import edge_table, kept_in
 from mechvlm.experiments.circuit_measures import areas, mean_areas, with_means
 from mechvlm.experiments.circuit_runs import circuit_metrics
 from mechvlm.experiments.random_circuits import random_circuit
 from mechvlm.nodes import readers, writers
+from mechvlm.wired import Wires, wires_of
 from mechvlm.writes import writing
 
 PLANTED = mv.logit_difference(planted.YES, planted.NO)
@@ -145,6 +147,41 @@ def test_the_mean_of_several_sources_stands_for_what_is_left_out() -> None:
     )
     np.testing.assert_allclose(found.metric.values, [by_hand, by_hand], atol=1e-9)
     np.testing.assert_allclose(found["none"].values[0], found["none"].values[1], atol=1e-9)
+
+
+def test_a_pass_has_as_many_circuits_as_rows_and_memory_allow(hops: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vlm, prompt = hops.vlm, hops.target
+    two = [("embed", "a1.kv0<k>", None), ("embed", "a0.kv0<v>", None)]
+    four = [*hops.edges, ("embed", "a2.h0<q>", "last"), ("image", "a2.h1<q>", "image")]
+    circuits: Any = [list(hops.edges), [], [], two, four, []]
+    passes: list[tuple[int, int]] = []
+    one = len(writers(vlm.shape)) * len(prompt) * vlm.shape.d_model["text"] * vlm.dtype.itemsize
+
+    def seen(*given: Any) -> Wires:
+        wires = wires_of(*given)
+        passes.append((wires.circuits, wires.rows))
+        return wires
+
+    def metrics(rows: int, size: int) -> tuple[Any, list[tuple[int, int]]]:
+        passes.clear()
+        monkeypatch.setattr(circuit_runs, "BYTES", size * one)
+        found = circuit_metrics(vlm, prompt, hops.source, circuits, PLANTED, batch_size=rows)
+        return found, list(passes)
+
+    monkeypatch.setattr(circuit_runs, "wires_of", seen)
+    together, ran = metrics(64, 64)
+    alone = [(1, 2), (1, 1), (1, 1), (1, 2), (1, 4), (1, 1)]
+    assert ran == [(6, 4)]
+    for given, expected in {
+        (6, 64): [(3, 2), *alone[3:]],
+        (1, 64): alone,
+        (64, 4): [(4, 2), (2, 4)],
+        (64, 0): alone,
+    }.items():
+        found, ran = metrics(*given)
+        assert ran == expected
+        np.testing.assert_allclose(found, together, rtol=0, atol=1e-12)
+    assert together[0] != together[1] == together[5]
 
 
 @zoo.second_environment

@@ -4,7 +4,7 @@
 (1,)
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,6 +30,8 @@ from mechvlm.writes import SUMS, write_sites, writing
 
 ROWS = 64
 """How many rows one pass has, unless a single circuit needs more."""
+BYTES = 1 << 30
+"""What is held of what all parts write in the circuits of one pass, unless a single circuit needs more."""
 
 
 def circuit_metrics(
@@ -51,8 +53,10 @@ def circuit_metrics(
         source: the prompt whose writes stand for what is left out; of several, with the same positions, their mean.
         circuits: of each its edges (writer, reader, span), by the names of `mechvlm.nodes`; the span is one of the
             target's, at whose positions the edge is kept, or None for all.
-        batch_size: rows in one forward pass. A circuit takes as many as there are different streams in one layer: at
-            most one for each head's queries, keys and values.
+        batch_size: rows in one forward pass; 64 where it is not given. A circuit takes as many as there are different
+            streams in one layer: at most one for each head's queries, keys and values. Whatever is given, one pass has
+            one circuit, or so many that what is held of their writes (circuits x writers x positions x d_model) is
+            1 GiB at most.
 
     Raises:
         ValueError: where positions cannot be matched; for an edge that is none; for a model whose layers attend to the
@@ -96,12 +100,11 @@ def streams_metrics(
     of_position = [place[at] for at in range(len(target))]
     value, held = partial(metric_values, vlm.metric(metric)), dict[tuple, Any]()
     read = [pass_of(vlm, held, other, read=write_sites(vlm, bool(other.image)), value=unsaid) for other in others]
-    wanted, passes, start = list(circuits), [], 0
-    size = rows_at_once(batch_size, ROWS)
-    while start < len(wanted):
-        wires = wires_of(vlm.shape, wanted[start : start + max(1, size // wanted[start].rows)], of_position)
+    each = len(writers(vlm.shape)) * len(target) * vlm.shape.d_model["text"] * vlm.dtype.itemsize
+    groups = _grouped(circuits, rows_at_once(batch_size, ROWS), BYTES // each)
+    passes = []
+    for wires in (wires_of(vlm.shape, some, of_position) for some in groups):
         passes.append((pass_of(vlm, held, target, variants=[[]] * (wires.rows * wires.circuits), value=value), wires))
-        start += wires.circuits
     how = writing(vlm)
     found = vlm.place.ask(vlm.model, run_wired, vlm.arch, vlm.shape.logit_cap, how, read, list(target.image), passes)
     return numbers(torch.cat(found)) if found else np.zeros(0)
@@ -120,6 +123,19 @@ def _checked(vlm: VLM) -> None:
             f"{edited[0]} is an edit of a sum of what parts write, and a circuit is run part by part; run circuits of "
             "vlm.without_edits(), or edit z or mlp_out."
         )
+
+
+def _grouped(circuits: Iterable[Streams], rows: int, most: int) -> Iterator[list[Streams]]:
+    """Circuits that run in one pass: one, or as many as have so many rows at most, of which all get equally many."""
+    some: list[Streams] = []
+    for one in circuits:
+        more = [*some, one]
+        if some and (len(more) > most or len(more) * max(each.rows for each in more) > rows):
+            yield some
+            more = [one]
+        some = more
+    if some:
+        yield some
 
 
 def _table(vlm: VLM, edges: Sequence[Ends], spans: Sequence[str]) -> Bool[np.ndarray, "span writer reader"]:

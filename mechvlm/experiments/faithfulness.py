@@ -74,7 +74,8 @@ def circuit_faithfulness(
             same ones for each example. 0: none.
         clusters: what each example belongs to, over which intervals are; by default the target's picture.
         seed: of the random circuits.
-        batch_size: rows in one forward pass.
+        batch_size: rows in one forward pass; 64 where it is not given. Circuits share a pass as far as what is held of
+            their parts' writes is 1 GiB at most.
         out: a folder in which finished examples are kept.
 
     Returns:

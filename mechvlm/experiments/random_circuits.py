@@ -43,12 +43,13 @@ def random_circuit(vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.G
     if circuit.chosen:
         return Circuit(chosen=_nodes(vlm, circuit, draw), inverted=circuit.inverted, note="random nodes")
     columns, rows = readers(vlm.shape), writers(vlm.shape)
+    names = rows, columns, Heads.among(columns)
     spans: dict[Any, list[int]] = prompt.spans if circuit.spans else {None: list(range(len(prompt)))}
     table = all_edges(vlm, prompt, list(spans))
     found: dict[tuple[int, ...], None] = {}
     idle = 0
     while len(found) < len(circuit.edges) and idle < PATIENCE:
-        path = [place for place in _path(table, rows, columns, list(spans.values()), draw) if place not in found]
+        path = [place for place in _path(table, *names, list(spans.values()), draw) if place not in found]
         fits = 0 < len(path) <= len(circuit.edges) - len(found)
         found |= dict.fromkeys(path if fits else [])
         idle = 0 if fits else idle + 1
@@ -96,6 +97,7 @@ def _path(
     table: Bool[np.ndarray, "span writer reader"],
     rows: Sequence[str],
     columns: Sequence[str],
+    within: Heads,
     spans: Sequence[Sequence[int]],
     draw: np.random.Generator,
 ) -> list[tuple[int, ...]]:
@@ -104,7 +106,7 @@ def _path(
     Args:
         spans: positions of each.
     """
-    within, last = Heads.among(columns), max(map(max, spans))
+    last = max(map(max, spans))
     span, column = next(at for at, held in enumerate(spans) if last in held), columns.index("logits")
     path: list[tuple[int, ...]] = []
     while (some := np.flatnonzero(table[span, :, column])).size:
