@@ -112,7 +112,7 @@ def wires_of(shape: Shape, circuits: Sequence[Streams], of_position: Sequence[in
             mask[circuit, : len(kept)] = kept
         masks[moment] = torch.from_numpy(mask)
     placed = np.array([one.places + at * rows for at, one in enumerate(circuits)])
-    places = dict(zip(readers(shape), torch.from_numpy(placed).unbind(1), strict=True))
+    places = dict(zip(readers(shape), map(torch.tensor, placed.T), strict=True))
     between = tuple("resid_mid" in kinds for kinds in shape.kinds["text"])
     held = torch.tensor(of_position if spans > 1 else [0] * len(of_position))
     return Wires(len(circuits), rows, names, held, masks, places, between)
