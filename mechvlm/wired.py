@@ -222,12 +222,10 @@ class Wired(Visit):
 
     def put_together(self, kind: str, layer: int, x: Tensor) -> Tensor:
         """Each circuit's first row with every head from the row in which its stream is."""
-        name = "h" if kind == "q" else "kv"
+        name, heads = "h" if kind == "q" else "kv", range(x.shape[2])
+        rows = torch.stack([self.wires.places[f"a{layer}.{name}{head}<{kind}>"] for head in heads], 1).to(x.device)
         new = x.clone()
-        first = self.wires.first.to(x.device)
-        for head in range(x.shape[2]):
-            rows = self.wires.places[f"a{layer}.{name}{head}<{kind}>"].to(x.device)
-            new[first, :, head] = x[rows, :, head]
+        new[self.wires.first.to(x.device)] = x[rows, :, torch.tensor(heads, device=x.device)].transpose(1, 2)
         return new
 
 
