@@ -161,6 +161,15 @@ CASES: list[Case] = [
     ("by='size' is not known; choose from 'abs', 'value'.", lambda: chosen(by="size")),
     ("how='best' is not known; choose from 'top', 'greedy'.", lambda: chosen(how="best")),
     ("count=3 cannot be taken of 2 edges; give a number from 1 to that.", lambda: chosen(count=3)),
+    (
+        "threshold=-1 leaves out no size; give one above 0, or by='value'.",
+        lambda: chosen(count=None, threshold=-1),
+    ),
+    (
+        "scores of edges and of nodes have no mean; give results of one kind.",
+        lambda: chosen([scores(), xr.Dataset({"z": (["layer", "head"], np.ones((1, 2)))})]),
+    ),
+    ("sizes=[0, 5] hold 0; give numbers of edges or nodes from 1 on.", lambda: measured(scores(), sizes=[0, 5])),
     ("no score is 2 or more; the highest is 1.", lambda: chosen(count=None, threshold=2)),
     (
         "no edge of the top 1 by abs lies on a path from what enters to the logits; choose more of them, or "

@@ -216,6 +216,18 @@ def test_scores_of_several_pairs_are_averaged_before_edges_are_chosen() -> None:
     assert ends_of(mv.choose_circuit(both, 10)) == ends_of(mv.choose_circuit(mean, 10))
 
 
+def test_a_circuits_note_says_how_it_was_chosen_what_was_left_out_and_which_pairs_go_the_other_way() -> None:
+    scores, other = scored(1), scored(2, source_metric=5.0)
+    whole, kept = mv.choose_circuit(scores, 12, prune=False), mv.choose_circuit(scores, 12)
+    assert whole.note == "top 12 by abs" and 0 < kept.n_edges < 12
+    assert kept.note == f"top 12 by abs, less {12 - kept.n_edges} on no path"
+    large = mv.choose_circuit(scores, threshold=1.25, prune=False)
+    assert large.note == f"top {large.n_edges} by abs of at least 1.25"
+    assert mv.choose_circuit([scores, scores], 3, prune=False).note == "top 3 by abs, mean of 2 pairs"
+    mixed = mv.choose_circuit([scores, other, scores], 3, prune=False)
+    assert mixed.note == "top 3 by abs, mean of 3 pairs, the metric of 1 going the other way"
+
+
 def test_scores_of_heads_and_mlps_at_positions_make_a_circuit_of_nodes() -> None:
     z = xr.DataArray(
         np.array([[[1.0, 0.5], [-1.0, 0.5]]]), dims=["layer", "position", "head"], coords={"layer": [3], "head": [0, 1]}

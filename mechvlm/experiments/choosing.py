@@ -8,6 +8,7 @@ Rule this module guards: what a circuit was chosen from, and how, stands in the 
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from heapq import heappop, heappush
 from itertools import islice, takewhile
 from typing import Any
@@ -42,9 +43,10 @@ def choose_circuit(
     Args:
         scores: what `edge_attribution` returns, for a circuit of edges; or `attribution_patching` with the kinds "z"
             or "mlp_out" or both, for one of heads and MLPs. Several of them, of several pairs of prompts: their mean,
-            for which the metric has to go the same way from every target to its source, as `pair.metric` does.
+            for which the metric has to go the same way from every target to its source, as `pair.metric` does; the
+            circuit's note says how many do not.
         count: how many edges, or nodes. With `prune` fewer may be left.
-        threshold: instead of a count, all whose score, as `by` says, is at least so much.
+        threshold: instead of a count, all whose score, as `by` says, is at least so much; above 0 for sizes.
         by: "abs", the size of the score; "value", how far it goes from the target's answer towards the source's, so
             that what works against the target's answer is left out first.
         how: "top", the highest scores wherever they are; "greedy", one after the other the highest among the edges
@@ -52,12 +54,13 @@ def choose_circuit(
         prune: leave out what lies on no path from what enters to the logits.
 
     Returns:
-        The circuit, its edges with their scores, the highest first.
+        The circuit, its edges with their scores, the highest first; its `note` says how it was chosen, and how many
+        edges were left out that lie on no path.
 
     Raises:
         ValueError: for another word, "greedy" of nodes, neither or both of `count` and `threshold`, more edges than
-            there are, scores that are not of one pair of prompts each, no score that is high enough, or edges none
-            of which lies on a path.
+            there are, scores that are not of one pair of prompts each or of edges and nodes together, no score that
+            is high enough, a threshold that leaves out no size, or edges none of which lies on a path.
         TypeError: for other results.
 
     Example:
@@ -111,7 +114,7 @@ def scored_circuit(
     if not chosen:
         raise ValueError(f"no score is {least:g} or more; the highest is {np.nanmax(rank):.4g}.")
     attrs = several[0].attrs
-    note = f"{how} {len(chosen)} by {by}" + (f", mean of {len(several)} pairs" if len(several) > 1 else "")
+    note = f"{how} {len(chosen)} by {by}" + (f" of at least {least:g}" if count is None else "") + _of_pairs(several)
     about: dict[str, Any] = {"metric": str(attrs.get("metric", "")), "model": str(attrs.get("model", "")), "note": note}
     names = [str(name) for name in table["node" if within is None else "writer"].values]
     kinds = [Node.parse(name).kind for name in names]
@@ -121,7 +124,9 @@ def scored_circuit(
         return Circuit(chosen=[names[at] for (at,) in chosen], candidates=counts, **about)
     held: dict[str, Any] = {"heads": within.heads, "kv_heads": within.kv_heads, "crossing": within.crossing}
     found = Circuit([_edge(table, at) for at in chosen], candidates=counts, **held, **about)
-    return found.pruned() if prune else found
+    kept = found.pruned() if prune else found
+    lost = found.n_edges - kept.n_edges
+    return replace(kept, note=f"{note}, less {lost} on no path") if kept.edges and lost else kept
 
 
 def _checked(count: object, threshold: object, by: str, how: str) -> None:
@@ -130,6 +135,8 @@ def _checked(count: object, threshold: object, by: str, how: str) -> None:
     for what, word, known in (("by", by, ("abs", "value")), ("how", how, ("top", "greedy"))):
         if word not in known:
             raise ValueError(f"{what}={told(word)} is not known; choose from {', '.join(map(repr, known))}.")
+    if by == "abs" and threshold is not None and number("threshold", threshold) <= 0:
+        raise ValueError(f"threshold={told(threshold)} leaves out no size; give one above 0, or by='value'.")
 
 
 def _are_nodes(several: Sequence[Any]) -> bool:
@@ -138,9 +145,11 @@ def _are_nodes(several: Sequence[Any]) -> bool:
     nodes = [isinstance(one, xr.Dataset) and any(kind in one for kind in NODE_KINDS) for one in several]
     if all(edges) or (all(nodes) and not any(edges)):
         return not all(edges)
-    wrong = next(one for one, edge, node in zip(several, edges, nodes, strict=True) if not (edge or node))
+    wrong = [one for one, edge, node in zip(several, edges, nodes, strict=True) if not (edge or node)]
+    if not wrong:
+        raise ValueError("scores of edges and of nodes have no mean; give results of one kind.")
     raise TypeError(
-        f"{told(wrong)} holds no scores of edges or of heads and MLPs; give what mv.edge_attribution returns, or "
+        f"{told(wrong[0])} holds no scores of edges or of heads and MLPs; give what mv.edge_attribution returns, or "
         "mv.attribution_patching with kinds=['z', 'mlp_out']."
     )
 
@@ -189,6 +198,16 @@ def _towards(several: Sequence[xr.Dataset]) -> float:
             "sign speaks for the target's answer; use by='abs'."
         )
     return float(np.sign(sum([float(source) - float(target) for source, target in ends])))
+
+
+def _of_pairs(several: Sequence[xr.Dataset]) -> str:
+    """How many pairs of prompts there are, and how many of them the mean has against itself."""
+    if len(several) < 2:
+        return ""
+    ends = [[one.attrs.get(f"{end}_metric", 0.0) for end in ("source", "target")] for one in several]
+    ways = [float(source) - float(target) for source, target in ends]
+    against = min(sum(way > 0 for way in ways), sum(way < 0 for way in ways))
+    return f", mean of {len(several)} pairs" + (f", the metric of {against} going the other way" if against else "")
 
 
 def _heads(table: xr.DataArray) -> Heads:

@@ -170,7 +170,10 @@ def _circuits(circuits: Any, sizes: Any) -> list[Circuit]:
     if all(isinstance(one, xr.Dataset) for one in given):
         if sizes is None:
             raise ValueError("scores make circuits of any size; give sizes, for instance sizes=[10, 100, 1000].")
-        return [scored_circuit(given, size) for size in listed(sizes) or [sizes]]
+        counts = [whole("sizes:", size) for size in listed(sizes) or [sizes]]
+        if min(counts) < 1:
+            raise ValueError(f"sizes={told(sizes)} hold {min(counts)}; give numbers of edges or nodes from 1 on.")
+        return [scored_circuit(given, size) for size in counts]
     wrong = [one for one in given if not isinstance(one, Circuit)]
     if wrong:
         raise TypeError(f"{told(wrong[0])} is no circuit; make it with mv.Circuit or mv.choose_circuit.")
