@@ -284,6 +284,19 @@ def test_where_shares_are_logarithms_no_edges_have_no_place(hops: Path) -> None:
     assert [trace.x.tolist() for trace in many.data if trace.name == "without it"] == [[0.0, 0.5]]
 
 
+def test_a_single_circuit_is_drawn_with_its_interval_and_the_caption_says_of_what_it_is_a_share(hops: Path) -> None:
+    found = measured(hops, [circuit_of(hops)]).assign_attrs(interval="95% interval")
+    found["faithfulness_low"], found["faithfulness_high"] = (
+        found.faithfulness_mean - 0.25,
+        found.faithfulness_mean + 0.5,
+    )
+    figure: Any = mv.plot.faithfulness(found)
+    (bar,) = [trace.error_y for trace in figure.data if trace.name == "circuit"]
+    assert (bar.array[0], bar.arrayminus[0]) == (pytest.approx(0.5), pytest.approx(0.25))
+    ends = f"1: {found.attrs['metric']} with all of them, on average {float(found['all'].mean()):.3g}; 0: with none"
+    assert ends in " ".join(figure.layout.annotations[-1].text.split("<br>"))
+
+
 @zoo.second_environment
 def test_the_curve_has_the_circuits_in_the_order_of_their_size(hops: Path) -> None:
     found = measured(hops, [~mv.Circuit(), circuit_of(hops)], controls=2)

@@ -5,6 +5,8 @@
 ['circuit', 'without it']
 """
 
+from typing import Any
+
 import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
@@ -70,20 +72,22 @@ def _curve(
     middle: np.ndarray,
     ends: tuple[np.ndarray, np.ndarray],
 ) -> None:
-    """A line with its band."""
+    """A line with its band; of one circuit a point with its bar."""
     shared = {"x": found["share"].values, "name": name, "legendgroup": name}
     known = np.isfinite(ends[0]).any()
     for bound, fill in zip(ends, ("none", "tonexty"), strict=True):
         edge = {"mode": "lines", "line": {"width": 0}, "fill": fill, "fillcolor": faded(ink)}
-        if known:
+        if known and len(middle) > 1:
             figure.add_scatter(y=bound, showlegend=False, hoverinfo="skip", **edge, **shared)
     said = [
         f"{name}, {edges} edges, {nodes} nodes<br><b>{value:.4g}</b>"
         for edges, nodes, value in zip(found["n_edges"].values, found["n_nodes"].values, middle, strict=True)
     ]
     line = {"color": ink, "width": 2.5}
-    hover = {"hovertext": said, "hoverinfo": "text"}
-    figure.add_scatter(y=middle, mode="lines+markers", marker_size=6, line=line, **hover, **shared)
+    more: dict[str, Any] = {"hovertext": said, "hoverinfo": "text"}
+    if known and len(middle) == 1:
+        more["error_y"] = {"array": ends[1] - middle, "arrayminus": middle - ends[0], "color": ink, "width": 6}
+    figure.add_scatter(y=middle, mode="lines+markers", marker_size=6, line=line, **more, **shared)
 
 
 def _said(found: xr.Dataset) -> str:
@@ -91,7 +95,10 @@ def _said(found: xr.Dataset) -> str:
     prompts = found.sizes["prompt"]
     known = bool(np.isfinite(found["faithfulness_low"]).any())
     said = [f"Mean over {prompts} prompts with the {plain(found.attrs['interval'])}." if known else ""]
-    said.append("circuit: with its edges alone; without it: with all others alone.")
+    what = "edges" if "edges" in label(found["share"]) else "heads and MLPs"
+    said.append(f"circuit: with its {what} alone; without it: with all others alone.")
+    all_of, none = (float(found[end].mean()) for end in ("all", "none"))
+    said.append(f"1: {found.attrs['metric']} with all of them, on average {all_of:.3g}; 0: with none, {none:.3g}.")
     if "random" in found:
         said.append(f"random: mean and range of {found.sizes['sample']} random circuits of each size.")
     if np.isfinite(found["cpr_mean"]):
