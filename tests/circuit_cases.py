@@ -230,12 +230,26 @@ CASES: list[Case] = [
         lambda: mv.circuit_overlap(mv.Circuit(candidates=(0, 72, 64)), mv.Circuit(candidates=(0, 20, 16))),
     ),
     (
+        "one circuit's layers have 4 heads and 2 key-value heads and the other's 8 and 2, so they are not of one "
+        "model; compare circuits of one.",
+        lambda: mv.circuit_overlap(mv.Circuit(heads=4, kv_heads=2), mv.Circuit(heads=8, kv_heads=2)),
+    ),
+    (
+        "the circuit is of a model whose layers have 16 heads and 2 key-value heads, and this one's have 4 and 2; make "
+        "the circuit of its own scores.",
+        lambda: measured(mv.Circuit([EDGE], heads=16, kv_heads=2)),
+    ),
+    (
+        "make=Circuit(1 node: 1 MLP) is no function; write for instance lambda scores: mv.choose_circuit(scores, 50).",
+        lambda: mv.circuit_stability(BOTH[0], [1, 2]),  # type: ignore[arg-type]
+    ),
+    (
         "examples and seeds were both given, or neither; give one of the two.",
         lambda: mv.circuit_stability(lambda _: BOTH[0]),
     ),
     (
         "seeds=[1] make 1 circuits to compare; give at least 2.",
-        lambda: mv.circuit_stability(lambda _: BOTH[0], seeds=[1]),
+        lambda: mv.circuit_stability(lambda _: 3, seeds=[1]),  # type: ignore[arg-type,return-value]
     ),
     (
         "3 examples in 1 clusters cannot be divided 20 times; give a cluster for each example, at least 2 clusters and "

@@ -1674,6 +1674,12 @@ PATCHING: list[Case] = [
         lambda: mv.plot.edges(by_position()),  # type: ignore[arg-type]
     ),
     ("top=0 draws nothing; give 1 or more edges.", lambda: mv.plot.edges(scores_of_edges(1.0), top=0)),
+    ("top 2.5 is not a whole number.", lambda: mv.plot.edges(scores_of_edges(1.0), top=2.5)),  # type: ignore[arg-type]
+    (
+        "attributed draws what edge_attribution returns where some edges are patched too, and was given a Dataset "
+        "without them; make it with mv.edge_attribution(vlm, source, target, metric, verify=20).",
+        lambda: mv.plot.attributed(scores_of_edges(1.0)),
+    ),
     (
         "all scores are 0, so there is no edge to draw; give prompts that differ.",
         lambda: mv.plot.edges(scores_of_edges(0.0)),
@@ -1782,13 +1788,13 @@ PATHS: list[Case] = [
     ("freeze=('mlps',) is not known; choose from ('heads', 'mlps') and ('heads',).", lambda: path(freeze=("mlps",))),
     ("receivers names no sets; write for instance {'answer': 'logits'}.", lambda: path(receivers={})),
     (
-        "'a1.kv2<v>' is no receiver of this model; write 'logits', or a list of names such as 'a1.h0<q>', "
-        "'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
+        "'a1.kv2<v>' is no receiver of this model, which has 3 layers of 4 heads and 2 key-value heads; write "
+        "'logits', or a list of names such as 'a1.h0<q>', 'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
         lambda: path(receivers=["a1.kv2<v>"]),
     ),
     (
-        "receivers is empty, and so has no receiver of this model; write 'logits', or a list of names such as "
-        "'a1.h0<q>', 'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
+        "receivers is empty, and so has no receiver of this model, which has 3 layers of 4 heads and 2 key-value "
+        "heads; write 'logits', or a list of names such as 'a1.h0<q>', 'a1.kv0<k>', 'a1.kv0<v>', 'a1.h0<z>' and 'm1'.",
         lambda: path(receivers=[]),
     ),
     (
@@ -1801,8 +1807,8 @@ PATHS: list[Case] = [
         lambda: path(receivers=["a0.h1<q>"]),
     ),
     (
-        "'a1' is no sender of this model; write for instance 'a0.h1', 'm0', 'image' or 'embed', or None for every head "
-        "and MLP before a receiver.",
+        "'a1' is no sender of this model, which has 3 layers of 4 heads and 2 key-value heads; write for instance "
+        "'a0.h1', 'm0', 'image' or 'embed', or None for every head and MLP before a receiver.",
         lambda: path(["a1"]),
     ),
     (
@@ -1845,6 +1851,11 @@ PATHS: list[Case] = [
         "none of the sources [0] is a later layer than one of the destinations [0, 1]; give later sources or earlier "
         "destinations.",
         lambda: patched_back(sources=[0]),
+    ),
+    ("sources=2 is not a list of sources; write for instance [0].", lambda: patched_back(sources=2)),
+    (
+        "destinations=[9] cannot be patched; give each layer once, from 0 to 2, or None for all.",
+        lambda: patched_back(destinations=[9]),
     ),
     ("control='random' is not known; choose from 'permuted', 'other', None.", lambda: patched_back(control="random")),
     (

@@ -203,8 +203,8 @@ def _metrics(
 def _pairs(vlm: VLM, sources: Sequence[int] | None, destinations: Sequence[int] | None) -> list[Pair]:
     """All pairs of layers in which the source is later."""
     every = layers_of(vlm, "text", None)
-    froms = every[1:] if sources is None else layers_of(vlm, "text", sources)
-    tos = every[:-1] if destinations is None else layers_of(vlm, "text", destinations)
+    froms = every[1:] if sources is None else layers_of(vlm, "text", sources, "sources")
+    tos = every[:-1] if destinations is None else layers_of(vlm, "text", destinations, "destinations")
     pairs = [(source, to) for source in froms for to in tos if source > to]
     if not pairs:
         raise ValueError(

@@ -72,13 +72,19 @@ def kept_at(
     """Which of a model's edges a circuit keeps, at each of some spans.
 
     Raises:
-        ValueError: for an edge, or a node, that the model has not.
+        ValueError: for an edge, or a node, that the model has not, or a circuit of other numbers of heads.
 
     Example:
         >>> {span: int(kept.sum()) for span, kept in kept_at(vlm, Circuit([Edge("image", "m1")]), [None]).items()}
         {None: 1}
     """
     rows, columns, table = writers(vlm.shape), readers(vlm.shape), edge_table(vlm)
+    own = vlm.shape.heads["text"], vlm.shape.kv_heads["text"]
+    if circuit.heads and (circuit.heads, circuit.kv_heads) != own:
+        raise ValueError(
+            f"the circuit is of a model whose layers have {circuit.heads} heads and {circuit.kv_heads} key-value "
+            f"heads, and this one's have {own[0]} and {own[1]}; make the circuit of its own scores."
+        )
     kept = {span: circuit.kept(rows, columns, span) for span in spans}
     for edge in circuit.edges:  # the names of whose ends are there
         if not feeds(vlm.shape, edge.writer, edge.reader):

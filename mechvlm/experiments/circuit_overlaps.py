@@ -39,7 +39,8 @@ def circuit_overlap(one: Circuit, other: Circuit) -> xr.Dataset:
 
     Raises:
         TypeError: for what are no circuits.
-        ValueError: for all edges but some, or circuits chosen from other numbers of edges or nodes.
+        ValueError: for all edges but some, circuits of layers with other numbers of heads, or circuits chosen from
+            other numbers of edges or nodes.
 
     Example:
         >>> digit = mv.Circuit(chosen=["a1.h2", "a3.h7", "m3"])
@@ -52,6 +53,12 @@ def circuit_overlap(one: Circuit, other: Circuit) -> xr.Dataset:
         share; the chance level is the hypergeometric distribution's.
     """
     both = [_circuit(one), _circuit(other)]
+    heads = [(circuit.heads, circuit.kv_heads) for circuit in both if circuit.heads]
+    if len(set(heads)) > 1:
+        raise ValueError(
+            f"one circuit's layers have {heads[0][0]} heads and {heads[0][1]} key-value heads and the other's "
+            f"{heads[1][0]} and {heads[1][1]}, so they are not of one model; compare circuits of one."
+        )
     rows: dict[str, list[Any]] = {name: [] for name in ("shared", "overlap", "expected", "p_value", "count", "share")}
     for of in PLACE:
         mine, theirs = (_parts(circuit, of) for circuit in both)
@@ -105,6 +112,7 @@ def circuit_stability(
 
     Raises:
         ValueError: for both or neither of examples and seeds, or too few of either.
+        TypeError: for what is no function.
 
     Example:
         >>> scores = mv.attribution_patching(vlm, null, real, yes, kinds=["z"], positions="span")
@@ -112,12 +120,17 @@ def circuit_stability(
         >>> float(found["mean"].sel(of="heads"))
         1.0
     """
+    if not callable(make):
+        raise TypeError(
+            f"make={told(make)} is no function; write for instance lambda scores: mv.choose_circuit(scores, 50)."
+        )
     if (examples is None) == (seeds is None):
         raise ValueError("examples and seeds were both given, or neither; give one of the two.")
     if seeds is not None:
-        circuits = [make(number) for number in seeds]
-        if len(circuits) < 2:
-            raise ValueError(f"seeds={told(seeds)} make {len(circuits)} circuits to compare; give at least 2.")
+        drawn = listed(seeds) or ()
+        if len(drawn) < 2:
+            raise ValueError(f"seeds={told(seeds)} make {len(drawn)} circuits to compare; give at least 2.")
+        circuits = [make(one) for one in drawn]
         found, dim = [circuit_overlap(*pair) for pair in combinations(circuits, 2)], "pair"
     else:
         held = listed(examples) or ()
@@ -127,6 +140,8 @@ def circuit_stability(
     ends = every.overlap.quantile([0.025, 0.975], dim, skipna=False)
     every["mean"] = every.overlap.mean(dim, skipna=False)
     every["low"], every["high"] = ends.isel(quantile=0, drop=True), ends.isel(quantile=1, drop=True)
+    for name, said in (("mean", "mean overlap"), ("low", "overlap, low end"), ("high", "overlap, high end")):
+        every[name].attrs = {"long_name": said}
     return every.assign_attrs(compared=f"{len(found)} {dim}s", interval=f"95 % of {dim}s")
 
 

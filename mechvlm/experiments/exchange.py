@@ -152,7 +152,7 @@ def nothing_between(source: Prompt, target: Prompt) -> dict[str, str | int | flo
     return {"note": "source and target are the same prompt, so no patch changes anything"}
 
 
-def layers_of(vlm: VLM, tower: str, layers: Sequence[int] | None) -> list[int]:
+def layers_of(vlm: VLM, tower: str, layers: Sequence[int] | None, called: str = "layers") -> list[int]:
     """The layers of a tower that can reach the answer, or those that were given.
 
     Raises:
@@ -163,10 +163,10 @@ def layers_of(vlm: VLM, tower: str, layers: Sequence[int] | None) -> list[int]:
     live = vlm.shape.live[tower]
     if layers is None:
         return list(range(live))
-    chosen = list(whole_numbers("layers", layers))
+    chosen = list(whole_numbers(called, layers))
     if not chosen or len(set(chosen)) < len(chosen) or not 0 <= min(chosen) <= max(chosen) < live:
         raise ValueError(
-            f"layers={told(chosen)} cannot be patched; give each layer once, from 0 to {live - 1}, or None for all."
+            f"{called}={told(chosen)} cannot be patched; give each layer once, from 0 to {live - 1}, or None for all."
         )
     return chosen
 

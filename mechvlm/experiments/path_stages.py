@@ -96,6 +96,12 @@ def positions_in(prompt: Prompt, given: Any) -> tuple[int, ...] | None:
     return found
 
 
+def _sizes(vlm: VLM) -> str:
+    """How many layers and heads there are to name."""
+    layers, heads, kv_heads = (sizes["text"] for sizes in (vlm.shape.layers, vlm.shape.heads, vlm.shape.kv_heads))
+    return f"which has {layers} layers of {heads} heads and {kv_heads} key-value heads"
+
+
 def checked_receivers(vlm: VLM, receivers: Any) -> list[str]:
     """Names of receivers as a list.
 
@@ -111,8 +117,8 @@ def checked_receivers(vlm: VLM, receivers: Any) -> list[str]:
     if wrong or not names:
         told = f"{wrong[0]!r} is no receiver" if wrong else "receivers is empty, and so has no receiver"
         raise ValueError(
-            f"{told} of this model; write 'logits', or a list of names such as 'a1.h0<q>', 'a1.kv0<k>', 'a1.kv0<v>', "
-            "'a1.h0<z>' and 'm1'."
+            f"{told} of this model, {_sizes(vlm)}; write 'logits', or a list of names such as 'a1.h0<q>', 'a1.kv0<k>', "
+            "'a1.kv0<v>', 'a1.h0<z>' and 'm1'."
         )
     if "logits" in names and names[1:]:
         raise ValueError(
@@ -145,8 +151,8 @@ def senders_of(vlm: VLM, senders: Any, receivers: Sequence[Sequence[str]]) -> li
     if wrong or not given:
         told = f"{wrong[0]!r} is no sender" if wrong else "senders is empty, and so has no sender"
         raise ValueError(
-            f"{told} of this model; write for instance 'a0.h1', 'm0', 'image' or 'embed', or None for every head and "
-            "MLP before a receiver."
+            f"{told} of this model, {_sizes(vlm)}; write for instance 'a0.h1', 'm0', 'image' or 'embed', or None for "
+            "every head and MLP before a receiver."
         )
     late = [name for name in given if name not in read]
     if late:

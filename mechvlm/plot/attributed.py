@@ -36,9 +36,12 @@ def attributed(found: xr.Dataset, title: str = "", caption: str = "") -> go.Figu
         >>> mv.plot.attributed(found, title="Attribution patching against patching")
     """
     if not isinstance(found, xr.Dataset) or not {"estimate", "exact", "pearson"} <= set(found.data_vars):
+        edges = isinstance(found, xr.Dataset) and "writer" in found.dims
+        made, parts = ("edge_attribution", "edges") if edges else ("attribution_patching", "nodes")
+        without = " without them" if edges or (isinstance(found, xr.Dataset) and "target_metric" in found.attrs) else ""
         raise TypeError(
-            f"attributed draws what attribution_patching returns where some nodes are patched too, and was given a "
-            f"{type(found).__name__}; make it with mv.attribution_patching(vlm, source, target, metric, verify=20)."
+            f"attributed draws what {made} returns where some {parts} are patched too, and was given a "
+            f"{type(found).__name__}{without}; make it with mv.{made}(vlm, source, target, metric, verify=20)."
         )
     # Estimates without sign are of sizes.
     shares = "missed" not in found

@@ -13,6 +13,7 @@ from mechvlm.edge_paths import Heads
 from mechvlm.plot.attributed import agreed
 from mechvlm.plot.look import PALETTE, plain
 from mechvlm.plot.nodes import Line, Places, wired
+from mechvlm.sites import whole
 
 EFFECTS = {"raises the metric": PALETTE[0], "lowers it": PALETTE[1]}
 SHARES = {"": PALETTE[6]}  # of information flow, which are no effects
@@ -66,7 +67,7 @@ def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") 
 
 def _largest(score: xr.DataArray, top: int) -> tuple[list[tuple[str, str, str, float]], int]:
     """Writer, reader, span and score of the edges with the largest scores, and how many edges there are."""
-    if top < 1:
+    if whole("top", top) < 1:
         raise ValueError(f"top={top} draws nothing; give 1 or more edges.")
     apart = score if "span" in score.dims else score.expand_dims(span=[""])
     values = apart.transpose("writer", "reader", "span").values
