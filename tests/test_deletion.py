@@ -71,7 +71,11 @@ def test_each_count_is_one_run_with_those_features_replaced(name: str) -> None:
 WRONG: list[tuple[str, dict[str, Any]]] = [
     ("counts=[99] cannot be taken from 16 image tokens; give numbers from 0 to that.", {"counts": [99]}),
     ("samples=0 compares with nothing; give 1 random order or more.", {"samples": 0}),
-    ("ranking=[1] is no DataArray; give what attention_map or the like returns.", {"ranking": [1]}),
+    (
+        "ranking=[1] is no DataArray; give a map, such as mv.attention_map(vlm, prompt, 3) or mv.relevancy(vlm, "
+        "prompt, metric).relevancy.",
+        {"ranking": [1]},
+    ),
 ]
 
 

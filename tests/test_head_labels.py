@@ -93,6 +93,7 @@ def test_intervals_are_over_pictures_and_a_label_needs_its_lower_end(vlm: mv.VLM
     own = mv.mean_interval(found.excess.sel(kind="image->last").rename(layer="l", head="h"), "prompt", ["a", "a", "b"])
     assert np.allclose(found["low"].sel(kind="image->last"), own.low)
     held = found.holds.sel(kind="image->last")
+    assert "units" not in found.holds.attrs  # it is true or false, and no share of attention
     assert (held == ((own.low.values > 1e-5) & (found.score.sel(kind="image->last").mean("prompt") >= 0.05))).all()
     best = found["mean"].where(found.holds, -np.inf)
     for layer, head in np.ndindex(3, 4):

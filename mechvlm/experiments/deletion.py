@@ -176,7 +176,10 @@ def ranked_tokens(prompt: Prompt, ranking: object, at: str = "image_features", c
     """
     held = removable(prompt, at)
     if not isinstance(ranking, xr.DataArray):
-        raise TypeError(f"{called}={told(ranking)} is no DataArray; give what attention_map or the like returns.")
+        raise TypeError(
+            f"{called}={told(ranking)} is no DataArray; give a map, such as "
+            "mv.attention_map(vlm, prompt, 3) or mv.relevancy(vlm, prompt, metric).relevancy."
+        )
     dim, own = token_dim(prompt, at), token_places(prompt, at)
     if ranking.dims != (dim,) or sorted(ranking[dim].values) != sorted(own):
         raise ValueError(

@@ -98,6 +98,7 @@ def label_heads(
     over = xr.Dataset(averaged(found.excess, groups))
     above = over["low"].where(np.isfinite(over["low"]), over["mean"]) > ROUNDING
     found = found.merge(over).assign(holds=above & (found.score.mean("prompt") >= least))
+    found["holds"].attrs = {"long_name": "the rule is met"}
     best = found["mean"].where(found.holds, -np.inf)
     kinds = np.where(found.holds.any("kind"), found["kind"].values[best.argmax("kind").values], "none")
     found["label"] = (("layer", "head"), kinds)
