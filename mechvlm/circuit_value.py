@@ -69,7 +69,7 @@ class Circuit:
             given = listed(vars(self)[name])
             kind, how = LISTS[name]
             if given is None or not all(isinstance(one, kind) for one in given):
-                raise TypeError(f"{name}={told(vars(self)[name])} is no list of {name}; write {how}.")
+                raise TypeError(f"{name}={told(vars(self)[name])} cannot be a circuit's; write {how}.")
             object.__setattr__(self, name, given)
         if self.edges and self.chosen:
             raise ValueError("a circuit is of edges or of chosen nodes, and both were given; give one of the two.")

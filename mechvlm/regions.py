@@ -18,6 +18,8 @@ from mechvlm.sites import listed, number, told, whole
 
 Box = Sequence[float]
 """Left, top, right and bottom, in pixels of the original picture."""
+BESIDE = 1.0
+"""Pixels by which a box may reach out of the picture, as rounded annotations do."""
 ROWS = {1: ("",), 2: ("top", "bottom"), 3: ("top", "middle", "bottom")}
 COLUMNS = {1: ("",), 2: ("left", "right"), 3: ("left", "centre", "right")}
 ELSEWHERE = {
@@ -104,8 +106,8 @@ def tokens_in(
         Positions in rising order, of all tiles.
 
     Raises:
-        ValueError: for neither or both of box and mask, one that does not fit the picture, or no token that sees as
-            much of the object.
+        ValueError: for neither or both of box and mask, one that does not fit the picture (a box may reach out by a
+            pixel), or no token that sees as much of the object.
         TypeError: for numbers that are none.
 
     Example:
@@ -195,6 +197,12 @@ def _area(own: ImageMap, box: object, mask: object) -> Callable[[Box], float]:
             "bottom."
         )
     left, top, right, bottom = sides
+    width, height = own.size
+    if min(left, top) < -BESIDE or right > width + BESIDE or bottom > height + BESIDE:
+        raise ValueError(
+            f"box={told(box)} reaches out of the picture, which is {width} pixels wide and {height} high; give pixels "
+            "of the original picture."
+        )
     return lambda at: _size((max(left, at[0]), max(top, at[1]), min(right, at[2]), min(bottom, at[3])))
 
 

@@ -71,21 +71,21 @@ CASES: list[Case] = [
         lambda: mv.Edge("image", "m0", 3),  # type: ignore[arg-type]
     ),
     (
-        "edges=3 is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
+        "edges=3 cannot be a circuit's; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
         "nodes.",
         lambda: mv.Circuit(3),  # type: ignore[arg-type]
     ),
     (
-        "edges=['m0'] is no list of edges; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] for "
-        "nodes.",
+        "edges=['m0'] cannot be a circuit's; write edges=[mv.Edge('image', 'a2.kv1<v>')], or chosen=['a3.h5', 'm3'] "
+        "for nodes.",
         lambda: mv.Circuit(["m0"]),  # type: ignore[list-item]
     ),
     (
-        "chosen=[(3, 5)] is no list of chosen; write names of heads and MLPs, chosen=['a3.h5', 'm3'].",
+        "chosen=[(3, 5)] cannot be a circuit's; write names of heads and MLPs, chosen=['a3.h5', 'm3'].",
         lambda: mv.Circuit(chosen=[(3, 5)]),  # type: ignore[list-item]
     ),
     (
-        "crossing=3 is no list of crossing; write layers, crossing=[3].",
+        "crossing=3 cannot be a circuit's; write layers, crossing=[3].",
         lambda: mv.Circuit(crossing=3),  # type: ignore[arg-type]
     ),
     (

@@ -1310,6 +1310,11 @@ REGIONS: list[Case] = [
         lambda: mv.tokens_in(real(), (0, 0, 0, 9)),
     ),
     (
+        "box=(0, 0, 1000, 1000) reaches out of the picture, which is 24 pixels wide and 24 high; give pixels of the "
+        "original picture.",
+        lambda: mv.tokens_in(real(), (0, 0, 1000, 1000)),
+    ),
+    (
         "the mask is float64 of 24 x 24; it must be bool of the picture's height by width, 24 x 24.",
         lambda: mv.tokens_in(real(), mask=np.zeros((24, 24))),
     ),

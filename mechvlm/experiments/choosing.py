@@ -48,9 +48,11 @@ def choose_circuit(
         count: how many edges, or nodes. With `prune` fewer may be left.
         threshold: instead of a count, all whose score, as `by` says, is at least so much; above 0 for sizes.
         by: "abs", the size of the score; "value", how far it goes from the target's answer towards the source's, so
-            that what works against the target's answer is left out first.
+            that what works against the target's answer is left out first. Of scores without a sign ("drop", "atp*",
+            "information-flow-routes") the two are the same.
         how: "top", the highest scores wherever they are; "greedy", one after the other the highest among the edges
-            that lead into what is in the circuit already, beginning with the logits; of edges alone.
+            that lead into what is in the circuit already, beginning with the logits; of edges alone. Shares of
+            information flow are largest at the first layers, of which few are on a path: take "greedy" with them.
         prune: leave out what lies on no path from what enters to the logits.
 
     Returns:

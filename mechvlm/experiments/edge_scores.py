@@ -248,7 +248,7 @@ def _spans(target: Prompt, spans: Any) -> dict[str, list[int]]:
             f"spans={told(spans)} is not known; choose from None, 'each', or name positions, "
             "such as {'image': prompt.image}."
         )
-    found = {str(name): list(whole_numbers(f"spans[{name!r}]", positions)) for name, positions in spans.items()}
+    found = {str(name): list(whole_numbers(f"positions of {name!r}", positions)) for name, positions in spans.items()}
     for name, positions in found.items():
         wrong = [at for at in positions if not 0 <= at < len(target)]
         if not positions or wrong or len(set(positions)) < len(positions):

@@ -110,7 +110,7 @@ def agreed(of: xr.Dataset) -> str:
     top, random = (
         [float(of[name].sel(among=among)) for name in ("pearson", "spearman")] for among in ("top", "random")
     )
-    said = f"{_correlated(*top)} among the top, precision {float(of.precision):.2f}"
+    said = f"{_correlated(*top)} among the top, precision {float(of.precision):.2f} of those patched"
     if not (of.drawn == "random").any():
         return f"{said}, which are all"
     worst = ""
