@@ -15,7 +15,7 @@ from mechvlm.plot.look import PALETTE, plain
 from mechvlm.plot.nodes import Line, Places, wired
 from mechvlm.sites import whole
 
-EFFECTS = {"raises the metric": PALETTE[0], "lowers it": PALETTE[1]}
+EFFECTS = {"raises the metric": "#b2182b", "lowers it": "#2166ac"}  # the ends of the heat maps' colours
 SHARES = {"": PALETTE[6]}  # of information flow, which are no effects
 NARROW, BROAD = 0.8, 7.0  # pixels
 
@@ -23,11 +23,11 @@ NARROW, BROAD = 0.8, 7.0  # pixels
 def edges(found: xr.Dataset, top: int = 30, title: str = "", caption: str = "") -> go.Figure:
     """The edges with the largest scores, as a graph: layers across, heads up, MLPs below.
 
-    The broader an edge, the larger its score by size; blue raises the metric when it is patched from the source, orange
-    lowers it, and shares of information-flow routes, which do neither, are grey. Where spans are apart, each edge is
-    that of one span, and edges between the same two nodes lie beside each other. A key-value head stands before the
-    middle of the query heads that it serves. Hovering shows names, span and score, and what the edge's patch did where
-    it was verified.
+    The broader an edge, the larger its score by size; red raises the metric when it is patched from the source, blue
+    lowers it, as in heat maps, and shares of information-flow routes, which do neither, are grey. Where spans are
+    apart, each edge is that of one span, and edges between the same two nodes lie beside each other. A key-value head
+    stands before the middle of the query heads that it serves. Hovering shows names, span and score, and what the
+    edge's patch did where it was verified.
 
     Args:
         found: what `edge_attribution` returns.
