@@ -163,10 +163,11 @@ def test_gradients_of_pictures_are_each_variants_own(name: str) -> None:
     sites = [mv.Site("z", 0, "vision"), mv.Site("resid_pre", 1, "vision"), mv.Site("image_features")]
     sites += [mv.Site("z", 0, "qformer"), mv.Site("resid_pre", 0, "qformer")] if "qformer" in vlm.shape.layers else []
     variants: list[list[mv.Edit]] = [[mv.scale_heads(last, [0], 3.0)], []]
-    together = vlm.run(prompt, sites, variants=variants, grad_of=lambda logits: logits[:, 5])
+    together = vlm.run(prompt, sites, variants=variants, grad_of=lambda logits: logits[:, 30])
     for row, edits in zip(together.rows, variants, strict=True):
-        alone = vlm.run(prompt, sites, edits, grad_of=lambda logits: logits[:, 5])
+        alone = vlm.run(prompt, sites, edits, grad_of=lambda logits: logits[:, 30])
         assert max(apart(row.grad[site], alone.grad[site]) for site in sites) <= rounding(vlm, 256)
+        assert min(float(row.grad[site].abs().max()) for site in sites[:3]) > 0
 
 
 @each
@@ -176,17 +177,20 @@ def test_gradients_at_the_vision_tower_are_what_a_small_step_gives(name: str) ->
     prompt = zoo.ask(vlm, tiny.picture(0, 48, 48))
     kinds = ("resid_pre", "attn_out", "z", "resid_post")
     sites = [mv.Site(kind, layer, "vision") for kind in kinds for layer in range(vlm.shape.live["vision"])]
-    run = vlm.run(prompt, sites, grad_of=lambda logits: logits[:, 5])
+    run = vlm.run(prompt, sites, grad_of=lambda logits: logits[:, 30])
     for site in sites:
         direction = torch.randn_like(run[site])
-        step = 1e-3  # norms round to float32 whatever the type, so a smaller one would measure that
+        shown = float((run.grad[site] * direction).sum())
+        # Norms round to float32 whatever the type, which a small step would measure where the slope is small. Where it
+        # is steep it bends as well (at the empty tiles of Mllama).
+        step = 3e-5 if abs(shown) > 1 else 1e-3
 
         def moved(by: float, site: mv.Site = site, direction: torch.Tensor = direction) -> torch.Tensor:
-            return vlm.run(prompt, edits=[mv.Edit(site, lambda x: x + by * direction)]).logits[0, 5]
+            return vlm.run(prompt, edits=[mv.Edit(site, lambda x: x + by * direction)]).logits[0, 30]
 
         slope = float((moved(step) - moved(-step)) / (2 * step))
-        shown = float((run.grad[site] * direction).sum())
         assert abs(slope - shown) <= 0.02 * max(abs(slope), 0.1), str(site)
+        assert slope != 0
 
 
 def test_what_mllama_would_pad_with_empty_pictures_is_refused() -> None:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 import mechvlm as mv
 from mechvlm.experiments.circuit_runs import circuit_metrics
+from mechvlm.experiments.edge_checks import patched_exactly
+from mechvlm.experiments.edge_scores import graph_of
 from mechvlm.nodes import feeds, readers, writers
 
 Edge = tuple[str, str, str | None]
@@ -18,7 +20,7 @@ pytestmark = zoo.second_environment
 
 
 def metric(logits: Tensor) -> Tensor:
-    return logits[:, 5] - logits[:, 6]
+    return logits[:, 30] - logits[:, 31]
 
 
 def every_edge(vlm: mv.VLM) -> list[Edge]:
@@ -129,6 +131,27 @@ def test_all_edges_are_the_prompts_own_run_and_none_the_others(name: str) -> Non
     found = circuit_metrics(vlm, target, source, [every_edge(vlm), []], metric)
     expected = [float(metric(vlm.run(prompt).logits)) for prompt in (target, source)]
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9)
+    assert abs(expected[0] - expected[1]) > 1e-3
+
+
+@pytest.mark.parametrize("name", sorted(set(zoo.VARIANTS) - {"mllama"}))
+def test_what_a_circuit_loses_with_one_edge_is_that_edges_patch(name: str) -> None:
+    if zoo.there(name):
+        pytest.skip(zoo.there(name))
+    vlm, target, source = pair(name)
+    spans, every, draw = list(target.spans), every_edge(vlm), np.random.default_rng(0)
+    some = [every[at][:2] for at in draw.choice(len(every), 20, replace=False)]
+    places = draw.integers(len(spans), size=len(some)).tolist()
+    graph = graph_of(vlm, target, list(target.spans.values()))
+    patches = [(*ends, at) for ends, at in zip(some, places, strict=True)]
+    changes, own, _ = patched_exactly(vlm, source, target, metric, graph, patches)
+    circuits: list[list[Edge]] = [
+        [edge for edge in every if edge[:2] != ends] + [(*ends, span) for span in spans if span != spans[at]]
+        for ends, at in zip(some, places, strict=True)
+    ]
+    found = circuit_metrics(vlm, target, source, circuits, metric)
+    np.testing.assert_allclose(found - own["target"], changes, rtol=0, atol=1e-9)
+    assert np.abs(changes).max() > 1e-4
 
 
 def test_circuits_side_by_side_give_what_each_gives_alone() -> None:
