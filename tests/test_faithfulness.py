@@ -91,7 +91,7 @@ def test_chosen_nodes_are_a_circuit_and_edits_alike_on_every_architecture(name: 
         pytest.skip(zoo.there(name))
     vlm = zoo.build(name, "eager" if name in zoo.EAGER_ONLY else "sdpa", torch.float64)
     target, source = (zoo.ask(vlm, tiny.picture(seed, 48, 48)) for seed in (1, 2))
-    metric = mv.logit_difference(5, 6)
+    metric = mv.logit_difference(30, 31)
     scores = mv.attribution_patching(vlm, source, target, metric, kinds=["z", "mlp_out"], positions="span")
     circuit = mv.choose_circuit(scores, 4)
     if any(writing(vlm).behind):  # a norm behind all heads, whose scale a patch of some of them moves
@@ -101,6 +101,7 @@ def test_chosen_nodes_are_a_circuit_and_edits_alike_on_every_architecture(name: 
     np.testing.assert_allclose(found.metric.item(), float(vlm.metric(metric)(edited)[0]), rtol=0, atol=1e-6)
     ends = [found["all"].item() - found.target_metric.item(), found["none"].item() - found.source_metric.item()]
     np.testing.assert_allclose(ends, [0.0, 0.0], atol=1e-6)
+    assert abs(found["all"].item() - found["none"].item()) > 1e-3
 
 
 @zoo.second_environment
@@ -189,7 +190,7 @@ def test_random_circuits_have_as_many_edges_and_lie_on_paths(hops: Path) -> None
     vlm, draw = hops.vlm, np.random.default_rng(0)
     for spans in (None, "image"):
         asked = [mv.Edge("image", f"m{at}", spans) for at in range(4)]
-        like = mv.Circuit([*asked, *(mv.Edge(f"a{at}.h1", "logits", spans) for at in range(4))])
+        like = mv.Circuit([*asked, *(mv.Edge(f"a{at}.h1", "logits", spans and "last") for at in range(4))])
         on_paths = 0
         for _ in range(10):
             found = random_circuit(vlm, like, hops.target, draw)
@@ -201,6 +202,33 @@ def test_random_circuits_have_as_many_edges_and_lie_on_paths(hops: Path) -> None
         assert on_paths > 0.9 * 80
     nodes = random_circuit(vlm, mv.Circuit(chosen=["a0.h1", "a2.h2", "m3"]), hops.target, draw)
     assert (len(nodes.of_kind("attention")), len(nodes.of_kind("mlp"))) == (2, 1)
+
+
+def test_circuits_are_counted_at_each_span_at_which_an_edge_carries_something(hops: Path) -> None:
+    vlm, prompt = hops.vlm, hops.target
+    spans, every = len(prompt.spans), int(edge_table(vlm).sum())
+    both = mv.Circuit([mv.Edge("a0.h0", "m1"), mv.Edge("embed", "m0"), mv.Edge("a0.h0", "m2", "image")])
+    dead = mv.Circuit([mv.Edge("embed", "m0", "image"), mv.Edge("image", "m0", "image")])
+    found = measured(hops, [both, ~both, dead, ~mv.Circuit(), ~mv.Circuit([mv.Edge("a0.h0", "m1")])])
+    count = spans + (spans - 1) + 1  # there are no embeddings at image tokens
+    total = int(found.n_edges[:2].sum())
+    assert found.n_edges.values.tolist() == [count, total - count, 1, every, every - 1]
+    np.testing.assert_allclose(found.share, [count / total, 1 - count / total, 1 / total, 1, (every - 1) / every])
+    whole = 3 + len(writers(vlm.shape)) - 2  # what enters, heads and MLPs, and the logits
+    assert found.n_nodes.values.tolist() == [5, whole, 3, whole, whole]
+    draw = np.random.default_rng(0)
+    assert random_circuit(vlm, both, prompt, draw).n_edges == count
+    assert len(random_circuit(vlm, ~both, prompt, draw).edges) == count
+
+
+def test_random_circuits_are_at_spans_that_all_targets_have() -> None:
+    vlm = tiny.vlm(2, "sdpa")
+    asked = [vlm.prompt(tiny.picture(at), "is there a red cat ?") for at in (1, 2)]
+    bare = [vlm.prompt(tiny.picture(at), "<image> is there a cat", raw=True) for at in (1, 2)]
+    assert set(asked[0].spans) - set(bare[0].spans) == {"prefix"}
+    circuit = mv.Circuit([mv.Edge("image", reader, "image") for reader in readers(vlm.shape)[:-1]])
+    found = mv.circuit_faithfulness(vlm, circuit, [asked[1], bare[1]], [asked[0], bare[0]], YES, controls=3)
+    assert np.isfinite(found.random).all()
 
 
 @zoo.second_environment

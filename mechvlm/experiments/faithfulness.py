@@ -9,6 +9,7 @@ array([[0.]])
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def circuit_faithfulness(
         those of the mean curve. `random`, faithfulness of random circuits, over sample and circuit, weighed likewise,
         and `p_value`: the share of them, the circuit itself counted in, that are as faithful or more.
         Examples for which all and none are the same have no faithfulness. Circuits have coordinates n_edges, n_nodes
-        and share, of all edges (or heads and MLPs) of the model.
+        and share, of all edges (or heads and MLPs) of the model; at spans an edge counts for each span at which it
+        carries something in the first target.
 
     Raises:
         ValueError: for lists of other lengths; for spans that a prompt has not; where a model's own answers are not
@@ -112,7 +114,8 @@ def circuit_faithfulness(
     given = _circuits(circuits, sizes)
     _checked(vlm, into, spoilt, given, ablate, whole("controls", controls))
     draw = np.random.default_rng(check_seed(seed))
-    drawn = [[random_circuit(vlm, one, into[0], draw) for one in given] for _ in range(controls)]
+    common = [name for name in into[0].spans if all(name in one.spans for one in into)]
+    drawn = [[random_circuit(vlm, one, into[0], draw, common) for one in given] for _ in range(controls)]
     every = [~Circuit(), Circuit(), *given, *(~one for one in given), *(one for some in drawn for one in some)]
 
     streams = _streams(vlm, every)
@@ -253,15 +256,18 @@ def _measured(
 def _size(vlm: VLM, circuit: Circuit, prompt: Prompt) -> tuple[int, int, float]:
     """How many edges and nodes a circuit has, and which share that is of all edges; of chosen nodes, of all nodes.
 
-    Edges at a span count by themselves, as the model's do where circuits are at spans.
+    Where a circuit is at spans, each of its edges counts once for each span at which it is, as the model's do. Those
+    that carry nothing there, as embeddings at image tokens, do not count.
     """
     kept = kept_in(vlm, circuit, prompt)
     if circuit.chosen:
         every = [name for name in writers(vlm.shape) if Node.parse(name).kind in ("attention", "mlp")]
         inside = len(every) - circuit.n_nodes if circuit.inverted else circuit.n_nodes
         return int(kept.sum()), inside, inside / len(every)
-    total = int(all_edges(vlm, prompt, list(prompt.spans) if circuit.spans else [None]).sum())
-    edges = total - len(circuit.edges) if circuit.inverted else len(circuit.edges)
+    there = all_edges(vlm, prompt, list(prompt.spans) if circuit.spans else [None])
+    kept &= there
     ends = (writers(vlm.shape), (0, 2)), (readers(vlm.shape), (0, 1))
-    nodes = {names[at] for names, axes in ends for at in np.flatnonzero(kept.any(axes))}
-    return edges, len(nodes) if circuit.inverted else circuit.n_nodes, edges / total
+    found = [Node.parse(names[at]) for names, axes in ends for at in np.flatnonzero(kept.any(axes))]
+    # What a head reads is no node of its own, as in `Circuit.nodes`.
+    nodes = {replace(node, reads="") for node in found if node.reads not in ("k", "v")}
+    return int(kept.sum()), len(nodes) if circuit.inverted else circuit.n_nodes, int(kept.sum()) / int(there.sum())

@@ -16,7 +16,7 @@ from jaxtyping import Bool
 
 from mechvlm.circuit_value import Circuit
 from mechvlm.edge_paths import INPUTS, Edge, Heads, at_other_positions
-from mechvlm.experiments.circuit_edits import edge_table, positions_written
+from mechvlm.experiments.circuit_edits import edge_table, kept_at, positions_written
 from mechvlm.nodes import Node, readers, writers
 from mechvlm.prompt import Prompt
 from mechvlm.vlm import VLM
@@ -25,7 +25,9 @@ PATIENCE = 20
 """Paths in a row that add nothing, after which edges are drawn one by one."""
 
 
-def random_circuit(vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.Generator) -> Circuit:
+def random_circuit(
+    vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.Generator, among: Sequence[str] | None = None
+) -> Circuit:
     """A random circuit of as many edges as another, or of as many heads and as many MLPs; of all but as many.
 
     Edges are those of random paths from what enters to the logits, as many paths as have room; what is left of the
@@ -33,7 +35,9 @@ def random_circuit(vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.G
     of what that one reads (queries, keys, values), one reader; and so on.
 
     Args:
-        prompt: whose spans are those at which edges are, where the circuit's are at spans.
+        prompt: whose spans are those at which edges are, where the circuit's are at spans. An edge at all positions
+            then counts once for each span.
+        among: those of its spans that other prompts have too; None: all.
 
     Example:
         >>> drawn = random_circuit(vlm, Circuit(chosen=["a3.h5", "m2"]), real, np.random.default_rng(0))
@@ -44,19 +48,23 @@ def random_circuit(vlm: VLM, circuit: Circuit, prompt: Prompt, draw: np.random.G
         return Circuit(chosen=_nodes(vlm, circuit, draw), inverted=circuit.inverted, note="random nodes")
     columns, rows = readers(vlm.shape), writers(vlm.shape)
     names = rows, columns, Heads.among(columns)
-    spans: dict[Any, list[int]] = prompt.spans if circuit.spans else {None: list(range(len(prompt)))}
+    spans: dict[Any, list[int]] = {None: list(range(len(prompt)))}
+    if circuit.spans:
+        spans = {name: held for name, held in prompt.spans.items() if among is None or name in among}
     table = all_edges(vlm, prompt, list(spans))
+    listed = kept_at(vlm, ~circuit if circuit.inverted else circuit, list(spans))
+    wanted = int((np.stack(list(listed.values())) & table).sum())
     found: dict[tuple[int, ...], None] = {}
     idle = 0
-    while len(found) < len(circuit.edges) and idle < PATIENCE:
+    while len(found) < wanted and idle < PATIENCE:
         path = [place for place in _path(table, *names, list(spans.values()), draw) if place not in found]
-        fits = 0 < len(path) <= len(circuit.edges) - len(found)
+        fits = 0 < len(path) <= wanted - len(found)
         found |= dict.fromkeys(path if fits else [])
         idle = 0 if fits else idle + 1
     for place in found:
         table[place] = False
     left = np.flatnonzero(table)
-    missing = min(len(circuit.edges) - len(found), len(left))
+    missing = min(wanted - len(found), len(left))
     more = np.unravel_index(left[draw.choice(len(left), missing, replace=False)], table.shape)
     edges = [
         Edge(rows[row], columns[column], list(spans)[at]) for at, row, column in [*found, *zip(*more, strict=True)]
