@@ -262,7 +262,10 @@ def test_the_figure_has_the_largest_edges_where_they_belong(found: xr.Dataset) -
     one: Any = mv.plot.edges(found, top=1)  # nodes stand where they do beside others
     assert one.data[0].x == lines[-1].x and one.layout.yaxis.range == figure.layout.yaxis.range
     assert [trace.name for trace in figure.data if trace.showlegend is None] == ["raises the metric", "lowers it"]
-    assert "at 95 % confidence" in figure.layout.annotations[0].text.replace("<br>", " ")
+    caption = figure.layout.annotations[0].text.replace("<br>", " ")
+    assert "at 95 % confidence" in caption and f"precision {float(found.precision[0]):.2f} of those patched" in caption
+    few: Any = mv.plot.edges(found.assign(pearson=found.pearson * np.nan), top=5)  # as where two were patched
+    assert "too few for r, or all alike, among the top" in few.layout.annotations[0].text.replace("<br>", " ")
     shares = found.drop_vars(["missed", "missed_share"])
     grey: Any = mv.plot.edges(shares.assign_attrs(method="information-flow-routes"), top=5)
     assert not grey.layout.showlegend and len({line.line.color for line in grey.data[:-1]}) == 1

@@ -85,7 +85,7 @@ def edge_attribution(
             of each write in what a reader reads, by distance, in the target's run alone; "exact" patches every edge.
         steps: points of "eap-ig" and "ig-activations"; 5 unless given.
         rule: of these two, where on the path the points are, as in `attribution_patching`; "right" is the rule
-            published for edges, with the source's corrupted prompt among its points.
+            published for edges, where the corrupted prompt, which is the source, is one of the points.
         spans: None sums over all positions; "each" keeps the target's spans apart; or positions under names of your
             own, or a function from the target to them, such as `mv.image_regions`. A position is where the write is
             written and read.

@@ -52,7 +52,8 @@ def runs_of(vlm: Any, prompt: Prompt) -> dict[str, dict[str, Any]]:
     asked["variants"] = {"variants": [[], edits, [cut_attention(layers[-1], prompt.image)]]}
     if vlm.attention != "flex_attention":  # which has no gradients everywhere
         sites = [Site("image_features"), at, Site("resid_post", layers[0])]
-        asked["gradients"] = {"read": sites, "edits": edits, "grad_of": lambda logits: logits[:, 5] - logits[:, 6]}
+        # A logit's share and not a logit, since some models leave those of a few tokens at 0.
+        asked["gradients"] = {"read": sites, "edits": edits, "grad_of": lambda logits: logits.log_softmax(-1)[:, 5]}
     return {what: {"prompt": prompt, **one} for what, one in asked.items()}
 
 

@@ -121,5 +121,5 @@ def agreed(of: xr.Dataset) -> str:
 
 
 def _correlated(pearson: float, spearman: float) -> str:
-    """The two correlations, where there are any."""
-    return f"r {pearson:.3f} (of ranks {spearman:.3f})" if math.isfinite(pearson) else "no correlation"
+    """The two correlations; of fewer than three values, or where all are the same, there are none."""
+    return f"r {pearson:.3f} (of ranks {spearman:.3f})" if math.isfinite(pearson) else "too few for r, or all alike,"
