@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_elsewhere
 import tiny
 import torch
+import zoo
 
 import mechvlm as mv
 
@@ -42,4 +44,14 @@ def test_no_tensor_outlives_the_call_that_made_it(name: str) -> None:
     CALLS[name](vlm, real, null)  # fills what is kept for later calls on purpose
     before = live()
     CALLS[name](vlm, real, null)
+    assert live() <= before
+
+
+@zoo.second_environment
+@pytest.mark.parametrize("name", [name for name in test_elsewhere.CALLS if test_elsewhere.model_of(name) == "llava"])
+def test_no_tensor_outlives_any_public_call(name: str) -> None:
+    case = test_elsewhere.Case(test_elsewhere.here("llava"))
+    test_elsewhere.CALLS[name](case)
+    before = live()
+    test_elsewhere.CALLS[name](case)
     assert live() <= before
