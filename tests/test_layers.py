@@ -4,6 +4,7 @@ The rules are the tables below. Each test names its violators as `file:line`, so
 """
 
 import ast
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -263,6 +264,18 @@ def test_public_names_have_docstrings(path: Path) -> None:
     if tree.body and not ast.get_docstring(tree):
         wrong.append(f"{path}:1 the module")
     assert not wrong
+
+
+def test_the_architecture_page_has_each_module_once_in_its_layer() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text().partition("| layer | module | what it is |")[2]
+    rows = [line.split("|")[1:3] for line in page.partition("\n\n")[0].splitlines()[2:]]
+    found: dict[str, list[str]] = {}
+    for layer, modules in rows:
+        names = re.findall(r"`([\w/]+?)(?:\.py|/)`", modules)
+        found.setdefault(layer.strip() or list(found)[-1], []).extend(names)
+    assert {layer: sorted(names) for layer, names in found.items()} == {
+        layer: sorted(set(names)) for layer, names in LAYERS.items()
+    }
 
 
 def test_written_reasons_are_still_needed() -> None:
