@@ -7,7 +7,6 @@ import linecache
 import os
 import re
 import sys
-import sysconfig
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import nnsight
 
 from mechvlm import ledger
 from mechvlm.ledger import Job
+from mechvlm.origins import installed
 
 OURS = tuple(f"{Path(str(file)).parent}{os.sep}" for file in (__file__, nnsight.__file__))
 FRAME = re.compile(r'^ *File "(?P<file>.+?)", line (?P<line>\d+), in (?P<name>.+)$', re.MULTILINE)
@@ -222,6 +222,4 @@ def is_ours(file: str) -> bool:
 
 def is_here(file: str) -> bool:
     """Whether a file is one of the user's own on this machine, or a cell of a notebook."""
-    if {"site-packages", "dist-packages"} & set(Path(file).parts) or file.startswith(sysconfig.get_path("stdlib")):
-        return False
-    return Path(file).is_file() or file in linecache.cache
+    return not installed(file) and (Path(file).is_file() or file in linecache.cache)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mechvlm.devices import held, whole_numbers_of
 from mechvlm.edits import Edit
+from mechvlm.origins import file_of, installed
 from mechvlm.shipping import MADE, generated
 from mechvlm.vlm import VLM
 
@@ -62,7 +63,7 @@ def spelled(thing: Any, known: dict[int, tuple[Any, bytes]]) -> bytes:
         return repr(thing).encode()  # positions, of which there may be thousands
     if isinstance(thing, ModuleType) and comes_along(thing.__name__):
         return thing.__name__.encode()
-    if isinstance(thing, type) and installed(thing):
+    if isinstance(thing, type) and by_name(thing):
         return f"{thing.__module__}.{thing.__qualname__}".encode()
     parts = list(parts_of(thing))
     if isinstance(thing, set | frozenset):
@@ -129,7 +130,7 @@ def text_of(thing: Any) -> str:
 
 def parts_of_function(function: FunctionType) -> list[Any]:
     """What a function does: its code, its defaults, what it holds, and what it finds by name."""
-    known = installed(function)
+    known = by_name(function)
     function = unwrap(function) if known else function  # from the checks of shapes that a test run puts around ours
     held = [cell.cell_contents for cell in function.__closure__ or ()]
     if known:
@@ -140,7 +141,7 @@ def parts_of_function(function: FunctionType) -> list[Any]:
     return [function.__code__, function.__defaults__, function.__kwdefaults__, *held, *found]
 
 
-def installed(thing: Any) -> bool:
+def by_name(thing: Any) -> bool:
     """Whether a function or class comes with a package, ours included, and is known by its name."""
     return comes_along(str(thing.__module__))
 
@@ -150,8 +151,8 @@ def comes_along(module: str) -> bool:
     package = module.split(".", maxsplit=1)[0]
     if package == "__main__":  # a user's, though Ray's workers have a file of Ray's there
         return False
-    path = vars(sys.modules[package]).get("__file__") if package in sys.modules else None
-    return package in {"mechvlm", *sys.stdlib_module_names} or "site-packages" in str(path)
+    known = package in {"mechvlm", *sys.stdlib_module_names}
+    return known or any(installed(file) for file in (file_of(module), file_of(package)) if file)
 
 
 def names_in(code: CodeType) -> set[str]:

@@ -16,8 +16,6 @@ import __future__
 import dis
 import inspect
 import io
-import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
 from functools import partial
@@ -31,6 +29,7 @@ from nnsight.intervention.serialization import DEFAULT_PROTOCOL, CustomCloudPick
 from nnsight.ndif import pull_env
 from nnsight.schema.config import CONFIG
 
+from mechvlm.origins import file_of, installed
 from mechvlm.remade import bound, changed, held_by, made_for, partially, together, within
 
 ALLOWED = (
@@ -226,9 +225,8 @@ def allowed(module: str) -> bool:
 
 def of_users(module: str) -> bool:
     """Whether a module is a file of the user's own, and no installed package."""
-    file = str(vars(sys.modules[module]).get("__file__") or "") if module in sys.modules else ""
-    own = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
-    return bool(file) and not any(place in file for place in (*own, "site-packages", "dist-packages"))
+    file = file_of(module)
+    return bool(file) and not installed(file)
 
 
 def check_module(module: str, what: str) -> None:

@@ -17,6 +17,7 @@ import mechvlm as mv
 from mechvlm import laws
 from mechvlm.archs import ARCHS
 from mechvlm.laws.finding import all_sites, layers_with
+from mechvlm.laws.runs import has_static_cache
 from mechvlm.references import apart, rounding
 
 architectures = script()
@@ -28,6 +29,8 @@ SENT = ("qwen3_vl", "mllama")
 """Models that law 12 is always tried on, beside those of tests/test_laws.py; on others in the second environment."""
 
 NUMBERS = {law: int(law.__name__.split("_")[1]) for law in laws.LAWS}
+NO_STATIC_CACHE = ("paligemma2",)
+"""Models that no transformers generates with a static cache of; the oldest that mechvlm runs with has more of them."""
 OF_EACH_KIND = (6, 8, 9, 10)
 """Laws that compare many runs, tried on a model of each kind always, and on every model in the second environment."""
 
@@ -58,8 +61,10 @@ def test_every_law_holds(name: str, attention: str) -> None:
     left_out = put_off(name)
     found = [finding for law in laws.LAWS if NUMBERS[law] not in left_out for finding in law(vlm, prompt)]
     assert [finding for finding in found if not finding.holds] == []
+    left_out |= set() if name in NO_STATIC_CACHE or has_static_cache(vlm.shape) else {9}  # it held, with one check less
     shown = [row for row in FOUND[name][attention]["float32"] if row[0] not in left_out]
-    assert [[law, tower, count, verdict] for law, tower, count, _, verdict in architectures.summary(found)] == [
+    summary = [row for row in architectures.summary(found) if row[0] not in left_out]
+    assert [[law, tower, count, verdict] for law, tower, count, _, verdict in summary] == [
         [law, tower, count, verdict] for law, tower, count, _, verdict in shown
     ], "docs/architectures.json is stale: python scripts/architectures.py"
 

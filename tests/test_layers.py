@@ -30,6 +30,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
             "refusals",
             "shapes",
             "nodes",
+            "origins",
         ),
         *(
             "pixels",

@@ -1,6 +1,7 @@
 """Questions about one picture on shared keys and values: each must get the logits of a run of its own."""
 
-from types import ModuleType
+import sys
+from types import FunctionType, ModuleType
 
 import numpy as np
 import pytest
@@ -248,6 +249,24 @@ def test_what_functions_hold_tells_them_apart() -> None:
     before = fingerprint(own)
     own.__dict__["AMOUNT"] = 2.0
     assert fingerprint(own) != before
+
+
+@pytest.mark.parametrize("folder", ["/usr/local/lib/python3.12/dist-packages", "/opt/env/lib/python3.12/site-packages"])
+def test_an_installed_package_is_known_by_its_name(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Debian's Python, and Colab's, keeps packages in dist-packages: what happens within them is no user's change."""
+    package = ModuleType("torchish")
+    package.__file__ = f"{folder}/torchish/__init__.py"
+    scale = FunctionType((lambda x: x * AMOUNT).__code__, package.__dict__, "scale")  # type: ignore[name-defined]  # noqa: F821
+    package.__dict__.update(AMOUNT=1.0, scale=scale)
+    monkeypatch.setitem(sys.modules, "torchish", package)
+    before = fingerprint(package, scale)
+    package.__dict__["AMOUNT"] = 2.0
+    assert fingerprint(package, scale) == before
+    package.__file__ = "/home/ann/torchish/__init__.py"
+    assert fingerprint(package) != fingerprint(scale) != before
+    before = fingerprint(package, scale)
+    package.__dict__["AMOUNT"] = 3.0
+    assert fingerprint(package, scale) != before
 
 
 def test_edits_that_cannot_be_are_refused_before_anything_runs(llava: tuple[mv.VLM, list[mv.Prompt]]) -> None:

@@ -5,6 +5,8 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 from mechvlm.attention_edits import bias_attention, cut_attention
@@ -23,6 +25,7 @@ from mechvlm.references import (
     placed,
     rounding,
 )
+from mechvlm.shapes import Shape
 from mechvlm.sites import Site
 
 
@@ -85,6 +88,16 @@ def law_8_batches(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
     yield Finding(8, "readings of a padded batch", worst, rounding(vlm))
 
 
+def has_static_cache(shape: Shape) -> bool:
+    """Whether transformers itself can generate with a static cache.
+
+    Its PaliGemma cannot make the mask of one where its text is Gemma 2; before 5.18 its Mllama gave the picture's keys
+    the words' places in it.
+    """
+    capped = shape.ahead == "prompt" and shape.score_cap is not None
+    return not capped and not (shape.crosses and Version(transformers.__version__) < Version("5.18"))
+
+
 def law_9_generation(vlm: Any, prompt: Prompt, steps: int = 4) -> Iterator[Finding]:
     """Without edits it is transformers' own; with edits it is the same as running the whole text anew at every step."""
     given = placed(vlm, prompt)
@@ -110,8 +123,7 @@ def law_9_generation(vlm: Any, prompt: Prompt, steps: int = 4) -> Iterator[Findi
             worst, apart(logits, vlm.run(locate(whole, vlm.shape, prompt.grids), last, edits).values[Site("logits")])
         )
         ids = torch.cat([ids, made.tokens[:, step : step + 1]], 1)
-    # transformers' PaliGemma cannot make the mask of a static cache where its text is Gemma 2.
-    if vlm.attention in ("sdpa", "eager") and not (vlm.shape.ahead == "prompt" and vlm.shape.score_cap):
+    if vlm.attention in ("sdpa", "eager") and has_static_cache(vlm.shape):
         static = vlm.generate(prompt, edits, read_each_step=last, cache_implementation="static", **settings)
         both = zip(static[Site("logits")], made[Site("logits")], strict=True)
         # Eager attention's float32 softmax sums over the room for later keys as well.
