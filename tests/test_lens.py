@@ -295,6 +295,11 @@ MASK = np.eye(24, dtype=bool)
 ONE = "it must return finite numbers of that shape."
 
 
+def narrow(h: Tensor) -> Tensor:
+    """A translator of another model's width."""
+    raise RuntimeError(f"{h.shape[1]} is not 3")
+
+
 def lens(**more: Any) -> xr.Dataset:
     return logit_lens(*asked(), **more)
 
@@ -340,9 +345,9 @@ WRONG: list[tuple[str, Callable[[], object]]] = [
         lambda: lens(translators=Translator(torch.eye(32), site=mv.Site("resid_pre", 1))),
     ),
     (
-        "the translator of text.0.resid_post failed on float64[30, 32]: mat1 and mat2 shapes cannot be multiplied "
-        "(30x32 and 3x3); it must take and return `pos d_model`.",
-        lambda: lens(translators=torch.nn.Linear(3, 3).double()),
+        "the translator of text.0.resid_post failed on float64[30, 32]: 32 is not 3; it must take and return `pos "
+        "d_model`.",
+        lambda: lens(translators=narrow),
     ),
     (
         f"the translator of text.0.resid_post returned float64[30, 3] for float64[30, 32]; {ONE}",
