@@ -12,6 +12,8 @@ class Shim:
             sys.meta_path.remove(self)
             import torch
 
+            if torch.version.cuda:  # of one build with torchvision, which then brings its operators
+                return
             self.library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
