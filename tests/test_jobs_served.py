@@ -8,6 +8,7 @@ All of it runs in the second environment of `.ci/run`. What needs no server is i
 import json
 import logging
 import os
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -114,6 +115,20 @@ def only_job() -> ledger.Job:
     """The one job that is written down."""
     (job,) = ledger.listed()
     return job
+
+
+def left_behind(place: Place, fingerprint: str = "") -> ledger.Job:
+    """A job that was sent and not waited for; the server begins with it only afterwards."""
+    place.server.fail(queue=2 * LONGEST)
+    refusal(place, fingerprint=fingerprint, timeout=1e-9)
+    place.server.fail()
+    return only_job()
+
+
+def finish(place: Place, job: ledger.Job) -> None:
+    """Wait until the server is done with a job, without collecting it."""
+    while '"COMPLETED"' not in json.dumps(place.server.ask(f"/response/{job.id}")):
+        time.sleep(0.01)
 
 
 # What the server is.
@@ -235,9 +250,10 @@ def test_what_is_sent_is_small_and_what_comes_back_is_what_was_saved(place: Plac
 
 
 def test_a_job_of_the_same_fingerprint_is_sent_once(place: Place) -> None:
-    place.server.fail(queue=0.5)
+    place.server.fail(queue=2 * LONGEST)
     before = place.jobs()
     assert "is QUEUED" in refusal(place, fingerprint="f", timeout=0.2)
+    place.server.fail()
     assert torch.equal(place.run(answer, "f"), place.logits)
     assert place.jobs() == before + 1
     place.run(answer, "f")
@@ -246,10 +262,7 @@ def test_a_job_of_the_same_fingerprint_is_sent_once(place: Place) -> None:
 
 def test_a_job_whose_process_died_is_collected_by_the_next(place: Place) -> None:
     """All that is left of the first process is its folder: the second finds the job and the server."""
-    place.server.fail(queue=0.3)
-    refusal(place, fingerprint="f", timeout=0.1)
-    job = only_job()
-    place.server.fail()
+    job = left_behind(place, "f")
     assert torch.equal(mv.remote.resume(job.id)["found"], place.logits)
     place.server.stop()  # the result is here, and no server is needed
     assert torch.equal(mv.remote.resume(job.id)["found"], place.logits)
@@ -259,10 +272,8 @@ def test_a_job_whose_process_died_is_collected_by_the_next(place: Place) -> None
 
 
 def test_a_server_that_dies_and_comes_back_still_has_the_result(place: Place) -> None:
-    refusal(place, fingerprint="f", timeout=1e-9)
-    job = only_job()
-    while '"COMPLETED"' not in json.dumps(place.server.ask(f"/response/{job.id}")):
-        pass
+    job = left_behind(place, "f")
+    finish(place, job)
     place.server.stop()
     assert "has not answered for 0.3 s" in refusal(place, fingerprint="f")
     place.server.start()
@@ -275,10 +286,12 @@ def test_a_script_that_is_started_again_has_the_run_that_it_did_not_wait_for(pla
     """With `mv.load`, as users do it: the second time nothing is sent, and `resume` gives the same numbers."""
     folder, before = place.model.repo_id, place.jobs()
     impatient = mv.remote.Server(place.server.url, timeout=1e-9, pause=0.01)
+    place.server.fail(queue=2 * LONGEST)
     vlm = mv.load(folder, remote=impatient)
     prompt = vlm.prompt(tiny.picture(), "is there a dog ?")
     with pytest.raises(mv.remote.JobError, match="the longest it was to be waited for"):
         vlm.run(prompt, read=["text.1.z"])
+    place.server.fail()
     resumed = mv.remote.resume(only_job().id, timeout=LONGEST)
     run = mv.load(folder, remote=mv.remote.Server(place.server.url, timeout=LONGEST)).run(prompt, read=["text.1.z"])
     assert place.jobs() == before + 1
@@ -463,8 +476,7 @@ def test_a_server_that_is_not_there(place: Place) -> None:
 
 
 def test_a_job_that_the_server_has_forgotten(place: Place) -> None:
-    refusal(place, fingerprint="f", timeout=1e-9)
-    job = only_job()
+    job = left_behind(place, "f")
     place.server.fail(forget=True)
     job.sent = "2026-01-01"  # long enough ago for the server to have written something down
     ledger.write(job)
@@ -474,6 +486,7 @@ def test_a_job_that_the_server_has_forgotten(place: Place) -> None:
         f"{place.server.url} does not know job {job.id}; run the script again, which sends it anew."
     )
     place.server.fail()
+    finish(place, job)  # or it would be written down once more
     (place.server.folder / "results" / f"{job.id}.json").unlink()
     assert torch.equal(place.run(answer, "f"), place.logits)
     assert ledger.read(job.id) is None
@@ -487,11 +500,9 @@ def test_a_job_of_which_nothing_is_written_down_yet_is_asked_for_again(place: Pl
 
 
 def test_a_result_that_the_server_has_thrown_away(place: Place) -> None:
-    refusal(place, timeout=1e-9)
-    job = only_job()
+    job = left_behind(place)
     kept = place.server.folder / "results" / f"{job.id}.result"
-    while '"COMPLETED"' not in json.dumps(place.server.ask(f"/response/{job.id}")):
-        pass
+    finish(place, job)
     kept.unlink()
     with pytest.raises(mv.remote.JobError) as caught:
         mv.remote.resume(job.id)
