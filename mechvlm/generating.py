@@ -7,12 +7,16 @@ since edits and readings rest on that; and the first pass is the one that `run` 
 """
 
 from collections.abc import Mapping
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from mechvlm.batch import TEXT_LIKE
 from mechvlm.calls import MASKED
 from mechvlm.layout import Layout
 from mechvlm.run import Generation, by_step, texts_of
+from mechvlm.shapes import Shape
 from mechvlm.sites import told, whole
 
 REFUSED_SAMPLING = {
@@ -33,13 +37,12 @@ REFUSED_SAMPLING = {
 """Settings of a generation, and the values with which each step is one pass over one new position."""
 
 
-def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any, kernel: str = "sdpa") -> None:
+def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any) -> None:
     """Refuse ways of generating whose steps are not one new position each, with a cache that grows by it.
 
     Args:
         sampling: what the user passed.
         own: the model's own generation configuration, which holds where neither the user nor his configuration does.
-        kernel: the attention implementation.
     """
     if whole("max_new_tokens", max_new_tokens) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens} generates nothing; give 1 or more.")
@@ -56,10 +59,37 @@ def check_sampling(max_new_tokens: int, sampling: Mapping[str, Any], own: Any, k
             f"generate does not take {refused[0]}={told(settings[refused[0]])}: edits and readings rest on steps of "
             "one new position, each one pass, with a cache that grows by it."
         )
-    if settings.get("cache_implementation") == "static" and kernel not in MASKED:
+
+
+def has_static_cache(shape: Shape) -> bool:
+    """Whether the transformers that is installed can generate with a static cache from a model.
+
+    Its PaliGemma cannot make the mask of one where its text is Gemma 2; before 5.18 its Mllama gave the picture's keys
+    the words' places in it.
+    """
+    capped = shape.ahead == "prompt" and shape.score_cap is not None
+    return not capped and not (shape.crosses and Version(version("transformers")) < Version("5.18"))
+
+
+def check_static_cache(sampling: Mapping[str, Any], own: Any, shape: Shape, kernel: str) -> None:
+    """Refuse a static cache where transformers cannot make one, or attention would not know which keys are yet to come.
+
+    Args:
+        sampling, own: as in `check_sampling`.
+        kernel: the attention implementation.
+    """
+    settings = {**(sampling.get("generation_config") or own).to_dict(), **sampling}
+    if settings.get("cache_implementation") != "static":
+        return
+    if kernel not in MASKED:
         raise ValueError(
             f"a static cache has room for keys to come, which {kernel} is not told to leave out; set vlm.attention = "
             "'sdpa', or leave cache_implementation='static' out."
+        )
+    if not has_static_cache(shape):
+        raise ValueError(
+            f"transformers {version('transformers')} cannot generate from this model with a static cache; leave "
+            "cache_implementation='static' out."
         )
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 FOLDERS = {"site-packages", "dist-packages"}
 """Where packages are installed: the second by Debian and those that build on it, Colab among them."""
+OWN = frozenset(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+"""Where this Python keeps its own, and what is installed."""
 
 
 def installed(file: str) -> bool:
@@ -23,9 +25,8 @@ def installed(file: str) -> bool:
         >>> installed(os.__file__)
         True
     """
-    own = {sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     path = Path(file)
-    return bool(FOLDERS & set(path.parts)) or any(path.is_relative_to(place) for place in own)
+    return bool(FOLDERS & set(path.parts)) or any(path.is_relative_to(place) for place in OWN)
 
 
 def file_of(module: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from mechvlm import batch as batches
 from mechvlm.batch import check_finite, check_fired, scored
 from mechvlm.devices import check_differentiable, runs_on
-from mechvlm.generating import answered, check_copies, check_sampling, generation_of
+from mechvlm.generating import answered, check_copies, check_sampling, check_static_cache, generation_of
 from mechvlm.metrics import Metric
 from mechvlm.plan import Plan
 from mechvlm.prompt import Prompt
@@ -219,7 +219,8 @@ def said_by(
         mixer: as in `steps`; the others as `vlm.generate` takes them.
     """
     own = vlm.hf.generation_config
-    check_sampling(max_new_tokens, sampling, own, vlm.attention)
+    check_sampling(max_new_tokens, sampling, own)
+    check_static_cache(sampling, own, vlm.shape, vlm.attention)
     prompts = batches.check_prompts(prompt, vlm.shape)
     plan = vlm.plan(prompts, read_each_step, edits, steps=max_new_tokens)
     check_copies(plan.pictured(), sampling, own)

@@ -16,8 +16,8 @@ from test_readme import script
 import mechvlm as mv
 from mechvlm import laws
 from mechvlm.archs import ARCHS
+from mechvlm.generating import has_static_cache
 from mechvlm.laws.finding import all_sites, layers_with
-from mechvlm.laws.runs import has_static_cache
 from mechvlm.references import apart, rounding
 
 architectures = script()

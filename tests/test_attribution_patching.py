@@ -13,7 +13,7 @@ from plain import Plain
 
 import mechvlm as mv
 from mechvlm.experiments.attributed_checks import checked, chosen_nodes, unpatched
-from mechvlm.experiments.correlations import correlation, ranks
+from mechvlm.experiments.correlations import correlation, rank_correlation
 
 PLANTED = mv.logit_difference(planted.YES, planted.NO)
 YES = mv.logit_difference("yes", "no")
@@ -150,7 +150,7 @@ def test_agreement_is_counted_as_it_is_defined() -> None:
     one[3] = one[7]
     data = xr.Dataset({"one": ("at", one), "two": ("at", two)}).to_dataframe()
     assert correlation(one, two) == pytest.approx(data.corr().loc["one", "two"])
-    assert (ranks(one) == data.one.rank().values).all()
+    assert rank_correlation(one, two) == pytest.approx(data.corr("spearman").loc["one", "two"])
 
 
 def test_the_share_of_the_top_that_is_in_truth_there(found: xr.Dataset) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from mechvlm.experiments.correlations import correlation, ranks
+from mechvlm.experiments.correlations import correlation, rank_correlation
 from mechvlm.sites import whole
 
 AMONG = ("top", "random", "both")
@@ -173,7 +173,7 @@ def _both(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, among: str
     here = drawn == among if among != "both" else np.ones(len(drawn), bool)
     if here.sum() < 3:
         return float("nan"), float("nan")
-    return correlation(estimate[here], exact[here]), correlation(ranks(estimate[here]), ranks(exact[here]))
+    return correlation(estimate[here], exact[here]), rank_correlation(estimate[here], exact[here])
 
 
 def _ends(estimate: np.ndarray, exact: np.ndarray, drawn: np.ndarray, left: int) -> tuple[float, float, float]:

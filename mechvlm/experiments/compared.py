@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from mechvlm.batch import check_prompts
 from mechvlm.experiments.chance import holm, sign_flips
-from mechvlm.experiments.correlations import correlation, ranks
+from mechvlm.experiments.correlations import rank_correlation
 from mechvlm.experiments.curves import check_seed
 from mechvlm.experiments.deletion import MODES, advantages, area, curves_of, random_orders, ranked_tokens
 from mechvlm.experiments.examples import about, metric_of_each, prompt_coordinates, unit_of
@@ -184,13 +184,8 @@ def _one(asked: Asked, named: dict[str, str | Map], shares: Sequence[float], sam
         at=asked.at,
         batch_size=asked.batch_size,
     )
-    agreed = np.array([[_agreement(one[orders[0]], other[orders[0]]) for other in values] for one in values])
+    agreed = np.array([[rank_correlation(one[orders[0]], other[orders[0]]) for other in values] for one in values])
     return arrays(curves=curves, maps=values, agreement=agreed, counts=np.array(counts)).assign_attrs(engine=how)
-
-
-def _agreement(one: Float[np.ndarray, " token"], other: Float[np.ndarray, " token"]) -> float:
-    """The rank correlation of two maps."""
-    return correlation(ranks(one), ranks(other))
 
 
 def _table(

@@ -8,18 +8,6 @@ import numpy as np
 from jaxtyping import Float
 
 
-def ranks(values: Float[np.ndarray, " value"]) -> Float[np.ndarray, " value"]:
-    """Each value's place in the order, from 1; equal ones share the mean of theirs.
-
-    Example:
-        >>> ranks(np.array([5.0, 1.0, 5.0]))
-        array([2.5, 1. , 2.5])
-    """
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    places: np.ndarray = (np.cumsum(counts) - (counts - 1) / 2)[which]
-    return places
-
-
 def correlation(one: Float[np.ndarray, " value"], other: Float[np.ndarray, " value"]) -> float:
     """Pearson's correlation; not a number for fewer than two values, or where one of the two does not vary.
 
@@ -32,3 +20,15 @@ def correlation(one: Float[np.ndarray, " value"], other: Float[np.ndarray, " val
     first, second = one - one.mean(), other - other.mean()
     size = float(np.sqrt((first**2).sum() * (second**2).sum()))
     return float((first * second).sum()) / size if size > 0 else float("nan")
+
+
+def rank_correlation(one: Float[np.ndarray, " value"], other: Float[np.ndarray, " value"]) -> float:
+    """Spearman's correlation, in which equal values share the mean of their places; no number where Pearson's is none.
+
+    Example:
+        >>> rank_correlation(np.array([1.0, 2.0, 3.0]), np.array([1.0, 4.0, 9.0]))
+        1.0
+    """
+    from scipy.stats import rankdata  # takes a while to import
+
+    return correlation(rankdata(one), rankdata(other))

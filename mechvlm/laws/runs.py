@@ -5,14 +5,13 @@ from operator import attrgetter
 from typing import Any
 
 import torch
-import transformers
-from packaging.version import Version
 from torch import Tensor
 
 from mechvlm.attention_edits import bias_attention, cut_attention
 from mechvlm.batch import TEXT_LIKE
 from mechvlm.devices import held
 from mechvlm.edits import Edit, ablate_heads, patch, scale_heads, steer
+from mechvlm.generating import has_static_cache
 from mechvlm.laws.finding import Finding, layers_with
 from mechvlm.prompt import Prompt, locate
 from mechvlm.readings import rows
@@ -25,7 +24,6 @@ from mechvlm.references import (
     placed,
     rounding,
 )
-from mechvlm.shapes import Shape
 from mechvlm.sites import Site
 
 
@@ -86,16 +84,6 @@ def law_8_batches(vlm: Any, prompt: Prompt) -> Iterator[Finding]:
     yield Finding(8, "a padded batch", logits, rounding(vlm))
     worst = max(apart(batch.rows[row][site], alone[row][site]) for row in range(2) for site in sites)
     yield Finding(8, "readings of a padded batch", worst, rounding(vlm))
-
-
-def has_static_cache(shape: Shape) -> bool:
-    """Whether transformers itself can generate with a static cache.
-
-    Its PaliGemma cannot make the mask of one where its text is Gemma 2; before 5.18 its Mllama gave the picture's keys
-    the words' places in it.
-    """
-    capped = shape.ahead == "prompt" and shape.score_cap is not None
-    return not capped and not (shape.crosses and Version(transformers.__version__) < Version("5.18"))
 
 
 def law_9_generation(vlm: Any, prompt: Prompt, steps: int = 4) -> Iterator[Finding]:
